@@ -1,0 +1,187 @@
+"""THE key tree, format 1. All is below one prefix; values are JSON nouns of `covey.model` unless said.
+
+    /covey/
+    ├── format                      {"format": 1}; every write compares it (safety S27)
+    ├── cloud                       {"id": …}: this cloud's id, written once; VM records carry it (safety S12)
+    ├── history/<nonce>             {"at_ns": …}: the chain of history nonces, newest = greatest create revision (S18)
+    ├── instance/<id>               Instance
+    ├── script/<key>                text of a start script, base64; shared by the instances of one request
+    ├── output/<id>/<stream>        last 64 KiB of a script's stdout | stderr, raw bytes (safety S26)
+    ├── born/<id>                   {"tx": …}: this id was used once; lives 24 h by a lease (safety S16)
+    ├── key/<sha256>                Idempotency-Key: {"tx", "body", "ids"}; lives 24 h by a lease (safety S17)
+    ├── twin/<sha256>               external_id + name of a start: {"tx", "body", "ids"}
+    ├── node/<id>                   Node: what the operator configured
+    ├── session/<id>                Session: the agent's present life
+    ├── alive/<id>                  {"session": n}, bound to the session's lease: the node is there
+    ├── word/<id>                   Word: the node's last word; compared by nobody
+    ├── ledger/<id>                 Ledger: the claims on the node; compared by every placement (safety S11)
+    ├── order/<node>/<instance>     Order: destroy this VM (safety S2)
+    ├── removed/<node>              {"at_ns": …}: the node was removed; its agent gets 410 (safety S12)
+    ├── controller/<id>             {"version", "format", "url", "started_ns"}, bound to the controller's lease
+    └── event/<ns, 20 digits>-<tx>  Event: what was decided, who and why; lives 7 days by a lease (safety S28)
+
+Keys that change often (word) are apart from keys that decisions compare (ledger, session, instance).
+"""
+
+import hashlib
+
+import msgspec
+
+from covey import model
+
+FORMAT = 1
+PREFIX = "/covey/"
+
+FORMAT_KEY = PREFIX + "format"
+CLOUD = PREFIX + "cloud"
+HISTORY = PREFIX + "history/"
+INSTANCES = PREFIX + "instance/"
+SCRIPTS = PREFIX + "script/"
+OUTPUTS = PREFIX + "output/"
+BORN = PREFIX + "born/"
+KEYS = PREFIX + "key/"
+TWINS = PREFIX + "twin/"
+NODES = PREFIX + "node/"
+SESSIONS = PREFIX + "session/"
+ALIVE = PREFIX + "alive/"
+WORDS = PREFIX + "word/"
+LEDGERS = PREFIX + "ledger/"
+ORDERS = PREFIX + "order/"
+REMOVED = PREFIX + "removed/"
+CONTROLLERS = PREFIX + "controller/"
+EVENTS = PREFIX + "event/"
+
+DAY_S = 24 * 3600
+OUTPUT_LIMIT_BYTES = 64 * 1024
+SCRIPT_LIMIT_BYTES = 256 * 1024
+
+
+class Format(model.Noun, frozen=True, kw_only=True):
+    format: int
+
+
+class Cloud(model.Noun, frozen=True, kw_only=True):
+    id: str
+
+
+class Nonce(model.Noun, frozen=True, kw_only=True):
+    at_ns: int
+
+
+class Alive(model.Noun, frozen=True, kw_only=True):
+    session: int
+
+
+class Born(model.Noun, frozen=True, kw_only=True):
+    """`closed`: the door was closed on a create whose reply was lost; no instance was made (safety S15)."""
+
+    tx: str
+    closed: bool = False
+
+
+class Remembered(model.Noun, frozen=True, kw_only=True):
+    """What a repeated request is answered with: value of key/… and twin/…"""
+
+    tx: str
+    body: str  # SHA-256 of the request's body
+    ids: tuple[model.InstanceId, ...]
+
+
+class Removed(model.Noun, frozen=True, kw_only=True):
+    at_ns: int
+
+
+class Controller(model.Noun, frozen=True, kw_only=True):
+    id: str
+    version: str
+    format: int
+    url: str
+    started_ns: int
+
+
+class Event(model.Noun, frozen=True, kw_only=True):
+    """One line of the cloud's history. `about` is an instance or node id."""
+
+    what: str
+    about: str
+    who: str
+    why: str
+    at_ns: int
+    details: dict[str, str] = {}
+
+
+def instance(id: str) -> str:
+    return INSTANCES + id
+
+
+def script(key: str) -> str:
+    return SCRIPTS + key
+
+
+def output(id: str, stream: str) -> str:
+    return f"{OUTPUTS}{id}/{stream}"
+
+
+def born(id: str) -> str:
+    return BORN + id
+
+
+def idempotency(key: str) -> str:
+    return KEYS + _sha(key)
+
+
+def twin(external_id: str, name: str) -> str:
+    return TWINS + _sha(f"{external_id}\0{name}")
+
+
+def node(id: str) -> str:
+    return NODES + id
+
+
+def session(id: str) -> str:
+    return SESSIONS + id
+
+
+def alive(id: str) -> str:
+    return ALIVE + id
+
+
+def word(id: str) -> str:
+    return WORDS + id
+
+
+def ledger(id: str) -> str:
+    return LEDGERS + id
+
+
+def order(node_id: str, instance_id: str) -> str:
+    return f"{ORDERS}{node_id}/{instance_id}"
+
+
+def removed(id: str) -> str:
+    return REMOVED + id
+
+
+def controller(id: str) -> str:
+    return CONTROLLERS + id
+
+
+def event(at_ns: int, tx: str) -> str:
+    return f"{EVENTS}{at_ns:020d}-{tx}"
+
+
+def nonce(value: str) -> str:
+    return HISTORY + value
+
+
+def tail(key: str) -> str:
+    """The last part of a key: the id it is about."""
+    return key.rsplit("/", 1)[-1]
+
+
+def encode(noun: msgspec.Struct) -> bytes:
+    return msgspec.json.encode(noun)
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

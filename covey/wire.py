@@ -1,0 +1,184 @@
+"""The agents' protocol, version 1: what travels between an agent and any controller (docs/agent-protocol.md).
+
+Every call is a POST below /agent/v1/ with one of these as JSON body, answered in the API's envelope. The caller is
+named by the header ``Authorization: Covey <node id>.<session counter>.<secret>`` (not on join). HTTP status beside 200:
+
+    409  the session is not the newest of this node: start nothing, destroy nothing, join again (safety S7);
+         or `seen` names a view that this store cannot have (safety S22): hold
+    410  the node was removed: hold (safety S12)
+    503  ask another controller; nothing was decided
+
+Each call from a live session renews the node's lease once (safety S8). The agent may believe in its lease until
+(its clock when it sent) + ttl_s − age_s − margin_s.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+from covey import model
+
+LEASE_TTL_S = 30
+LEASE_MARGIN_S = 5
+POLL_LIMIT_S = LEASE_TTL_S / 3  # a poll parks at most a third of the TTL
+HEARTBEAT_S = 5.0
+ACKNOWLEDGE_S = 3.0  # safety S10
+
+
+class Seen(model.Noun, frozen=True, kw_only=True):
+    """The newest view an agent was answered from (safety S18, S22). Revisions compare only within one history."""
+
+    history: str = ""
+    revision: int = 0
+
+
+class LeaseTerms(model.Noun, frozen=True, kw_only=True):
+    """`age_s`: how long before this answer's request arrived the renewal it rests on was sent (0: after)."""
+
+    ttl_s: float = LEASE_TTL_S
+    margin_s: float = LEASE_MARGIN_S
+    age_s: float = 0.0
+
+
+class Join(model.Noun, frozen=True, kw_only=True):
+    """POST join. `secret` is the next session's secret, on the agent's disk before it is sent; `last_secret` that of
+    the last session known. `explicit`: an operator typed `covey join` (needed without the last secret, and then only
+    after the old lease has ended)."""
+
+    host_key: str
+    secret: str
+    facts: model.Facts
+    node: model.NodeId = model.NOWHERE  # "" at the very first join: the controller chooses
+    last_secret: str = ""
+    explicit: bool = False
+    cloud: str = ""  # the cloud the agent belongs to; another one is refused
+
+
+class Joined(model.Noun, frozen=True, kw_only=True):
+    node: model.NodeId
+    session: int
+    cloud: str
+    seen: Seen
+    lease: LeaseTerms
+    heartbeat_s: float
+    registries: tuple[str, ...]  # where this node pulls templates from
+    name: str
+
+
+class Verb(StrEnum):
+    """What the node shall do about one (instance, epoch). Absence from an answer is no order (safety S2)."""
+
+    RUN = "run"  # prepare, obtain launch, boot; or keep running when `launched`
+    STOP = "stop"
+    KEEP = "keep"  # leave it as it is (stopped, or in error for inspection)
+    DESTROY = "destroy"  # explicit order: `decision` says who and why
+
+
+class Wanted(model.Noun, frozen=True, kw_only=True):
+    """One thing this node shall see to. For DESTROY: this epoch and every older one of the instance."""
+
+    instance: model.InstanceId
+    epoch: int
+    verb: Verb
+    launched: bool = False
+    spec: model.Spec | None = None
+    decision: model.Decision | None = None
+    vm_name: str = ""  # name_template expanded
+    acknowledged: bool = False
+
+
+class Ask(model.Noun, frozen=True, kw_only=True):
+    """POST wanted: answered when the node's wanted state differs from the one tagged `tag`, else after `wait_s`."""
+
+    seen: Seen
+    messages: int
+    tag: str = ""
+    wait_s: float = 0.0
+
+
+class WantedState(model.Noun, frozen=True, kw_only=True):
+    """`hold`: launch, place and destroy nothing (the store's history is not the one the agent knows)."""
+
+    seen: Seen
+    tag: str
+    wanted: tuple[Wanted, ...]
+    lease: LeaseTerms
+    heartbeat_s: float = HEARTBEAT_S
+    hold: bool = False
+
+
+class LaunchAsk(model.Noun, frozen=True, kw_only=True):
+    """POST launch: leave to run guest code (safety S1). `nonce`: the same on a repeat of the same request."""
+
+    instance: model.InstanceId
+    epoch: int
+    nonce: str
+    seen: Seen
+    messages: int
+
+
+class Launched(model.Noun, frozen=True, kw_only=True):
+    """`granted` False: start nothing; `why` says. The script's text travels only here, base64."""
+
+    granted: bool
+    lease: LeaseTerms
+    seen: Seen
+    why: str = ""
+    script: str = ""
+
+
+class ReportEvent(StrEnum):
+    ACKNOWLEDGED = "acknowledged"  # the node knows of the placement
+    PROGRESS = "progress"
+    REFUSED = "refused"  # not launched, and this node cannot: place it elsewhere
+    BOOTED = "booted"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    GONE = "gone"  # nothing of it is left: process, overlay, record
+    INFO = "info"  # vminfo changed (an address came)
+
+
+class Item(model.Noun, frozen=True, kw_only=True):
+    """One fact about one VM (safety S3). `seq` grows within (session, instance, epoch)."""
+
+    instance: model.InstanceId
+    epoch: int
+    seq: int
+    event: ReportEvent
+    message: str = ""
+    progress: float = 0.0
+    vm: model.VmInfo | None = None
+    script: model.ScriptResult | None = None
+    stdout: str = ""  # last 64 KiB, base64
+    stderr: str = ""
+
+
+class Report(model.Noun, frozen=True, kw_only=True):
+    """POST report: facts, and the node's word when it changed or 60 s have passed. Empty: a heartbeat."""
+
+    seen: Seen
+    messages: int
+    items: tuple[Item, ...] = ()
+    word: model.Word | None = None
+
+
+class Reported(model.Noun, frozen=True, kw_only=True):
+    """`settled`: indexes of the items that need not be sent again (applied, already known, or not newer)."""
+
+    lease: LeaseTerms
+    seen: Seen
+    settled: tuple[int, ...] = ()
+
+
+class Leave(model.Noun, frozen=True, kw_only=True):
+    """POST leave: the operator typed `covey leave`. Refused while the node still holds claims unless `force`."""
+
+    force: bool = False
+
+
+class Envelope(msgspec.Struct, kw_only=True, omit_defaults=False):
+    """Every answer of every server (api-contract: status, message, body)."""
+
+    status: str = "OK"
+    message: str = ""
+    body: msgspec.Raw | None = None
