@@ -1,0 +1,44 @@
+# Every verb does what it needs first; `make test` is also what CI runs (.ci/run).
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check sim bench docs up lock wheel clean
+
+PYTHON_BIN := .venv/bin/python
+RUN := PATH="$(CURDIR)/.venv/bin:$(CURDIR)/.deps/etcd/usr/bin:$$PATH" $(PYTHON_BIN)
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+setup: ## system tools, .deps/etcd, .venv with covey in it
+	@scripts/setup.sh
+
+demo: setup ## the whole story on this machine: a cloud, a template, a VM, a crash, a second layer, nothing left
+	@$(RUN) scripts/demo.py $(ARGS)
+
+test: setup ## everything CI checks; one part: make test ARGS=unit
+	@$(RUN) scripts/test.py $(ARGS)
+
+check: setup ## style, types, layers, documentation (no tests)
+	@$(RUN) scripts/test.py check
+
+sim: setup ## the simulated cloud over fresh seeds: make sim SEEDS=500
+	@COVEY_SIM_SEEDS="$(or $(SEEDS),200)" $(RUN) scripts/test.py sim
+
+bench: setup ## starts a second, latency, memory; prints tables: make bench ARGS=--quick
+	@$(RUN) bench/starts.py $(ARGS)
+
+docs: setup ## draws the generated pages of docs/reference from the code
+	@$(RUN) scripts/gen_docs.py
+
+up: setup ## a cloud on this machine with synthetic nodes: make up ARGS="--nodes 100"
+	@$(RUN) -m covey up $(ARGS)
+
+lock: ## writes requirements.lock anew from pyproject.toml
+	@$(RUN) -m uv pip compile pyproject.toml --group dev --universal --generate-hashes --no-header -q -o requirements.lock $(ARGS)
+
+wheel: setup ## builds dist/covey-VERSION-py3-none-any.whl
+	@scripts/wheel.sh $(ARGS)
+
+clean: ## removes what make made, except the running cloud's data
+	rm -rf .venv .deps dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
