@@ -3,7 +3,7 @@
 `step` answers with a `Step`, or None when the event has no place in the row: a late "booted" after "terminate" is
 simply not there. What an event means can depend on two facts beside the state: whether this epoch was *launched* (it
 may have run guest code, so it is never placed again, safety S1) and whether any node holds a *claim* for it (else
-nobody would ever say `gone`, safety S13). The picture in docs/lifecycle.md is drawn from `ROWS`.
+nobody would ever say `gone`, safety S13). The picture in docs/reference/lifecycle.md is drawn from `ROWS`.
 """
 
 from enum import StrEnum
@@ -148,5 +148,5 @@ def step(
     return Step(state, replace=target == _REPLACE)
 
 
-# Shown by docs/lifecycle.md and used by listings: states in which an instance may hold a slot on its node.
+# Shown by docs/reference/lifecycle.md and used by listings: states in which an instance may hold a slot on its node.
 LIVING = frozenset(State) - {State.TERMINATED}
