@@ -318,8 +318,12 @@ class Server:
                 return
 
     def _unsent_bytes(self) -> int:
-        transports = [connection.transport for connection in self._web.connections] if self._web else []
+        transports = (connection.transport for connection in self.connections)
         return sum(transport.get_write_buffer_size() for transport in transports if transport is not None)
+
+    @property
+    def connections(self) -> Sequence[web_protocol.RequestHandler]:
+        return self._web.connections if self._web is not None else ()
 
     # ---- frozen (safety S24) ---------------------------------------------------------------------------------------
 
@@ -348,7 +352,7 @@ class Server:
                     sock.accept()[0].close()
             except OSError:  # BlockingIOError: the backlog is empty
                 continue
-        for connection in self._web.connections if self._web else []:
+        for connection in self.connections:
             if isinstance(connection.transport, asyncio.Transport):
                 connection.transport.abort()
 

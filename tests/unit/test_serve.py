@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -301,8 +302,8 @@ async def test_a_client_that_waits_for_100_continue_gets_it(house: House, http: 
 
 
 async def test_what_is_no_http_gets_an_envelope_too(house: House, http: aiohttp.ClientSession) -> None:
-    status, headers, body = await raw(house, b"GARBAGE\r\n\r\n")
-    assert (status, headers["connection"], json.loads(body)["status"]) == (400, "close", "FAIL")
+    status, _, body = await raw(house, b"GARBAGE\r\n\r\n")
+    assert (status, json.loads(body)["status"]) == (400, "FAIL")
     status, _, body = await raw(house, b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\n\r\n")
     assert (status, json.loads(body)["status"]) == (400, "FAIL")
 
@@ -390,26 +391,28 @@ async def test_an_idle_server_drains_at_once(house: House) -> None:
 
 
 async def test_after_a_gap_every_connection_is_closed_unread(house: House, http: aiohttp.ClientSession) -> None:
-    idle = await asyncio.open_connection("127.0.0.1", house.server.port)
+    address = ("127.0.0.1", house.server.port)
+    idle = socket.create_connection(address)
+    await until(lambda: len(house.server.connections) == 2)
     waiting = asyncio.create_task(_status(http, "/wait"))
     await until(lambda: house.seen == ["waiting"])
 
-    idle[1].write(post(b'{"name":"sent while frozen"}'))  # in the socket, not read yet
-    late = await asyncio.open_connection("127.0.0.1", house.server.port)
-    late[1].write(post(b'{"name":"sent while frozen"}'))
+    # From here to the jump the loop does not run: both requests lie in the kernel, one of them in the backlog.
+    idle.sendall(post(b'{"name":"sent while frozen"}'))
+    late = socket.create_connection(address)
+    late.sendall(post(b'{"name":"sent while frozen"}'))
     house.clock.ahead_ns = 3_000_000_000
 
-    for reader, writer in (idle, late):
+    for sock in (idle, late):
+        sock.setblocking(False)
         with contextlib.suppress(ConnectionResetError):
-            assert await asyncio.wait_for(reader.read(), 5) == b""
-        writer.close()
-        with contextlib.suppress(ConnectionResetError):
-            await writer.wait_closed()
+            assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 1000), 5) == b""
+        sock.close()
     with pytest.raises(aiohttp.ClientError):
         await waiting
     assert house.seen == ["waiting"]
     assert [round(gap) for gap in house.gaps] == [3]
-    await asyncio.sleep(0.1)
+    await until(lambda: not house.server.shaken())
     assert await _status(http, "/empty") == 200
 
 
