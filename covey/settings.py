@@ -1,0 +1,246 @@
+"""Settings: flags over environment over file over default, read once into a frozen struct per program.
+
+* ``COVEY_X`` and ``ANKA_X`` mean the same; COVEY wins. An empty variable is an unset one.
+* The file is TOML: ``/etc/covey/covey.toml`` or what ``COVEY_CONFIG`` names. Keys are the settings' names in lower
+  case; those below ``[controller]``, ``[registry]``, ``[agent]``, ``[standalone]`` are for that program alone and win.
+* What cannot be honoured stops the start (`errors.SettingError`, one sentence with the remedy): a malformed value, a
+  feature that is not built. What does no harm is a notice, which the program logs once.
+
+Nothing here reads the environment by itself: it arrives as an argument. The rows are in `settings_table`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from covey import errors, settings_reader, settings_table
+
+Part = settings_table.Part
+Address = settings_reader.Address
+TABLE = settings_table.TABLE
+
+Flags = settings_reader.Flags
+NO_FLAGS: Flags = {}
+
+
+class _Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What every program has. `notices`: sentences to log once at start."""
+
+    failpoints: str
+    log_level: str
+    log_json: bool | None
+    notices: tuple[str, ...]
+
+
+class Controller(_Settings, frozen=True, kw_only=True):
+    """A controller replica. Endpoints of etcd are host:port."""
+
+    listen: settings_reader.Address
+    etcd_endpoints: tuple[str, ...]
+    etcd_request_timeout_s: float
+    etcd_tls: bool
+    etcd_ca_cert: Path | None
+    etcd_cert: Path | None
+    etcd_cert_key: Path | None
+    etcd_username: str
+    etcd_password: str
+    registries: tuple[str, ...]  # those that nodes use
+    local_registries: tuple[str, ...]  # those that the controller itself uses
+    instance_time_out_s: float
+    instance_active_timeout_s: float
+    node_active_timeout_s: float
+    unknown_vm_threshold_s: float
+    graceful_shutdown_timeout_s: float
+    heartbeat_s: float
+    standalone: bool
+    run_registry: bool
+
+
+class Registry(_Settings, frozen=True, kw_only=True):
+    """A registry server."""
+
+    listen: settings_reader.Address
+    base_path: Path
+    graceful_shutdown_timeout_s: float
+
+
+class Agent(_Settings, frozen=True, kw_only=True):
+    """A node's agent, or `nodes` synthetic ones. Everything of it is below `data_dir`/agent."""
+
+    controllers: tuple[str, ...]
+    data_dir: Path
+    hypervisor: str
+    node_name: str  # "": the host's
+    node_ip: str  # "": found out
+    nodes: int  # 0: one ordinary node
+    max_vms: int  # 0: judged by the host
+    qemu_user: str
+    boot_s: float
+    pull_s: float
+    fail_share: float
+    hang_share: float
+    vanish_share: float
+
+
+class Standalone(_Settings, frozen=True, kw_only=True):
+    """The all-in-one service; its children read their own settings from the environment it gives them."""
+
+    listen: settings_reader.Address
+    registry_listen: settings_reader.Address
+    registry_base_path: Path
+    registries: tuple[str, ...]
+    data_dir: Path
+    nodes: int
+    graceful_shutdown_timeout_s: float
+    etcd_binary: str  # "": found on the PATH
+    etcd_name: str
+    listen_client_urls: tuple[str, ...]  # (): a free loopback port
+    advertise_client_urls: tuple[str, ...]
+    listen_peer_urls: tuple[str, ...]
+    initial_advertise_peer_urls: tuple[str, ...]
+    initial_cluster: str
+    initial_cluster_state: str
+    initial_cluster_token: str
+    auto_compaction_mode: str
+    auto_compaction_retention_s: float
+
+
+class Client(_Settings, frozen=True, kw_only=True):
+    """What commands need: whom to talk to."""
+
+    controllers: tuple[str, ...]
+    registries: tuple[str, ...]
+
+
+# ---- the programs' settings ------------------------------------------------------------------------------------
+
+
+def controller(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Controller:
+    """Settings of `covey controller`."""
+    read = settings_reader.Reader(Part.CONTROLLER, environ, flags)
+    endpoints = read.items("ETCD_ENDPOINTS")
+    registries = read.urls("ANKA_REGISTRY")
+    alone = read.switch("STANDALONE")
+    run_registry = read.switch("RUN_REGISTRY")
+    if not (registries or run_registry or read.switch("ALLOW_EMPTY_REGISTRY")):
+        raise errors.SettingError(
+            "ANKA_REGISTRY is not set: name the registry that nodes pull from (COVEY_ANKA_REGISTRY=http://HOST:8089),"
+            " or set COVEY_ALLOW_EMPTY_REGISTRY=true to start without one"
+        )
+    login = read.switch("USE_ETCD_LOGIN")
+    if login and not read.text("ETCD_USERNAME"):
+        raise errors.SettingError("USE_ETCD_LOGIN is true but ETCD_USERNAME is not set")
+    return Controller(
+        listen=read.listen("LISTEN_ADDR"),
+        etcd_endpoints=tuple(settings_reader.host_port(endpoint) for endpoint in endpoints),
+        etcd_request_timeout_s=read.duration("ETCD_REQUEST_TIMEOUT"),
+        etcd_tls=read.switch("USE_ETCD_TLS") or any(endpoint.startswith("https://") for endpoint in endpoints),
+        etcd_ca_cert=read.file("ETCD_CA_CERT"),
+        etcd_cert=read.file("ETCD_CERT"),
+        etcd_cert_key=read.file("ETCD_CERT_KEY"),
+        etcd_username=read.text("ETCD_USERNAME") if login else "",
+        etcd_password=read.text("ETCD_PASSWORD") if login else "",
+        registries=registries,
+        local_registries=read.urls("LOCAL_ANKA_REGISTRY") or registries,
+        instance_time_out_s=read.duration("INSTANCE_TIME_OUT"),
+        instance_active_timeout_s=read.duration("INSTANCE_ACTIVE_TIMEOUT"),
+        node_active_timeout_s=read.duration("NODE_ACTIVE_TIMEOUT"),
+        unknown_vm_threshold_s=float(read.number("UNKNOWN_VM_THRESHOLD")),
+        graceful_shutdown_timeout_s=read.duration("GRACEFUL_SHUTDOWN_TIMEOUT"),
+        heartbeat_s=read.positive("HEARTBEAT"),
+        standalone=alone,
+        run_registry=run_registry,
+        **read.common(),
+    )
+
+
+def registry(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Registry:
+    """Settings of `covey registry`."""
+    read = settings_reader.Reader(Part.REGISTRY, environ, flags)
+    return Registry(
+        listen=read.listen("LISTEN_ADDR"),
+        base_path=read.path("BASE_PATH") or read.data_dir() / "registry",
+        graceful_shutdown_timeout_s=read.duration("GRACEFUL_SHUTDOWN_TIMEOUT"),
+        **read.common(),
+    )
+
+
+def agent(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Agent:
+    """Settings of `covey agent` and `covey join`."""
+    read = settings_reader.Reader(Part.AGENT, environ, flags)
+    nodes = read.number("NODES")
+    hypervisor = read.one_of("HYPERVISOR", ("qemu", "synthetic"))
+    if nodes and hypervisor != "synthetic":
+        raise errors.SettingError("NODES is for synthetic nodes only: add --hypervisor synthetic")
+    return Agent(
+        controllers=read.urls("CONTROLLER"),
+        data_dir=read.data_dir(),
+        hypervisor=hypervisor,
+        node_name=read.text("NODE_NAME"),
+        node_ip=read.text("NODE_IP"),
+        nodes=nodes,
+        max_vms=read.number("MAX_VMS"),
+        qemu_user=read.text("QEMU_USER"),
+        boot_s=read.duration("SYNTHETIC_BOOT"),
+        pull_s=read.duration("SYNTHETIC_PULL"),
+        fail_share=read.share("SYNTHETIC_FAIL"),
+        hang_share=read.share("SYNTHETIC_HANG"),
+        vanish_share=read.share("SYNTHETIC_VANISH"),
+        **read.common(),
+    )
+
+
+def standalone(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Standalone:
+    """Settings of `covey standalone` and `covey up`."""
+    read = settings_reader.Reader(Part.STANDALONE, environ, flags)
+    data_dir = read.data_dir()
+    return Standalone(
+        listen=read.listen("LISTEN_ADDR"),
+        registry_listen=read.listen("REGISTRY_LISTEN_ADDRESS"),
+        registry_base_path=read.path("REGISTRY_BASE_PATH") or data_dir / "registry",
+        registries=read.urls("ANKA_REGISTRY"),
+        data_dir=data_dir,
+        nodes=read.number("NODES"),
+        graceful_shutdown_timeout_s=read.duration("GRACEFUL_SHUTDOWN_TIMEOUT"),
+        etcd_binary=read.text("ETCD_BINARY"),
+        etcd_name=read.text("NAME"),
+        listen_client_urls=read.urls("LISTEN_CLIENT_URLS"),
+        advertise_client_urls=read.urls("ADVERTISE_CLIENT_URLS"),
+        listen_peer_urls=read.urls("LISTEN_PEER_URLS"),
+        initial_advertise_peer_urls=read.urls("INITIAL_ADVERTISE_PEER_URLS"),
+        initial_cluster=read.text("INITIAL_CLUSTER"),
+        initial_cluster_state=read.one_of("INITIAL_CLUSTER_STATE", ("new", "existing")),
+        initial_cluster_token=read.text("INITIAL_CLUSTER_TOKEN"),
+        auto_compaction_mode=read.one_of("AUTO_COMPACTION_MODE", ("periodic",)),
+        auto_compaction_retention_s=_retention_s(read),
+        **read.common(),
+    )
+
+
+def client(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Client:
+    """Settings of all other commands."""
+    read = settings_reader.Reader(Part.CLIENT, environ, flags)
+    return Client(
+        controllers=read.urls("CONTROLLER"),
+        registries=read.urls("REGISTRY"),
+        failpoints="",
+        log_level="warning",
+        log_json=None,
+        notices=(),
+    )
+
+
+_OLDEST_S = 15 * 60  # revisions younger than this are never compacted (safety S28)
+
+
+def _retention_s(read: settings_reader.Reader) -> float:
+    """etcd's own meaning: a bare number counts hours."""
+    text = read.raw("AUTO_COMPACTION_RETENTION")
+    kept_s = int(text) * 3600.0 if text.isdecimal() else read.duration("AUTO_COMPACTION_RETENTION")
+    if kept_s < _OLDEST_S:
+        raise errors.SettingError(
+            f"AUTO_COMPACTION_RETENTION={text} is too short: watches resume from revisions of the last 15 minutes;"
+            " use 15m or more"
+        )
+    return kept_s

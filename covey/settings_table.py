@@ -1,0 +1,283 @@
+"""Every setting of every program, declared once: the table that `settings` reads by and that docs are drawn from.
+
+A row says which programs read the setting, its type, its default as one would write it, one sentence, and other names
+it goes by. ``COVEY_<name>`` and ``ANKA_<name>`` mean the same. Two more columns keep promises:
+
+* `unbuilt`: the feature behind the setting does not exist yet. Any value but the default stops the start with this
+  sentence: nobody shall believe in a protection that is not there.
+* `without_effect`: accepted for the sake of existing deployments; said once in the log.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Part(StrEnum):
+    """A program that reads settings."""
+
+    CONTROLLER = "controller"
+    REGISTRY = "registry"
+    AGENT = "agent"
+    STANDALONE = "standalone"
+    CLIENT = "client"
+
+
+class Kind(StrEnum):
+    """How a value is written."""
+
+    TEXT = "text"
+    SWITCH = "true or false"
+    NUMBER = "whole number"
+    DURATION = "duration"  # Go's: 30s, 2m, 1m30s
+    LIST = "comma separated list"
+    ADDRESS = "[address]:port"
+    URLS = "comma separated URLs"
+    PATH = "path"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row. `default` is what one would write in the environment; "" is unset."""
+
+    name: str
+    parts: tuple[Part, ...]
+    kind: Kind
+    default: str
+    doc: str
+    aliases: tuple[str, ...] = ()
+    unbuilt: str = ""
+    without_effect: str = ""
+    secret: bool = False
+
+
+_C, _R, _A, _S = (Part.CONTROLLER,), (Part.REGISTRY,), (Part.AGENT,), (Part.STANDALONE,)
+_CS, _RS = (Part.CONTROLLER, Part.STANDALONE), (Part.REGISTRY, Part.STANDALONE)
+_SERVERS = (Part.CONTROLLER, Part.REGISTRY, Part.STANDALONE)
+_ALL = (Part.CONTROLLER, Part.REGISTRY, Part.AGENT, Part.STANDALONE)
+_K = Kind
+
+# ---- where programs listen, keep their data and find each other ------------------------------------------------
+
+_PLACES = (
+    Setting(
+        "LISTEN_ADDR",
+        _CS,
+        _K.ADDRESS,
+        "127.0.0.1:8090",
+        "Where the controller listens; port 0 takes a free one.",
+    ),
+    Setting("LISTEN_ADDR", _R, _K.ADDRESS, "127.0.0.1:8089", "Where the registry listens; port 0 takes a free one."),
+    Setting(
+        "ALLOW_ANONYMOUS",
+        _SERVERS,
+        _K.SWITCH,
+        "false",
+        "Listen on an address that other machines reach although nobody has to log in.",
+    ),
+    Setting(
+        "DATA_DIR",
+        (Part.AGENT, Part.REGISTRY, Part.STANDALONE),
+        _K.PATH,
+        "/var/lib/covey as root, else ~/.local/share/covey",
+        "Where everything is kept: etcd below etcd/, the registry below registry/, a node below agent/.",
+    ),
+    Setting("BASE_PATH", _R, _K.PATH, "registry/ in DATA_DIR", "The registry's data directory."),
+    Setting(
+        "ANKA_REGISTRY", _CS, _K.URLS, "", "Registry URLs that nodes pull templates from.", aliases=("NODE_REGISTRY",)
+    ),
+    Setting(
+        "LOCAL_ANKA_REGISTRY",
+        _CS,
+        _K.URLS,
+        "",
+        "Registry URLs that the controller itself uses, when they differ from those of the nodes.",
+    ),
+    Setting(
+        "PUSH_REGISTRY",
+        _CS,
+        _K.URLS,
+        "",
+        "Registry URLs that saved images are pushed to.",
+        unbuilt="saving images is not built yet",
+    ),
+    Setting(
+        "ALLOW_EMPTY_REGISTRY", _CS, _K.SWITCH, "false", "Start a controller although no registry address is given."
+    ),
+    Setting(
+        "CONTROLLER",
+        (Part.AGENT, Part.CLIENT),
+        _K.URLS,
+        "http://127.0.0.1:8090",
+        "Controller URLs that commands and agents talk to.",
+    ),
+    Setting(
+        "REGISTRY",
+        (Part.CLIENT,),
+        _K.URLS,
+        "http://127.0.0.1:8089",
+        "Registry URLs that template commands talk to.",
+    ),
+    Setting("FAILPOINTS", _ALL, _K.TEXT, "", "For tests: name=action[,…] places where the program crashes on purpose."),
+    Setting("LOG_LEVEL", _ALL, _K.TEXT, "info", "debug, info, warning or error."),
+    Setting("LOG_JSON", _ALL, _K.TEXT, "auto", "true, false or auto: JSON lines unless stderr is a terminal."),
+)
+
+# ---- etcd, as a controller sees it -----------------------------------------------------------------------------
+
+_ETCD = (
+    Setting("ETCD_ENDPOINTS", _C, _K.LIST, "127.0.0.1:2379", "etcd's client addresses, with or without scheme."),
+    Setting(
+        "ETCD_REQUEST_TIMEOUT", _CS, _K.DURATION, "20s", "How long one request to etcd may take, fail-over included."
+    ),
+    Setting("USE_ETCD_TLS", _C, _K.SWITCH, "false", "Talk TLS to etcd (also when its endpoints say https)."),
+    Setting("ETCD_CA_CERT", _C, _K.PATH, "", "The authority that signed etcd's certificates, PEM."),
+    Setting("ETCD_CERT", _C, _K.PATH, "", "The client certificate shown to etcd, PEM."),
+    Setting("ETCD_CERT_KEY", _C, _K.PATH, "", "Its private key, PEM."),
+    Setting(
+        "SKIP_ETCD_TLS_VERIFICATION",
+        _C,
+        _K.SWITCH,
+        "false",
+        "Believe any certificate of etcd.",
+        unbuilt="etcd's certificate is always verified; name its authority in ETCD_CA_CERT",
+    ),
+    Setting("USE_ETCD_LOGIN", _C, _K.SWITCH, "false", "Log in to etcd with name and password."),
+    Setting("ETCD_USERNAME", _C, _K.TEXT, "", "The name."),
+    Setting("ETCD_PASSWORD", _C, _K.TEXT, "", "The password.", secret=True),
+)
+
+# ---- times that users notice -----------------------------------------------------------------------------------
+
+_TIMES = (
+    Setting("INSTANCE_TIME_OUT", _CS, _K.DURATION, "1m", "How long a terminated instance is still listed."),
+    Setting(
+        "INSTANCE_ACTIVE_TIMEOUT",
+        _CS,
+        _K.DURATION,
+        "2m",
+        "After this long without word from its node an instance is shown as not communicating.",
+    ),
+    Setting("NODE_ACTIVE_TIMEOUT", _CS, _K.DURATION, "2m", "After this long without word a node is shown as Offline."),
+    Setting(
+        "UNKNOWN_VM_THRESHOLD",
+        _CS,
+        _K.NUMBER,
+        "150",
+        "Seconds after which a VM that no instance wants is ordered to be destroyed.",
+    ),
+    Setting(
+        "GRACEFUL_SHUTDOWN_TIMEOUT", _SERVERS, _K.DURATION, "10s", "How long requests in flight may take at shutdown."
+    ),
+    Setting("HEARTBEAT", _CS, _K.DURATION, "5s", "How often agents send a sign of life."),
+    Setting(
+        "VM_LIST_CACHE_TTL",
+        _SERVERS,
+        _K.DURATION,
+        "30s",
+        "The product's template list cache.",
+        without_effect="template lists are always fresh",
+    ),
+)
+
+# ---- the all-in-one service ------------------------------------------------------------------------------------
+
+_STANDALONE = (
+    Setting(
+        "STANDALONE", _C, _K.SWITCH, "false", "`covey controller` runs its own etcd beside it.", aliases=("STANDLONE",)
+    ),
+    Setting("RUN_REGISTRY", _C, _K.SWITCH, "false", "`covey controller` runs a registry beside it."),
+    Setting("REGISTRY_LISTEN_ADDRESS", _S, _K.ADDRESS, "127.0.0.1:8089", "Where the built-in registry listens."),
+    Setting("REGISTRY_BASE_PATH", _S, _K.PATH, "registry/ in DATA_DIR", "The built-in registry's data directory."),
+    Setting("ETCD_BINARY", _S, _K.PATH, "etcd on the PATH", "The etcd program to run."),
+    Setting("NAME", _S, _K.TEXT, "anka-etcd", "The built-in etcd's member name."),
+    Setting("LISTEN_CLIENT_URLS", _S, _K.URLS, "a free loopback port", "Where the built-in etcd serves clients."),
+    Setting("ADVERTISE_CLIENT_URLS", _S, _K.URLS, "LISTEN_CLIENT_URLS", "What it tells clients."),
+    Setting("LISTEN_PEER_URLS", _S, _K.URLS, "a free loopback port", "Where the built-in etcd serves its peers."),
+    Setting("INITIAL_ADVERTISE_PEER_URLS", _S, _K.URLS, "LISTEN_PEER_URLS", "What it tells its peers."),
+    Setting("INITIAL_CLUSTER", _S, _K.TEXT, "itself alone", "etcd's initial-cluster."),
+    Setting("INITIAL_CLUSTER_STATE", _S, _K.TEXT, "new", "etcd's initial-cluster-state: new or existing."),
+    Setting("INITIAL_CLUSTER_TOKEN", _S, _K.TEXT, "covey", "etcd's initial-cluster-token."),
+    Setting(
+        "AUTO_COMPACTION_MODE", _S, _K.TEXT, "periodic", "etcd's auto-compaction-mode; only periodic keeps a time."
+    ),
+    Setting(
+        "AUTO_COMPACTION_RETENTION",
+        _S,
+        _K.DURATION,
+        "30m",
+        "How long etcd keeps old revisions; at least 15m, because watches resume from them.",
+    ),
+    Setting("NODES", (Part.STANDALONE, Part.AGENT), _K.NUMBER, "0", "How many synthetic nodes to run in this process."),
+    Setting(
+        "DEFRAG_DB_INTERVAL",
+        _S,
+        _K.DURATION,
+        "0s",
+        "How often etcd's file is defragmented; 0 is never.",
+        unbuilt="scheduled defragmentation is not built yet",
+    ),
+)
+
+# ---- a node ----------------------------------------------------------------------------------------------------
+
+_AGENT = (
+    Setting("HYPERVISOR", _A, _K.TEXT, "qemu", "What runs the VMs: qemu or synthetic."),
+    Setting("NODE_NAME", _A, _K.TEXT, "the host's name", "The node's name."),
+    Setting("NODE_IP", _A, _K.TEXT, "the address it reaches the controller from", "Where forwarded ports listen."),
+    Setting("MAX_VMS", _A, _K.NUMBER, "0", "VMs that this node takes at once; 0 lets the agent judge by the host."),
+    Setting("QEMU_USER", _A, _K.TEXT, "covey-vm", "The user that QEMU runs as when the agent is root."),
+    Setting("SYNTHETIC_BOOT", _A, _K.DURATION, "0s", "Synthetic VMs: how long a boot takes."),
+    Setting("SYNTHETIC_PULL", _A, _K.DURATION, "0s", "Synthetic VMs: how long preparing the disks takes."),
+    Setting("SYNTHETIC_FAIL", _A, _K.TEXT, "0", "Synthetic VMs: the share of boots that fail, 0 to 1."),
+    Setting("SYNTHETIC_HANG", _A, _K.TEXT, "0", "Synthetic VMs: the share of boots that never end, 0 to 1."),
+    Setting(
+        "SYNTHETIC_VANISH", _A, _K.TEXT, "0", "Synthetic VMs: the share of running VMs that end by themselves, 0 to 1."
+    ),
+)
+
+# ---- named by existing deployments, not built or without effect ------------------------------------------------
+
+_AUTH = "authentication is not built yet"
+_TLS = "TLS on Covey's own listeners is not built yet; put a TLS proxy before it"
+_METRICS = "metrics are not built yet"
+_S3 = "the S3 backend is not built yet"
+_FOLDER = "Covey keeps all data of the registry below BASE_PATH"
+
+
+def _unbuilt(names: str, kind: Kind, why: str, parts: tuple[Part, ...] = _SERVERS) -> tuple[Setting, ...]:
+    default = "false" if kind is Kind.SWITCH else ""
+    return tuple(Setting(name, parts, kind, default, f"Not built: {why}.", unbuilt=why) for name in names.split())
+
+
+_LATER = (
+    *_unbuilt("ENABLE_AUTH ENABLE_API_KEYS ENABLE_INGRESS_NGINX OIDC_USER_INFO", _K.SWITCH, _AUTH),
+    Setting("ROOT_TOKEN", _SERVERS, _K.TEXT, "", f"Not built: {_AUTH}.", unbuilt=_AUTH, secret=True),
+    Setting("API_KEYS_SESSION_TTL", _SERVERS, _K.DURATION, "5m", f"Not built: {_AUTH}.", unbuilt=_AUTH),
+    Setting("OIDC_CLIENT_SECRET", _SERVERS, _K.TEXT, "", f"Not built: {_AUTH}.", unbuilt=_AUTH, secret=True),
+    *_unbuilt("OIDC_PROVIDER_URL OIDC_CLIENT_ID OIDC_DISPLAY_NAME OIDC_SCOPES", _K.TEXT, _AUTH),
+    Setting("OIDC_GROUPS_CLAIM", _SERVERS, _K.TEXT, "groups", f"Not built: {_AUTH}.", unbuilt=_AUTH),
+    Setting("OIDC_USERNAME_CLAIM", _SERVERS, _K.TEXT, "name", f"Not built: {_AUTH}.", unbuilt=_AUTH),
+    *_unbuilt("USE_HTTPS SKIP_TLS_VERIFICATION", _K.SWITCH, _TLS),
+    *_unbuilt("SERVER_CERT SERVER_KEY CRL", _K.PATH, _TLS),
+    *_unbuilt("MIN_TLS_VERSION MAX_TLS_VERSION CIPHER_SUITES", _K.TEXT, _TLS),
+    Setting("CA_CERT", _SERVERS, _K.PATH, "", f"Not built: {_AUTH}.", aliases=("ROOT_CERT",), unbuilt=_AUTH),
+    *_unbuilt("ENABLE_METRICS", _K.SWITCH, _METRICS),
+    Setting("METRICS_PORT", _SERVERS, _K.NUMBER, "2112", f"Not built: {_METRICS}.", unbuilt=_METRICS),
+    Setting("METRICS_PATH", _SERVERS, _K.TEXT, "/metrics", f"Not built: {_METRICS}.", unbuilt=_METRICS),
+    Setting("BACKEND_TYPE", _RS, _K.TEXT, "disk", "Where the registry keeps blobs; only disk is built.", unbuilt=_S3),
+    *_unbuilt("BACKEND_S3_BUCKET BACKEND_S3_UPLOAD_PART_SIZE BACKEND_S3_UPLOAD_CONCURRENCY", _K.TEXT, _S3, _RS),
+    *_unbuilt("BACKEND_S3_USE_PATH_STYLE BACKEND_S3_SKIP_TLS_VERIFICATION", _K.SWITCH, _S3, _RS),
+    *_unbuilt("ENABLE_CENTRAL_LOGGING", _K.SWITCH, "central logging is not built yet; each program logs to stderr"),
+    *_unbuilt("LOG_DIR", _K.PATH, "log files are not built yet; each program logs to stderr"),
+    *_unbuilt("QUEUE_ADDR", _K.TEXT, "the product's queue address has no counterpart; agents use LISTEN_ADDR"),
+    *(
+        Setting(name, _RS, _K.PATH, "", "The product's folder.", without_effect=_FOLDER)
+        for name in ("IMAGE_DIR_PATH", "STATE_FILE_DIR_PATH", "VM_DIR_PATH")
+    ),
+)
+
+TABLE: tuple[Setting, ...] = (*_PLACES, *_ETCD, *_TIMES, *_STANDALONE, *_AGENT, *_LATER)
+
+# Read elsewhere than through a table row: where the settings file is.
+CONFIG = "CONFIG"
+CONFIG_DEFAULT = "/etc/covey/covey.toml"
