@@ -196,3 +196,18 @@ def equals(key: str, value: bytes) -> Compare:
 def prefix_end(prefix: str) -> str:
     """The end of the range of all keys that start with `prefix` (which ends in an ASCII character)."""
     return prefix[:-1] + chr(ord(prefix[-1]) + 1)
+
+
+def within(key: str, start: str, end: str) -> bool:
+    """Whether `key` lies in [start, end) in the order of bytes; only `start` itself when `end` is empty."""
+    if not end:
+        return key == start
+    return to_bytes(start) <= to_bytes(key) and (end == EVERYTHING or to_bytes(key) < to_bytes(end))
+
+
+def to_bytes(key: str) -> bytes:
+    return key.encode("utf-8", "surrogateescape")
+
+
+def to_text(key: bytes) -> str:
+    return key.decode("utf-8", "surrogateescape")

@@ -1,0 +1,69 @@
+"""What a transaction may hold: etcd's limits, kept by every store so that all refuse the same.
+
+    etcd counts per level   max(compares, then, otherwise) ≤ 128 − what the levels above it took   (--max-txn-ops)
+    and per request         1.5 MiB                                                                (--max-request-bytes)
+
+A `base.Txn` with more writes than one level takes is sent as one level of chunks (`chunk_ops`): its compares stay
+outside and guard all of them. That makes room for some 120 compares and about a thousand writes.
+"""
+
+from collections.abc import Sequence
+
+from covey import errors
+from covey.store import base
+
+MAX_OPS = 128  # etcd's default of --max-txn-ops
+MAX_BYTES = 1_500_000  # etcd's default of --max-request-bytes is 1,572,864; the rest is for its own envelope
+
+
+def check(txn: base.Txn) -> None:
+    """Raise Rejected when no store takes `txn`."""
+    if any(not item.key for item in (*txn.compares, *txn.then, *txn.otherwise)):
+        raise errors.Rejected("a key is empty")
+    if len(txn.compares) > MAX_OPS:
+        raise errors.Rejected(f"{len(txn.compares)} compares in one transaction; {MAX_OPS} are the limit")
+    size = size_bytes(txn)
+    if size > MAX_BYTES:
+        raise errors.Rejected(f"the transaction has {size} bytes; {MAX_BYTES} are the limit")
+    for branch in (txn.then, txn.otherwise):
+        chunk_ops(len(txn.compares), branch)
+        _check_written_once(branch)
+
+
+def chunk_ops(compares: int, ops: Sequence[base.Op]) -> int:
+    """How many of `ops` travel in one chunk; 0 when they fit without chunks. Raises Rejected when nothing fits."""
+    if len(ops) <= MAX_OPS:
+        return 0
+    for chunks in range(2, MAX_OPS):
+        room = MAX_OPS - max(chunks, compares)
+        if chunks * room >= len(ops):
+            return room
+    raise errors.Rejected(f"{len(ops)} operations beside {compares} compares are too many for one transaction")
+
+
+def size_bytes(txn: base.Txn) -> int:
+    """An upper estimate of the transaction's size on the wire."""
+    return sum(_size(item) for item in (*txn.compares, *txn.then, *txn.otherwise)) + 64
+
+
+def _size(item: base.Compare | base.Op) -> int:
+    size = len(item.key) + 48 if item.key.isascii() else len(base.to_bytes(item.key)) + 48
+    if isinstance(item, base.Put | base.Compare):
+        size += len(item.value)
+    elif isinstance(item, base.Delete):
+        size += len(base.to_bytes(item.end))
+    return size
+
+
+def _check_written_once(branch: Sequence[base.Op]) -> None:
+    put: set[str] = set()
+    for op in branch:
+        if isinstance(op, base.Put):
+            if op.key in put:
+                raise errors.Rejected(f"duplicate key in one transaction: {op.key}")
+            put.add(op.key)
+    for op in branch:
+        if isinstance(op, base.Delete):
+            hit = next((key for key in put if base.within(key, op.key, op.end)), None) if op.end else op.key
+            if hit in put:
+                raise errors.Rejected(f"duplicate key in one transaction: {hit}")
