@@ -147,7 +147,7 @@ adopt_pip_settings() {
     done < <("$venv/bin/python" -m pip config list 2>/dev/null)
     # Several indexes are equal here: every file is pinned by its hash, so none can slip another file in.
     export UV_INDEX_STRATEGY="${UV_INDEX_STRATEGY:-unsafe-best-match}"
-    export UV_NATIVE_TLS="${UV_NATIVE_TLS:-true}" UV_LINK_MODE="${UV_LINK_MODE:-copy}" UV_NO_PROGRESS=1
+    export UV_SYSTEM_CERTS="${UV_SYSTEM_CERTS:-true}" UV_LINK_MODE="${UV_LINK_MODE:-copy}" UV_NO_PROGRESS=1
     export UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-120}" PIP_DISABLE_PIP_VERSION_CHECK=1
 }
 

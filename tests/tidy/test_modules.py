@@ -1,0 +1,95 @@
+"""How the code looks, as far as a program can tell (CONTRIBUTING.md)."""
+
+import ast
+import re
+from pathlib import Path
+
+from tests.tidy import repo
+
+MODULE_AIM, MODULE_LIMIT = 400, 600
+FUNCTION_AIM, FUNCTION_LIMIT = 35, 90
+
+
+def test_every_module_says_its_theory_first() -> None:
+    silent = [
+        str(path) for path, text, tree in repo.product() if text.strip() and len(ast.get_docstring(tree) or "") < 20
+    ]
+    assert not silent
+
+
+def test_modules_stay_readable() -> None:
+    lengths = sorted(((text.count("\n"), str(path)) for path, text, _tree in repo.product()), reverse=True)
+    for length, path in lengths:
+        if length > MODULE_AIM:
+            print(f"{path} has {length} lines (aim: {MODULE_AIM})")  # noqa: T201  (shown by pytest -rP)
+    assert [path for length, path in lengths if length > MODULE_LIMIT] == []
+
+
+def test_functions_fit_the_screen() -> None:
+    lengths = sorted(
+        (
+            ((node.end_lineno or node.lineno) - node.lineno + 1, f"{path}:{node.lineno} {node.name}")
+            for path, _text, tree in repo.product()
+            for node in repo.functions(tree)
+        ),
+        reverse=True,
+    )
+    for length, name in lengths:
+        if length > FUNCTION_AIM:
+            print(f"{name} has {length} lines (aim: {FUNCTION_AIM})")  # noqa: T201  (shown by pytest -rP)
+    assert [name for length, name in lengths if length > FUNCTION_LIMIT] == []
+
+
+def test_names_are_the_domains() -> None:
+    empty_word = re.compile(r"(Manager|Helper|Helpers|Utils|Util)$", re.IGNORECASE)
+    classes = [
+        f"{path}: {node.name}"
+        for path, _text, tree in repo.product()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and empty_word.search(node.name)
+    ]
+    modules = [str(path) for path, _text, _tree in repo.product() if empty_word.search(path.stem)]
+    assert classes + modules == []
+
+
+def test_modules_are_imported_not_names() -> None:
+    """`from covey.store import base`, never `from covey.store.base import Txn`; and no relative imports."""
+    wrong = []
+    for path, _text, tree in repo.product():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            if node.level:
+                wrong.append(f"{path}:{node.lineno} imports relatively")
+            elif node.module and node.module.split(".")[0] == "covey":
+                wrong += [f"{path}:{node.lineno} {n.name}" for n in node.names if not _is_module(node.module, n.name)]
+    assert not wrong
+
+
+def _is_module(package: str, name: str) -> bool:
+    place = repo.ROOT / Path(*package.split("."))
+    return (place / f"{name}.py").exists() or (place / name / "__init__.py").exists()
+
+
+def test_only_the_composition_roots_read_the_environment() -> None:
+    """Settings are declared once and read once. (To hand the whole environment to a child is no reading.)"""
+    wrong = [
+        f"{path}:{node.lineno}"
+        for path, _text, tree in repo.product()
+        if str(path) != "covey/settings.py" and path.parts[1] not in ("cli", "up.py")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call | ast.Subscript) and _reads_environment(node)
+    ]
+    assert not wrong
+
+
+def _reads_environment(node: ast.Call | ast.Subscript) -> bool:
+    what = ast.unparse(node.func if isinstance(node, ast.Call) else node.value)
+    return what in ("os.environ", "os.environ.get", "os.getenv")
+
+
+def test_no_test_replaces_insides() -> None:
+    """Clock, randomness, store and hypervisor are arguments; nothing needs to be patched."""
+    patch = re.compile(r"\bmock\." r"patch|monkeypatch\.setattr\(")
+    found = [str(path) for path, text in repo.texts(suffix=".py") if path.parts[0] == "tests" and patch.search(text)]
+    assert [name for name in found if name != "tests/tidy/test_modules.py"] == []
