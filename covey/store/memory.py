@@ -79,8 +79,10 @@ class Memory:
             while wanted <= data.revision:
                 if wanted < data.compacted:
                     raise errors.Compacted(data.compacted)
-                batch = data.log[wanted]
+                batch = data.log.get(wanted, base.Batch(wanted, ()))  # revision 1 is the empty store
                 wanted += 1
+                if not batch.changes:
+                    continue
                 if key == end == base.EVERYTHING:
                     yield batch
                 elif changes := tuple(change for change in batch.changes if base.within(change.key, key, end)):
