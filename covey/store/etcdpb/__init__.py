@@ -1,0 +1,1 @@
+"""Messages of etcd's v3 API: etcd.proto, and what scripts/gen_etcdpb.py made of it."""
