@@ -31,7 +31,7 @@ docs: setup ## draws the generated pages of docs/reference from the code
 	@$(RUN) scripts/gen_docs.py
 
 up: setup ## a cloud on this machine with synthetic nodes: make up ARGS="--nodes 100"
-	@$(RUN) -m covey up $(ARGS)
+	@.venv/bin/covey up $(ARGS)
 
 lock: ## writes requirements.lock anew from pyproject.toml
 	@$(RUN) -m uv pip compile pyproject.toml --group dev --universal --generate-hashes --no-header -q -o requirements.lock $(ARGS)

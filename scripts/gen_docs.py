@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from covey import lifecycle, model
+from covey import lifecycle, model, settings_table
 from covey.store import schema
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,9 +117,55 @@ def keys_page() -> str:
     return "\n".join(lines)
 
 
+def settings_page() -> str:
+    lines = [
+        DRAWN.format(source="covey/settings_table.py"),
+        "# Settings",
+        "",
+        "A flag wins over the environment, the environment over the file, the file over the default.",
+        "",
+        "* `COVEY_X` and `ANKA_X` mean the same; `COVEY_X` wins. An empty variable is an unset one.",
+        "* The file is `/etc/covey/covey.toml`, or what `COVEY_CONFIG` names. Keys are the names below in lower case;",
+        "  what stands below `[controller]`, `[registry]`, `[agent]` or `[standalone]` is for that program alone.",
+        "* Durations are written as Go writes them: `30s`, `2m`, `1m30s`. Lists are separated by commas.",
+        "* A setting whose feature does not exist yet stops the start with one sentence, unless it has its default:",
+        "  nobody shall believe in a protection that is not there.",
+    ]
+    for part in settings_table.Part:
+        rows = [row for row in settings_table.TABLE if part in row.parts]
+        lines += ["", f"## {_TITLES[part]}", "", "| name | value | default | meaning |", "|---|---|---|---|"]
+        lines += [f"| `{row.name}` | {row.kind} | {_default(row)} | {_meaning(row)} |" for row in rows]
+    return "\n".join([*lines, ""])
+
+
+_TITLES = {
+    settings_table.Part.CONTROLLER: "`covey controller`",
+    settings_table.Part.REGISTRY: "`covey registry`",
+    settings_table.Part.AGENT: "`covey agent` and `covey join`",
+    settings_table.Part.STANDALONE: "`covey standalone` and `covey up`",
+    settings_table.Part.CLIENT: "All other commands",
+}
+
+
+def _default(row: settings_table.Setting) -> str:
+    return f"`{row.default}`" if row.default else "–"
+
+
+def _meaning(row: settings_table.Setting) -> str:
+    text = row.doc
+    if row.aliases:
+        text += " Also: " + ", ".join(f"`{alias}`" for alias in row.aliases) + "."
+    if row.unbuilt:
+        text += f" **Stops the start:** {row.unbuilt}."
+    if row.without_effect:
+        text += f" Without effect: {row.without_effect}."
+    return text.replace("|", "\\|")
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "lifecycle.md": lifecycle_page,
     "keys.md": keys_page,
+    "settings.md": settings_page,
 }
 
 
