@@ -393,7 +393,7 @@ async def test_an_idle_server_drains_at_once(house: House) -> None:
 async def test_after_a_gap_every_connection_is_closed_unread(house: House, http: aiohttp.ClientSession) -> None:
     address = ("127.0.0.1", house.server.port)
     idle = socket.create_connection(address)
-    await until(lambda: len(house.server.connections) == 2)
+    await until(lambda: len(house.server.connections) == 1)
     waiting = asyncio.create_task(_status(http, "/wait"))
     await until(lambda: house.seen == ["waiting"])
 
