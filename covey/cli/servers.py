@@ -1,0 +1,140 @@
+"""The programs that stay: `covey controller`, `registry`, `agent`, `standalone` and `up`.
+
+Each reads its settings once, sets up logging, runs in the foreground until SIGTERM or Ctrl-C, and ends with 0. What
+stops a start is one line and exit code 1.
+"""
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated, Protocol
+
+import typer
+
+from covey import settings_table
+from covey.cli import flags, out
+
+if TYPE_CHECKING:
+    from covey import settings
+
+Part = settings_table.Part
+
+
+class _Program(Protocol):
+    """A program that listens or works between `start` and `stop`."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> object: ...
+
+
+@flags.of(Part.CONTROLLER)
+def controller(flags: flags.Flags) -> None:
+    """Run one controller. Any number of them on one etcd are equal."""
+    from covey import settings
+
+    chosen = settings.controller(os.environ, flags)
+    if chosen.standalone or chosen.run_registry:
+        _standalone(flags, etcd=chosen.standalone, registry=chosen.run_registry)
+        return
+    _begin(chosen)
+    from covey import world
+    from covey.controller import replica
+
+    _run(lambda: replica.Replica(chosen, world.System()), quick=True)
+
+
+@flags.of(Part.REGISTRY)
+def registry(flags: flags.Flags) -> None:
+    """Run one registry. Any number of them may share one BASE_PATH."""
+    from covey import settings, world
+
+    chosen = settings.registry(os.environ, flags)
+    _begin(chosen)
+    from covey.registry import service
+
+    config = service.Config(
+        base_path=chosen.base_path,
+        host=chosen.listen.host,
+        port=chosen.listen.port,
+        grace_s=chosen.graceful_shutdown_timeout_s,
+    )
+    _run(lambda: service.Registry(config, world.System()), quick=False)
+
+
+@flags.of(Part.STANDALONE, without=frozenset({"NODES"}))
+def standalone(flags: flags.Flags) -> None:
+    """Run etcd, a controller and a registry in one process tree."""
+    _standalone(flags)
+
+
+@flags.of(Part.STANDALONE, without=frozenset({"NODES"}))
+def up(
+    flags: flags.Flags,
+    nodes: Annotated[int, typer.Option(help="How many synthetic nodes.", min=0, max=10_000)] = 5,
+) -> None:
+    """Run a whole cloud with synthetic nodes, to try things out."""
+    _standalone({**flags, "NODES": nodes})
+
+
+def _standalone(given: flags.Flags, *, etcd: bool = True, registry: bool = True) -> None:
+    from covey import settings
+    from covey import up as whole
+
+    chosen = settings.standalone(os.environ, given)
+    _begin(chosen)
+    environ = {**os.environ, **flags.environment(given)}
+    asyncio.run(whole.run(chosen, environ, out.say, etcd=etcd, registry=registry))
+
+
+def _begin(chosen: "settings.Controller | settings.Registry | settings.Agent | settings.Standalone") -> None:
+    """Logging and failpoints as set, then what the settings have to say."""
+    from covey import failpoint, observe
+
+    observe.configure(json=chosen.log_json, level=chosen.log_level)
+    failpoint.arm(chosen.failpoints)
+    log = observe.log("settings")
+    for notice in chosen.notices:
+        log.warning(notice)
+
+
+def _run(make: Callable[[], _Program], *, quick: bool) -> None:
+    """Start, wait for a signal, stop. `quick`: on uvloop, which has no sendfile but is faster at small requests."""
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        program = make()
+        try:
+            await _unless(program.start(), stop)
+            await stop.wait()
+        finally:
+            await program.stop()
+
+    if quick:
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(main())
+    else:
+        asyncio.run(main())
+
+
+async def _unless(starting: Awaitable[None], stop: asyncio.Event) -> None:
+    """Start, but give it up when the signal comes first."""
+    work = asyncio.ensure_future(starting)
+    signalled = asyncio.create_task(stop.wait())
+    await asyncio.wait((work, signalled), return_when=asyncio.FIRST_COMPLETED)
+    signalled.cancel()
+    if not work.done():
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        return
+    await work
+
+
+def add(app: typer.Typer) -> None:
+    for command in (standalone, up, controller, registry):
+        app.command()(command)

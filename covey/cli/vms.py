@@ -1,0 +1,228 @@
+"""`covey vm …`: start, look at and terminate instances."""
+
+import asyncio
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from covey import errors
+from covey.cli import flags, out
+
+if TYPE_CHECKING:
+    from covey.client import controller as controller_client
+
+app = typer.Typer(help="Instances: VMs asked for by users.", no_args_is_help=True)
+
+_SCRIPT_LIMIT_BYTES = 256 * 1024
+
+
+@app.command()
+def start(
+    template: Annotated[str, typer.Argument(help="A template's name or id.")],
+    tag: Annotated[str, typer.Option(help="Which tag; the latest if not given.")] = "",
+    count: Annotated[int, typer.Option(help="How many, 1 to 100: all or none.")] = 1,
+    script: Annotated[Path | None, typer.Option(help="A start script to run in each VM.")] = None,
+    monitor: Annotated[
+        bool, typer.Option("--monitor", help="A script that fails turns the instance to Error.")
+    ] = False,
+    external_id: Annotated[str, typer.Option(help="Your own id of what this is for.")] = "",
+    name: Annotated[str, typer.Option(help="A name.")] = "",
+    wait: Annotated[float, typer.Option(metavar="S", help="Wait up to S seconds until all are started.")] = 0.0,
+    controller: flags.Controller = None,
+    json: flags.Json = False,
+) -> None:
+    """Start instances from a template."""
+    from covey.client import controller as controller_client
+
+    async def run() -> tuple[list[str], dict[str, controller_client.Instance]]:
+        async with flags.connect(controller) as cloud:
+            ids = await cloud.start(
+                controller_client.Start(
+                    vmid=await cloud.template_id(template),
+                    tag=tag,
+                    count=count,
+                    external_id=external_id,
+                    name=name,
+                    startup_script=_script_text(script),
+                    script_monitoring=monitor,
+                )
+            )
+            if not json:
+                for id in ids:
+                    out.say(id)
+            if not wait:
+                return ids, {}
+            with out.progress(f"Starting {len(ids)}") as bar:
+                return ids, await cloud.wait_until_settled(ids, wait, lambda seen: _watch(bar, ids, seen))
+
+    ids, seen = asyncio.run(run())
+    if json:
+        out.as_json({"instances": ids, "vms": [seen[id] for id in ids]} if seen else {"instances": ids})
+    elif seen:
+        for id in ids:
+            out.say(_line(seen[id]))
+    _judge(ids, seen, wait)
+
+
+@app.command("list")
+def list_(controller: flags.Controller = None, json: flags.Json = False) -> None:
+    """List all instances."""
+
+    async def run() -> "list[controller_client.Instance]":
+        async with flags.connect(controller) as cloud:
+            return await cloud.instances()
+
+    found = asyncio.run(run())
+    if json:
+        out.as_json(found)
+        return
+    columns = ("instance", "state", "template", "tag", "node", "ip", "ports", "message")
+    out.table(columns, [_row(one) for one in sorted(found, key=lambda one: one.cr_time)])
+
+
+@app.command()
+def show(
+    instance: Annotated[str, typer.Argument(help="An instance's id.")],
+    controller: flags.Controller = None,
+    json: flags.Json = False,
+) -> None:
+    """Show one instance."""
+    one = asyncio.run(_instance(instance, controller))
+    if json:
+        out.as_json(one)
+        return
+    vm = one.vminfo
+    pairs = [
+        ("instance", one.instance_id),
+        ("state", one.instance_state),
+        ("message", one.message),
+        ("template", one.vmid),
+        ("tag", one.tag),
+        ("name", one.name),
+        ("external id", one.external_id),
+        ("node", one.node_id),
+        ("created", one.cr_time),
+        ("changed", one.ts),
+    ]
+    if vm is not None:
+        pairs += [
+            ("vm", vm.name),
+            ("ip", vm.ip),
+            ("host", vm.host_ip),
+            ("ports", _ports(one)),
+            ("vnc", vm.vnc_connection_string),
+        ]
+    if one.startup_script is not None:
+        pairs.append(("script ended with", str(one.startup_script.return_code)))
+    out.fields(pairs)
+
+
+@app.command()
+def terminate(
+    instances: Annotated[list[str], typer.Argument(help="Ids of instances.")],
+    controller: flags.Controller = None,
+    json: flags.Json = False,
+) -> None:
+    """Terminate instances."""
+
+    async def run() -> list[tuple[str, str]]:
+        failed = []
+        async with flags.connect(controller) as cloud:
+            for id in instances:
+                try:
+                    await cloud.terminate(id)
+                except errors.Refused as error:
+                    failed.append((id, str(error)))
+        return failed
+
+    failed = asyncio.run(run())
+    done = [id for id in instances if id not in dict(failed)]
+    if json:
+        out.as_json({"terminated": done, "failed": dict(failed)})
+    else:
+        for id in done:
+            out.say(f"{id} terminating")
+    if failed:
+        raise errors.Refused("; ".join(f"{id}: {why}" for id, why in failed))
+
+
+@app.command()
+def logs(
+    instance: Annotated[str, typer.Argument(help="An instance's id.")],
+    controller: flags.Controller = None,
+    json: flags.Json = False,
+) -> None:
+    """Print what the instance's start script wrote: the last 64 KiB of each stream."""
+    one = asyncio.run(_instance(instance, controller))
+    result = one.startup_script
+    if result is None:
+        raise errors.Refused(
+            f"nothing is known of a start script of {instance} (it is {one.instance_state}): "
+            "output is kept for monitored scripts once they ended; start with --script FILE --monitor"
+        )
+    if json:
+        out.as_json(result)
+        return
+    for text, err in ((result.stdout, False), (result.stderr, True), (result.errors, True)):
+        if text:
+            typer.echo(_decoded(text), err=err, nl=not _decoded(text).endswith("\n"))
+    out.note("the script timed out" if result.did_timeout else f"the script ended with {result.return_code}")
+
+
+async def _instance(id: str, controller: str | None) -> "controller_client.Instance":
+    async with flags.connect(controller) as cloud:
+        try:
+            return await cloud.instance(id)
+        except errors.NotFound:
+            raise errors.NotFound(f"there is no instance {id}; `covey vm list` shows those there are") from None
+
+
+def _script_text(file: Path | None) -> str:
+    if file is None:
+        return ""
+    content = file.read_bytes()
+    if len(content) > _SCRIPT_LIMIT_BYTES:
+        raise errors.Refused(f"--script {file} has {len(content)} bytes; at most {_SCRIPT_LIMIT_BYTES} are taken")
+    return base64.b64encode(content).decode("ascii")
+
+
+def _decoded(text: str) -> str:
+    try:
+        return base64.b64decode(text, validate=True).decode("utf-8", "replace")
+    except (binascii.Error, ValueError):  # a server that sends plain text
+        return text
+
+
+def _judge(ids: Sequence[str], seen: "Mapping[str, controller_client.Instance]", wait_s: float) -> None:
+    bad = [seen[id] for id in ids if id in seen and seen[id].instance_state != "Started"]
+    if bad:
+        first = bad[0]
+        why = first.message or f"still {first.instance_state} after {wait_s:.0f} s"
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise errors.Refused(f"instance {first.instance_id} is {first.instance_state}: {why}{more}")
+
+
+def _watch(bar: out.Bar, ids: Sequence[str], seen: "Mapping[str, controller_client.Instance]") -> None:
+    started = sum(one.instance_state == "Started" for one in seen.values())
+    states = sorted({one.instance_state for one in seen.values()})
+    bar(started, len(ids), ", ".join(states))
+
+
+def _line(one: "controller_client.Instance") -> str:
+    parts = [one.instance_id, one.instance_state, _ports(one), one.message]
+    return "  ".join(part for part in parts if part)
+
+
+def _ports(one: "controller_client.Instance") -> str:
+    forwards = (one.vminfo.port_forwarding or []) if one.vminfo else []
+    host = one.vminfo.host_ip if one.vminfo else ""
+    return ",".join(f"{rule.host_ip or host}:{rule.host_port}->{rule.guest_port}" for rule in forwards)
+
+
+def _row(one: "controller_client.Instance") -> tuple[str, ...]:
+    ip = one.vminfo.ip if one.vminfo else ""
+    return (one.instance_id, one.instance_state, one.vmid, one.tag, one.node_id, ip, _ports(one), one.message)
