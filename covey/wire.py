@@ -181,4 +181,4 @@ class Envelope(msgspec.Struct, kw_only=True, omit_defaults=False):
 
     status: str = "OK"
     message: str = ""
-    body: msgspec.Raw | None = None
+    body: msgspec.Raw = msgspec.Raw(b"null")

@@ -145,7 +145,7 @@ class Endpoints:
             raise errors.RemoteError(envelope.message or f"HTTP {status}", status)
         if envelope.status != "OK":
             raise (errors.NotFound if envelope.message == "Not found" else errors.Refused)(envelope.message)
-        if kind is type(None) or envelope.body is None:
+        if kind is type(None) or bytes(envelope.body) == b"null":
             return None  # type: ignore[return-value]
         try:
             return msgspec.json.decode(envelope.body, type=kind)

@@ -1,0 +1,228 @@
+"""The words that registry and clients share: media types, manifests, names, digests, and how a tag is spelled in OCI.
+
+Sources: OCI distribution specification 1.1 (names, tags, digests, upload flow) and OCI image specification 1.1
+(manifest, descriptor, annotations). A Covey template is an OCI artifact:
+
+    manifest   artifactType application/vnd.covey.template.v1, annotations dev.covey.name and dev.covey.tag
+    config     application/vnd.covey.template.config.v1+json: the VM's configuration (`TemplateConfig`)
+    layers     disk layers base first, then kernel, initrd, nvram, state; the file's name is the annotation `TITLE`
+
+Rules: nothing here does I/O. A template's name and tag may be any text; OCI tags may not, so `escape_tag` spells them.
+"""
+
+import hashlib
+import re
+
+import msgspec
+
+from covey import errors, model
+
+TEMPLATE = "application/vnd.covey.template.v1"
+TEMPLATE_CONFIG = "application/vnd.covey.template.config.v1+json"
+DISK_PREFIX = "application/vnd.covey.disk."
+DISK_QCOW2 = "application/vnd.covey.disk.qcow2.v1"
+DISK_RAW = "application/vnd.covey.disk.raw.v1"  # what is no qcow2: enough for the synthetic hypervisor
+STATE = "application/vnd.covey.state.v1"
+NVRAM = "application/vnd.covey.nvram.v1"
+KERNEL = "application/vnd.covey.kernel.v1"
+INITRD = "application/vnd.covey.initrd.v1"
+
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+MANIFEST_TYPES = (OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST)
+INDEX_TYPES = (OCI_INDEX, DOCKER_LIST)
+
+NAME = "dev.covey.name"
+TAG = "dev.covey.tag"
+TITLE = "org.opencontainers.image.title"
+DESCRIPTION = "org.opencontainers.image.description"
+
+MANIFEST_LIMIT = 4 << 20  # bytes; the specification asks registries to take at least 4 MiB
+CONFIG_LIMIT = 1 << 20
+FORCE_HEADER = "Covey-Force"  # `true`: replace an existing tag of a template
+OFFSET_HEADER = "Covey-Offset"  # where an upload stands; the specification's Range cannot tell 0 bytes from 1
+VERSION_HEADER = "Covey-Version"  # in the answer to a template's manifest: its version number
+
+_COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
+_TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
+_NAME_LIMIT = 255
+_TAG_LIMIT = 128
+
+
+class Descriptor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename="camel"):
+    """A reference to a blob or a manifest."""
+
+    media_type: str
+    digest: str
+    size: int
+    annotations: dict[str, str] = {}
+
+    @property
+    def title(self) -> str:
+        return self.annotations.get(TITLE, "")
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename="camel"):
+    """An image manifest or an index. `config` and `layers` are an image's, `manifests` an index's."""
+
+    schema_version: int
+    media_type: str = ""
+    artifact_type: str = ""
+    config: Descriptor | None = None
+    layers: list[Descriptor] = []
+    manifests: list[Descriptor] = []
+    subject: Descriptor | None = None
+    annotations: dict[str, str] = {}
+
+
+class TemplateConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The config blob of a template: what a hypervisor needs to know beside the files.
+
+    `vm` is the hypervisor's own: vcpu, ram_mb, append, … `uncompressed` lists the digests of the layers as they are on
+    a node's disk, in the manifest's order.
+    """
+
+    arch: model.Arch
+    vm: dict[str, str | int | bool] = {}
+    uncompressed: list[str] = []
+
+
+# ---- the template views, as the API spells them: what /registry/… answers ------------------------------------------
+
+
+class View(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of the views: every field is always there (some clients want uniform lists); times are Unix seconds."""
+
+
+class TemplateItem(View, frozen=True, kw_only=True):
+    """A template in a list. `size` counts what versions share once; `arch` is the newest version's."""
+
+    id: model.TemplateId
+    name: str
+    size: int
+    arch: model.Arch
+    last_pull: int
+    last_push: int
+    creation_date: int
+
+
+class VersionView(View, frozen=True, kw_only=True):
+    """One version. File names are as pushed; `number` grows from 0 in push order and is never given twice."""
+
+    tag: str
+    number: int
+    digest: model.Digest
+    size: int
+    arch: model.Arch
+    creation_date: int
+    description: str = ""
+    images: list[str] = []
+    state_files: list[str] = []
+    nvram: str = ""
+    config_file: str = ""
+
+
+class TemplateView(TemplateItem, frozen=True, kw_only=True):
+    """A template with its versions, oldest first."""
+
+    versions: list[VersionView]
+
+
+class Resolved(VersionView, frozen=True, kw_only=True):
+    """One version together with its template: what a start needs to know (safety S14)."""
+
+    id: model.TemplateId
+    name: str
+
+
+class DiskView(View, frozen=True, kw_only=True):
+    """Room in the registry's storage, in bytes; `free` leaves the reserve out."""
+
+    total: int
+    free: int
+
+
+class NameAsk(View, frozen=True, kw_only=True):
+    """POST /registry/v2/vm: which template has this name? A new name gets a fresh id, held from then on."""
+
+    name: str
+
+
+class NameHeld(View, frozen=True, kw_only=True):
+    id: model.TemplateId
+
+
+def valid_name(name: str) -> bool:
+    """Whether `name` is a repository name by the specification's grammar: no `..`, no leading slash can pass it."""
+    return len(name) <= _NAME_LIMIT and _NAME.fullmatch(name) is not None
+
+
+def valid_tag(tag: str) -> bool:
+    return _TAG.fullmatch(tag) is not None
+
+
+def valid_digest(digest: str) -> bool:
+    """Whether `digest` is one this registry keeps: sha256 in lower-case hexadecimal."""
+    return _DIGEST.fullmatch(digest) is not None
+
+
+def valid_uuid(text: str) -> bool:
+    return _UUID.fullmatch(text) is not None
+
+
+def digest_of(content: bytes) -> model.Digest:
+    return model.Digest("sha256:" + hashlib.sha256(content).hexdigest())
+
+
+def repository_of(template: str) -> str:
+    """The OCI repository of a template."""
+    return f"templates/{template}"
+
+
+def template_of(repository: str) -> model.TemplateId | None:
+    """The template whose repository this is; None for every other repository."""
+    folder, _, name = repository.partition("/")
+    return model.TemplateId(name) if folder == "templates" and valid_uuid(name) else None
+
+
+def escape_tag(text: str) -> str:
+    """The OCI spelling of a tag of any text; two texts never share one.
+
+    A byte that OCI tags cannot hold becomes ``_xHH``; so does a leading dot or dash, and an underscore before an ``x``
+    (or the escapes would be ambiguous). What grows too long ends in ``_xh`` and the SHA-256 of the text.
+    """
+    if not text:
+        raise errors.Refused("a tag needs a name")
+    raw = text.encode("utf-8", "surrogatepass")
+    spelled: list[str] = []
+    for index, byte in enumerate(raw):
+        ambiguous = byte == ord("_") and raw[index + 1 : index + 2] == b"x"
+        misplaced = index == 0 and byte in b".-"
+        spelled.append(f"_x{byte:02X}" if byte not in _PLAIN or ambiguous or misplaced else chr(byte))
+    whole = "".join(spelled)
+    if len(whole) <= _TAG_LIMIT:
+        return whole
+    return whole[: _TAG_LIMIT - 67] + "_xh" + hashlib.sha256(raw).hexdigest()
+
+
+def parse_manifest(content: bytes) -> Manifest:
+    """The manifest in `content`. Raises Refused naming the flaw."""
+    try:
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise errors.Refused(f"the manifest is not valid JSON of a manifest: {error}") from error
+    if manifest.schema_version != 2:
+        raise errors.Refused(f"schemaVersion is {manifest.schema_version}, this registry takes 2")
+    references = [*manifest.layers, *manifest.manifests, *filter(None, (manifest.config, manifest.subject))]
+    for reference in references:
+        if not valid_digest(reference.digest):
+            raise errors.Refused(f"digest {reference.digest!r} is not sha256:<64 hexadecimal digits>")
+        if reference.size < 0:
+            raise errors.Refused(f"the size of {reference.digest} is negative")
+    return manifest

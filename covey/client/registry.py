@@ -1,0 +1,382 @@
+"""The typed client of a registry: manifests, blobs in both directions with resume, template views.
+
+Rules: bytes are verified against their digest before a file appears under its name (promise I8); a transfer that is
+cut goes on where it stood, at the next server if need be, and gives up only after several tries in a row that moved
+nothing; memory is constant. Faults: NotFound and Refused carry the registry's text, RemoteError means that no registry
+gave an answer.
+
+Used by agents (fetch by digest), the controller (views, `resolve`), the CLI and registry peers.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import urllib.parse
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from covey import errors, model
+from covey.client import http, oci
+
+Progress = Callable[[int], None]  # called with the bytes that are done so far
+
+_READ = 1 << 20
+_PIECE = 512 << 20  # one PATCH: bounds what a killed server loses; a file of one piece is published without a copy
+_WHOLE = 1 << 20  # up to this a blob travels in one POST
+_TRIES = 6  # in a row without any progress
+_STALL_S = 30.0  # a peer that sends or takes nothing for so long is left
+
+
+class Registry:
+    """One registry, reached by one or several URLs of equal servers."""
+
+    def __init__(self, endpoints: http.Endpoints) -> None:
+        self._http = endpoints
+
+    # ---- template views --------------------------------------------------------------------------------------------
+
+    async def templates(self) -> list[oci.TemplateItem]:
+        return await self._http.ask("GET", "/registry/v2/vm", list[oci.TemplateItem])
+
+    async def template(self, wanted: str) -> oci.TemplateView:
+        """A template by id or name, versions oldest first. Raises NotFound."""
+        return await self._http.ask("GET", "/registry/v2/vm?" + _query(id=wanted), oci.TemplateView)
+
+    async def resolve(self, template: str, tag: str = "", version: int | None = None) -> oci.Resolved:
+        """One version by template id or name; the newest when neither tag nor version is given (safety S14).
+        Raises NotFound for the template, Refused ``No such tag …`` or ``No such version …``, RemoteError when no
+        registry can say."""
+        number = "" if version is None else str(version)
+        query = _query(id=template, tag=tag, version=number)
+        return await self._http.ask("GET", "/registry/vm/info?" + query, oci.Resolved)
+
+    async def disk(self) -> oci.DiskView:
+        return await self._http.ask("GET", "/registry/disk", oci.DiskView)
+
+    async def hold_name(self, name: str) -> model.TemplateId:
+        """The id of the template of this name; a new name gets a fresh id. Harmless when repeated."""
+        held = await self._http.ask("POST", "/registry/v2/vm", oci.NameHeld, oci.NameAsk(name=name))
+        return held.id
+
+    # ---- manifests -------------------------------------------------------------------------------------------------
+
+    async def manifest(self, repository: str, reference: str) -> tuple[oci.Manifest, model.Digest, bytes]:
+        """A manifest by tag or digest: parsed, its digest, its bytes. Asked for by digest, it is verified."""
+        accept = {"Accept": ", ".join(oci.MANIFEST_TYPES)}
+        _, content = await self._call("GET", f"/v2/{repository}/manifests/{reference}", headers=accept)
+        digest = oci.digest_of(content)
+        if oci.valid_digest(reference) and reference != digest:
+            raise errors.RemoteError(f"the registry sent manifest {digest} for {reference}")
+        return oci.parse_manifest(content), digest, content
+
+    async def push_manifest(
+        self, repository: str, reference: str, content: bytes, *, force: bool = False
+    ) -> tuple[model.Digest, int | None]:
+        """Push a manifest: its digest and, for a template under a tag, its version number. Harmless when repeated."""
+        headers = {"Content-Type": oci.parse_manifest(content).media_type or oci.OCI_MANIFEST}
+        if force:
+            headers[oci.FORCE_HEADER] = "true"
+        path = f"/v2/{repository}/manifests/{reference}"
+        answered, _ = await self._call("PUT", path, data=content, headers=headers)
+        number = answered.get(oci.VERSION_HEADER)
+        return oci.digest_of(content), None if number is None else int(number)
+
+    async def delete_manifest(self, repository: str, reference: str) -> None:
+        """Delete a tag, or a manifest with all its tags. Raises NotFound."""
+        await self._call("DELETE", f"/v2/{repository}/manifests/{reference}")
+
+    # ---- pulling blobs ---------------------------------------------------------------------------------------------
+
+    async def has_blob(self, repository: str, digest: str) -> bool:
+        try:
+            await self._call("HEAD", f"/v2/{repository}/blobs/{digest}")
+        except errors.NotFound:
+            return False
+        return True
+
+    async def stream(self, repository: str, digest: str, offset: int = 0) -> AsyncIterator[bytes]:
+        """The bytes of a blob from `offset` on, from one server, as they come: not verified, not resumed. Raises
+        RemoteError when the transfer is cut."""
+        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        async with self._open("GET", f"/v2/{repository}/blobs/{digest}", headers=headers) as answer:
+            if offset and answer.status != 206:
+                raise errors.RemoteError(f"{answer.url}: the server does not send ranges", answer.status)
+            with _as_remote(answer.url):
+                async for chunk in answer.content.iter_chunked(_READ):
+                    yield chunk
+
+    async def content(self, repository: str, digest: str, limit_bytes: int = oci.CONFIG_LIMIT) -> bytes:
+        """A small blob (a template's config), verified."""
+        parts = bytearray()
+        async for chunk in self.stream(repository, digest):
+            parts += chunk
+            if len(parts) > limit_bytes:
+                raise errors.RemoteError(f"{digest} is larger than {limit_bytes} bytes")
+        if oci.digest_of(bytes(parts)) != digest:
+            raise errors.RemoteError(f"the registry sent {oci.digest_of(bytes(parts))} for {digest}")
+        return bytes(parts)
+
+    async def fetch(
+        self, repository: str, digest: str, size_bytes: int, target: Path, *, progress: Progress | None = None
+    ) -> None:
+        """Download a blob to `target`, which appears only when it is whole, verified and durable. What an earlier call
+        left in ``<target>.part`` is continued. One call per target at a time."""
+        partial = target.with_name(target.name + ".part")
+        download = await asyncio.to_thread(_Download, partial, size_bytes)
+        try:
+            await _persist(lambda: self._fetch_on(repository, digest, download, progress), lambda: download.offset)
+            found = download.digest
+        finally:
+            await asyncio.to_thread(download.close)
+        if found != digest:
+            await asyncio.to_thread(partial.unlink)
+            raise errors.RemoteError(f"the registry sent {found} for {digest}")
+        await asyncio.to_thread(_reveal, partial, target)
+
+    async def _fetch_on(self, repository: str, digest: str, download: "_Download", progress: Progress | None) -> None:
+        """Download from where it stands to the end, or raise."""
+        if download.offset < download.size_bytes:
+            async for chunk in self.stream(repository, digest, download.offset):
+                await asyncio.to_thread(download.add, chunk)
+                if progress is not None:
+                    progress(download.offset)
+        if download.offset != download.size_bytes:
+            raise errors.RemoteError(f"{digest} ended at {download.offset} of {download.size_bytes} bytes")
+
+    # ---- pushing blobs ---------------------------------------------------------------------------------------------
+
+    async def upload(self, repository: str, digest: str, source: Path, *, progress: Progress | None = None) -> bool:
+        """Make the file `source` a blob of the repository. False when no byte had to move: it was there, or another
+        repository had it. Harmless when repeated."""
+        size_bytes = source.stat().st_size
+        if await self.has_blob(repository, digest):
+            return False
+        location = await self._begin(repository, digest)
+        if location is None:
+            return False
+        upload = _Upload(location, size_bytes)
+
+        async def once() -> None:
+            await self._upload_on(repository, digest, source, upload, progress)
+
+        await _persist(once, lambda: upload.best)
+        return True
+
+    async def upload_bytes(self, repository: str, content: bytes) -> model.Digest:
+        """Make `content` a blob of the repository in one request."""
+        digest = oci.digest_of(content)
+        if not await self.has_blob(repository, digest):
+            await self._call("POST", f"/v2/{repository}/blobs/uploads/?" + _query(digest=digest), data=content)
+        return digest
+
+    async def _begin(self, repository: str, digest: str) -> str | None:
+        """Ask for a mount: the location of an upload session, or None when the blob has been mounted."""
+        answered, _ = await self._call("POST", f"/v2/{repository}/blobs/uploads/?" + _query(mount=digest))
+        location = answered.get("Location", "")
+        return None if location.endswith(f"/blobs/{digest}") else _path(location)
+
+    async def _upload_on(
+        self, repository: str, digest: str, source: Path, upload: "_Upload", progress: Progress | None
+    ) -> None:
+        """Upload from where the session stands to the end, or raise. A lost session is begun anew."""
+        try:
+            if upload.uncertain:
+                answered, _ = await self._call("GET", upload.location)
+                upload.stands(answered)
+            while upload.offset < upload.size_bytes:
+                upload.uncertain = True
+                upload.stands(await self._send_piece(source, upload, progress))
+            upload.uncertain = True
+            await self._call("PUT", f"{upload.location}?" + _query(digest=digest), timeout_s=None)
+        except errors.NotFound:
+            location = await self._begin(repository, digest)
+            if location is not None:
+                upload.restart(location)
+                raise errors.RemoteError("the registry lost the upload; it begins anew") from None
+
+    async def _send_piece(self, source: Path, upload: "_Upload", progress: Progress | None) -> Mapping[str, str]:
+        start, length = upload.offset, min(_PIECE, upload.size_bytes - upload.offset)
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Content-Length": str(length),
+            "Content-Range": f"{start}-{start + length - 1}",
+        }
+        body = _file_piece(source, start, length, progress)
+        answered, _ = await self._call("PATCH", upload.location, data=body, headers=headers, timeout_s=None)
+        return answered
+
+    # ---- calls -----------------------------------------------------------------------------------------------------
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        data: Any = None,
+        headers: Mapping[str, str] = {},
+        timeout_s: float | None = 30.0,
+    ) -> tuple[Mapping[str, str], bytes]:
+        """One call that succeeds: the answer's headers and body."""
+        try:
+            async with asyncio.timeout(timeout_s), self._open(method, path, data=data, headers=headers) as answer:
+                with _as_remote(answer.url):
+                    return answer.headers, await answer.read()
+        except TimeoutError as error:
+            raise errors.RemoteError(f"{method} {path}: no answer in {timeout_s} s") from error
+
+    @contextlib.asynccontextmanager
+    async def _open(
+        self, method: str, path: str, *, data: Any = None, headers: Mapping[str, str] = {}
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """One request, at the next server when one cannot be reached. An error status is raised as our own fault."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=2.0, sock_read=_STALL_S)
+        failures: list[str] = []
+        for _ in self._http.urls:
+            url = self._http.pick()
+            try:
+                answer = await self._http.session.request(
+                    method, url + path, data=data, headers=dict(headers), timeout=timeout
+                )
+            except (aiohttp.ClientError, OSError) as error:
+                self._http.mark_bad(url)
+                failures.append(f"{url}: {type(error).__name__}{f' {error}' if str(error) else ''}")
+                if data is not None and not isinstance(data, bytes):
+                    break  # a stream that was begun cannot be sent again
+                continue
+            async with answer:
+                if answer.status >= 400:
+                    raise await _fault(answer, self._http)
+                yield answer
+                return
+        raise errors.RemoteError("; ".join(failures))
+
+
+class _Upload:
+    """Where one upload stands. `uncertain`: the server must be asked before going on."""
+
+    def __init__(self, location: str, size_bytes: int) -> None:
+        self.location = location
+        self.size_bytes = size_bytes
+        self.offset = 0
+        self.best = 0  # grows with progress: tells a slow transfer from a stuck one
+        self.uncertain = False
+
+    def stands(self, headers: Mapping[str, str]) -> None:
+        self.offset = int(headers[oci.OFFSET_HEADER])
+        self.best = max(self.best, self.offset)
+        self.uncertain = False
+
+    def restart(self, location: str) -> None:
+        self.location, self.offset, self.uncertain = location, 0, False
+
+
+class _Download:
+    """A partial file and the hash of what is in it. Blocking: used in worker threads only."""
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.offset = 0
+        self._sha256 = hashlib.sha256()
+        self._file = path.open("a+b", buffering=0)
+        self._file.seek(0)
+        while chunk := self._file.read(_READ):
+            self._sha256.update(chunk)
+            self.offset += len(chunk)
+        if self.offset > size_bytes:
+            self._file.truncate(0)
+            self.offset, self._sha256 = 0, hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        return "sha256:" + self._sha256.hexdigest()
+
+    def add(self, chunk: bytes) -> None:
+        view = memoryview(chunk)
+        while view:
+            view = view[self._file.write(view) or 0 :]
+        self._sha256.update(chunk)
+        self.offset += len(chunk)
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _reveal(partial: Path, target: Path) -> None:
+    """Give a whole, durable file its name."""
+    partial.rename(target)
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+async def _persist(attempt: Callable[[], Awaitable[None]], standing: Callable[[], int]) -> None:
+    """Repeat `attempt` over RemoteErrors until it succeeds, or has moved nothing several times in a row."""
+    tries = 0
+    while True:
+        before = standing()
+        try:
+            await attempt()
+            return
+        except errors.RemoteError as error:
+            tries = 0 if standing() > before else tries + 1
+            if tries >= _TRIES or 400 <= error.status < 500 or error.status == 507:
+                raise
+            await asyncio.sleep(0.1 * 2**tries)
+
+
+async def _file_piece(source: Path, start: int, length: int, progress: Progress | None) -> AsyncIterator[bytes]:
+    """Bytes of a file as a request's body."""
+    stream = await asyncio.to_thread(source.open, "rb", buffering=0)
+    try:
+        await asyncio.to_thread(stream.seek, start)
+        done = 0
+        while done < length:
+            chunk = await asyncio.to_thread(stream.read, min(_READ, length - done))
+            if not chunk:
+                raise errors.Refused(f"{source} became shorter while it was uploaded")
+            yield chunk
+            done += len(chunk)
+            if progress is not None:
+                progress(start + done)
+    finally:
+        stream.close()
+
+
+async def _fault(answer: aiohttp.ClientResponse, endpoints: http.Endpoints) -> errors.CoveyError:
+    """An error answer as our own fault, with the registry's text."""
+    text = f"HTTP {answer.status}"
+    with contextlib.suppress(aiohttp.ClientError, OSError, msgspec.MsgspecError, LookupError, TypeError):
+        text = msgspec.json.decode(await answer.read())["errors"][0]["message"]
+    if answer.status == 404:
+        return errors.NotFound(text)
+    if answer.status in (400, 405, 409, 413):
+        return errors.Refused(text)
+    if answer.status == 503:
+        endpoints.mark_bad(str(answer.url.origin()))
+    return errors.RemoteError(text, answer.status)
+
+
+@contextlib.contextmanager
+def _as_remote(url: object) -> Iterator[None]:
+    """A cut transfer as RemoteError."""
+    try:
+        yield
+    except (aiohttp.ClientError, OSError) as error:
+        raise errors.RemoteError(f"{url}: {type(error).__name__}{f' {error}' if str(error) else ''}") from error
+
+
+def _query(**items: str) -> str:
+    return urllib.parse.urlencode({name: text for name, text in items.items() if text})
+
+
+def _path(location: str) -> str:
+    """The path of a Location: the session may go on at any server of the registry."""
+    return urllib.parse.urlsplit(location).path

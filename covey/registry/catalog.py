@@ -1,0 +1,276 @@
+"""The registry without HTTP: what a manifest must satisfy, who holds a template name, and what the repositories hold.
+
+Everything known of repositories is a fold of their logs, kept from one look to the next and brought up to date by
+reading on from the last entry seen; so every answer contains all that any server on the same storage has acknowledged.
+A change is decided on such a fold and entered under the next number; when that number is taken, read and decide again.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from covey import errors, failpoint, model, world
+from covey.client import oci
+from covey.registry import blobs, views
+
+_EMPTY = views.Repository(name="")
+
+
+class Missing(errors.NotFound):
+    """A manifest, tag or repository that is not there."""
+
+
+class BlobMissing(errors.Refused):
+    """A manifest names a blob that its repository does not have."""
+
+
+class BadManifest(errors.Refused):
+    """A manifest that this registry will not take; the text names the flaw."""
+
+
+class Catalog:
+    """All repositories of one storage."""
+
+    def __init__(self, blobs: blobs.Blobs, logs: blobs.Logs, world: world.World) -> None:
+        self.blobs = blobs
+        self.logs = logs
+        self._world = world
+        self._folds: dict[str, views.Repository] = {}
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    async def repositories(self, names: Sequence[str]) -> list[views.Repository]:
+        """The repositories of these names as they stand now; one never pushed to is empty."""
+        known = {name: self._folds.get(name, _EMPTY) for name in names}
+        news = await self.logs.read({name: fold.count for name, fold in known.items()})
+        found = []
+        for name, fold in known.items():
+            if news[name] or not fold.name:
+                entries = [msgspec.json.decode(raw, type=views.Entry) for raw in news[name]]
+                fold = views.fold(msgspec.structs.replace(fold, name=name), entries)
+                if fold.count:
+                    self._folds[name] = fold
+            found.append(fold)
+        return found
+
+    async def repository(self, name: str) -> views.Repository:
+        return (await self.repositories([name]))[0]
+
+    async def templates(self) -> list[views.Repository]:
+        """The living templates, in the order of their first push."""
+        names = [name for name in await self.logs.names("templates") if oci.template_of(name)]
+        found = [repository for repository in await self.repositories(names) if repository.versions]
+        return sorted(found, key=lambda repository: (repository.created_s, repository.name))
+
+    async def template(self, wanted: str) -> views.Repository:
+        """A living template by id or by name. Raises Missing."""
+        holder = wanted if oci.valid_uuid(wanted) else await self.holder(wanted)
+        if holder:
+            repository = await self.repository(oci.repository_of(holder))
+            if repository.versions and wanted in (holder, repository.versions[-1].release.name):
+                return repository
+        raise Missing("Not found")
+
+    async def manifest(self, repository: str, reference: str) -> tuple[views.Known, bytes]:
+        """A manifest and its bytes, by tag or digest. Raises Missing."""
+        known = await self.known(repository, reference)
+        try:
+            return known, await self.blobs.get(known.digest)
+        except FileNotFoundError as error:
+            raise Missing(f"the bytes of manifest {known.digest} are gone from this registry's storage") from error
+
+    async def known(self, repository: str, reference: str) -> views.Known:
+        """What is known of a manifest without reading it. Raises Missing."""
+        fold = await self.repository(repository)
+        digest = fold.tags.get(reference, reference)
+        if digest not in fold.manifests:
+            raise Missing(f"repository {repository} has no manifest {reference}")
+        return fold.manifests[digest]
+
+    async def granted_blob(self, repository: str, digest: model.Digest) -> blobs.Blob | None:
+        """A blob that the repository may read."""
+        if digest not in await self.logs.granted(repository, [digest]):
+            return None
+        return await self.blobs.stat(digest)
+
+    # ---- manifests -------------------------------------------------------------------------------------------------
+
+    async def push(
+        self, repository: str, reference: str, content: bytes, media_type: str, *, force: bool
+    ) -> tuple[views.Known, views.Numbered | None]:
+        """Take a manifest: check it, check what it refers to, enter it. The answer to a repetition is the same."""
+        digest = oci.digest_of(content)
+        tag = "" if oci.valid_digest(reference) else reference
+        if not tag and reference != digest:
+            raise blobs.WrongDigest(f"the manifest's digest is {digest}, not {reference}")
+        manifest, known = self._examine(content, digest, media_type)
+        await self._check_references(repository, manifest)
+        release = await self._release(repository, manifest, tag)
+        known = msgspec.structs.replace(known, release=release)
+
+        def decide(fold: views.Repository) -> views.Entry | None:
+            return views.decide_push(fold, known, tag, force=force, id=self._world.token(), now_s=self._now_s())
+
+        decide(await self.repository(repository))  # a push that is refused leaves no trace
+        await self.blobs.put(content)
+        failpoint.reach("registry.manifest.stored")
+        if release is not None and tag:
+            await self._hold_name(release.name, repository)
+        fold = await self._enter(repository, decide)
+        return known, next((version for version in fold.versions if version.tag == tag), None)
+
+    def _examine(self, content: bytes, digest: model.Digest, media_type: str) -> tuple[oci.Manifest, views.Known]:
+        try:
+            manifest = oci.parse_manifest(content)
+        except errors.Refused as error:
+            raise BadManifest(str(error)) from error
+        claimed = media_type or manifest.media_type or oci.OCI_MANIFEST
+        if manifest.media_type and claimed != manifest.media_type:
+            raise BadManifest(f"mediaType is {manifest.media_type!r}, but the Content-Type is {claimed!r}")
+        if claimed not in oci.MANIFEST_TYPES:
+            raise BadManifest(f"media type {claimed!r} is not one of {', '.join(oci.MANIFEST_TYPES)}")
+        if claimed not in oci.INDEX_TYPES and manifest.config is None:
+            raise BadManifest("the manifest has no config")
+        references = (*manifest.layers, *manifest.manifests, *filter(None, (manifest.config,)))
+        return manifest, views.Known(
+            digest=digest,
+            media_type=claimed,
+            size_bytes=len(content),
+            refers=tuple(dict.fromkeys(model.Digest(reference.digest) for reference in references)),
+            subject=manifest.subject.digest if manifest.subject else "",
+            artifact_type=manifest.artifact_type or (manifest.config.media_type if manifest.config else ""),
+        )
+
+    async def _check_references(self, repository: str, manifest: oci.Manifest) -> None:
+        """Everything that a manifest needs is here, whole, and readable in this repository."""
+        wanted = [*manifest.layers, *filter(None, (manifest.config,))]
+        granted = await self.logs.granted(repository, [reference.digest for reference in wanted])
+        for reference in wanted:
+            digest = model.Digest(reference.digest)
+            blob = await self.blobs.stat(digest) if digest in granted else None
+            if blob is None:
+                raise BlobMissing(f"the manifest names blob {digest}, which repository {repository} does not have")
+            if blob.size_bytes != reference.size:
+                raise BadManifest(f"blob {digest} has {blob.size_bytes} bytes, the manifest says {reference.size}")
+        manifests = (await self.repository(repository)).manifests if manifest.manifests else {}
+        for reference in manifest.manifests:
+            if reference.digest not in manifests:
+                raise BlobMissing(f"the index names manifest {reference.digest}, which {repository} does not have")
+
+    async def _release(self, repository: str, manifest: oci.Manifest, tag: str) -> views.Release | None:
+        """What the manifest says of a template; None when it is something else. Raises BadManifest."""
+        if manifest.artifact_type != oci.TEMPLATE:
+            return None
+        if oci.template_of(repository) is None:
+            raise BadManifest(f"a template's repository is templates/<uuid>, not {repository}")
+        name, text = manifest.annotations.get(oci.NAME, ""), manifest.annotations.get(oci.TAG, "")
+        if not name or not text:
+            raise BadManifest(f"a template's manifest needs the annotations {oci.NAME} and {oci.TAG}")
+        check_template_name(name)
+        if tag and tag != oci.escape_tag(text):
+            raise BadManifest(f"tag {text!r} is spelled {oci.escape_tag(text)!r} in OCI, not {tag!r}")
+        assert manifest.config is not None  # noqa: S101  checked by _examine: only an index has none
+        config = await self._config(manifest.config)
+        return views.Release(
+            name=name,
+            tag=text,
+            arch=config.arch,
+            config=_file(manifest.config),
+            files=tuple(_file(layer) for layer in manifest.layers),
+            description=manifest.annotations.get(oci.DESCRIPTION, ""),
+        )
+
+    async def _config(self, reference: oci.Descriptor) -> oci.TemplateConfig:
+        if reference.media_type != oci.TEMPLATE_CONFIG:
+            raise BadManifest(f"a template's config is {oci.TEMPLATE_CONFIG}, not {reference.media_type}")
+        if reference.size > oci.CONFIG_LIMIT:
+            raise BadManifest(f"a template's config has at most {oci.CONFIG_LIMIT} bytes, not {reference.size}")
+        try:
+            content = await self.blobs.get(model.Digest(reference.digest))
+            return msgspec.json.decode(content, type=oci.TemplateConfig)
+        except msgspec.MsgspecError as error:
+            raise BadManifest(f"the template's config is not right: {error}") from error
+
+    async def delete(self, repository: str, reference: str) -> None:
+        """Delete a tag, or a manifest with all its tags. Raises Missing."""
+
+        def decide(fold: views.Repository) -> views.Entry | None:
+            entry = views.decide_delete(fold, reference, id=self._world.token(), now_s=self._now_s())
+            if entry is None:
+                raise Missing(f"repository {repository} has no manifest {reference}")
+            return entry
+
+        await self._enter(repository, decide)
+
+    async def _enter(
+        self, repository: str, decide: Callable[[views.Repository], views.Entry | None]
+    ) -> views.Repository:
+        """Decide on the newest fold until an entry is in, or none is needed; the fold that contains it."""
+        while True:
+            fold = await self.repository(repository)
+            entry = decide(fold)
+            if entry is None:
+                return fold
+            if await self.logs.append(repository, fold.count, msgspec.json.encode(entry)):
+                return await self.repository(repository)
+
+    # ---- names of templates ----------------------------------------------------------------------------------------
+
+    async def holder(self, name: str) -> model.TemplateId | None:
+        """The template that a name stands for, whether it has a version yet or not."""
+        claims = await self._claims(name)
+        return claims[-1].template if claims else None
+
+    async def claim(self, name: str) -> model.TemplateId:
+        """The template of this name: the one that holds it, else a new one."""
+        return await self._hold(name, None)
+
+    async def _hold_name(self, name: str, repository: str) -> None:
+        template = oci.template_of(repository)
+        assert template is not None  # noqa: S101  checked by _release
+        holder = await self._hold(name, template)
+        if holder != template:
+            raise errors.Refused(f"the name {name!r} belongs to template {holder}; push there")
+
+    async def _hold(self, name: str, wanted: model.TemplateId | None) -> model.TemplateId:
+        """Who holds `name` after `wanted` (None: a new template) has tried to. A dead template holds nothing, and
+        never lives again, so a name never stands for two."""
+        while True:
+            claims = await self._claims(name)
+            if claims:
+                holder = claims[-1].template
+                if holder == wanted or not (await self.repository(oci.repository_of(holder))).dead:
+                    return holder
+            taker = wanted or model.TemplateId(self._world.uuid())
+            claim = views.Claim(id=self._world.token(), name=name, template=taker)
+            if await self.logs.append(_name_log(name), len(claims), msgspec.json.encode(claim)):
+                failpoint.reach("registry.name.claimed")
+                return taker
+
+    async def _claims(self, name: str) -> list[views.Claim]:
+        log = _name_log(name)
+        return [msgspec.json.decode(raw, type=views.Claim) for raw in (await self.logs.read({log: 0}))[log]]
+
+    def _now_s(self) -> int:
+        return self._world.wall_ns() // 10**9
+
+
+def check_template_name(name: str) -> None:
+    """Raises BadManifest for a name that nobody could tell from an id, or see."""
+    if not name.strip() or not name.isprintable() or len(name) > 255 or oci.valid_uuid(name):
+        raise BadManifest("a template's name has 1 to 255 printable characters and is not a UUID")
+
+
+def _file(reference: oci.Descriptor) -> views.File:
+    return views.File(
+        digest=model.Digest(reference.digest),
+        size_bytes=reference.size,
+        media_type=reference.media_type,
+        title=reference.title,
+    )
+
+
+def _name_log(name: str) -> str:
+    """Names are any text: their logs are named by its hash."""
+    return "_names/" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,121 @@
+"""OCI distribution: pull, content discovery, content management, and the manifest's push.
+
+Source: OCI distribution specification 1.1. Blobs are sent with aiohttp's FileResponse: on a plain asyncio loop that is
+the kernel's sendfile, with Range. Nothing here reads a blob into memory; manifests have at most 4 MiB.
+"""
+
+import urllib.parse
+from collections.abc import Sequence
+
+from aiohttp import web
+
+from covey import answer, model, serve
+from covey.client import oci
+from covey.registry import catalog, oci_faults
+
+_CHUNK = 1 << 20  # what FileResponse reads at once where there is no sendfile (TLS)
+
+
+class ContentApi:
+    """Handlers below /v2/ that read and manage what is there."""
+
+    def __init__(self, catalog: catalog.Catalog) -> None:
+        self._catalog = catalog
+
+    def routes(self) -> Sequence[serve.Route]:
+        guard = oci_faults.oci_path
+        blob, manifest = "/v2/{name:path}/blobs/{digest}", "/v2/{name:path}/manifests/{reference}"
+        return [
+            serve.Route("GET", "/v2/", guard(self.version)),
+            serve.Route("GET", blob, guard(self.get_blob), time_limit_s=None),
+            serve.Route("DELETE", blob, guard(self.delete_blob)),
+            serve.Route("GET", manifest, guard(self.get_manifest)),
+            serve.Route("PUT", manifest, guard(self.put_manifest), body_limit_bytes=oci.MANIFEST_LIMIT),
+            serve.Route("DELETE", manifest, guard(self.delete_manifest)),
+            serve.Route("GET", "/v2/{name:path}/tags/list", guard(self.list_tags)),
+        ]
+
+    async def version(self, _call: serve.Call) -> web.Response:
+        headers = {**answer.HEADERS, "Docker-Distribution-Api-Version": "registry/2.0"}
+        return web.Response(body=b"{}", headers=headers)
+
+    async def get_blob(self, call: serve.Call) -> web.StreamResponse:
+        digest = model.Digest(call.params["digest"])
+        blob = await self._catalog.granted_blob(call.params["name"], digest)
+        if blob is None:
+            raise answer.Fault(404, f"repository {call.params['name']} has no blob {digest}", code="BLOB_UNKNOWN")
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Docker-Content-Digest": digest,
+            "Cache-Control": "max-age=31536000, immutable",
+            "Server": "covey",
+        }
+        return web.FileResponse(blob.path, chunk_size=_CHUNK, headers=headers)
+
+    async def delete_blob(self, call: serve.Call) -> web.Response:
+        """Take a blob's name out of a repository. What a manifest needs stays: a tag is never broken (promise I8)."""
+        name, digest = call.params["name"], model.Digest(call.params["digest"])
+        fold = await self._catalog.repository(name)
+        user = next((known.digest for known in fold.manifests.values() if digest in known.refers), None)
+        if user is not None:
+            raise answer.Fault(405, f"manifest {user} needs this blob; delete that first", code="UNSUPPORTED")
+        if not await self._catalog.logs.withdraw(name, digest):
+            raise answer.Fault(404, f"repository {name} has no blob {digest}", code="BLOB_UNKNOWN")
+        return web.Response(status=202, headers={"Server": "covey"})
+
+    async def get_manifest(self, call: serve.Call) -> web.Response:
+        name = call.params["name"]
+        known, content = await self._catalog.manifest(name, call.params["reference"])
+        if call.request.method == "GET":
+            await self._catalog.logs.mark_pulled(name)
+        headers = {
+            "Content-Type": known.media_type,
+            "Docker-Content-Digest": known.digest,
+            "ETag": f'"{known.digest}"',
+            "Server": "covey",
+        }
+        return web.Response(body=content, headers=headers)
+
+    async def put_manifest(self, call: serve.Call) -> web.Response:
+        name, reference = call.params["name"], call.params["reference"]
+        media_type = call.headers.get("Content-Type", "").partition(";")[0].strip()
+        force = "true" in (call.headers.get(oci.FORCE_HEADER, "").lower(), call.query.get("force", "").lower())
+        known, version = await self._catalog.push(name, reference, await call.read(), media_type, force=force)
+        headers = {
+            "Location": f"/v2/{name}/manifests/{known.digest}",
+            "Docker-Content-Digest": known.digest,
+            "Server": "covey",
+        }
+        if known.subject:
+            headers["OCI-Subject"] = known.subject
+        if version is not None:
+            headers[oci.VERSION_HEADER] = str(version.number)
+        return web.Response(status=201, headers=headers)
+
+    async def delete_manifest(self, call: serve.Call) -> web.Response:
+        await self._catalog.delete(call.params["name"], call.params["reference"])
+        return web.Response(status=202, headers={"Server": "covey"})
+
+    async def list_tags(self, call: serve.Call) -> web.Response:
+        name = call.params["name"]
+        fold = await self._catalog.repository(name)
+        if not fold.count:
+            raise answer.Fault(404, f"there is no repository {name}", code="NAME_UNKNOWN")
+        last = call.query.get("last", "")
+        tags = sorted(tag for tag in fold.tags if tag > last)
+        limit = _page_size(call)
+        headers = dict(answer.HEADERS)
+        if limit is not None and limit < len(tags):
+            tags = tags[:limit]
+            query = urllib.parse.urlencode({"n": limit, "last": tags[-1] if tags else last})
+            headers["Link"] = f'</v2/{name}/tags/list?{query}>; rel="next"'
+        return web.Response(body=answer.ascii_json({"name": name, "tags": tags}), headers=headers)
+
+
+def _page_size(call: serve.Call) -> int | None:
+    text = call.query.get("n")
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit():
+        raise answer.Fault(400, f"n={text!r} is not a number of tags", code="PAGINATION_NUMBER_INVALID")
+    return int(text)

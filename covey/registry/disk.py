@@ -1,0 +1,312 @@
+"""Blobs on a local (or NFS) file system: content-addressed files and resumable uploads.
+
+How bytes become a blob (safety S31): each write goes into its own O_EXCL file; after fsync and close a small record
+``part.<offset>`` is linked in, and only that makes it count: of two requests at one offset one wins, and a server that
+dies leaves the session at the last record. `finish` copies several parts into one private file while hashing what it
+writes; a single part, hashed while it came in, is linked as it is. Nothing is published that somebody could still
+write to.
+
+Memory is constant: bytes travel in batches of `_BATCH`, one being hashed and written by a worker thread (both release
+the interpreter lock) while the next one is received. The file system is only touched in worker threads.
+"""
+
+import asyncio
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import msgspec
+
+from covey import failpoint, model, world
+from covey.registry import blobs, durable
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_BATCH = 2 << 20
+_SESSION = re.compile(r"[0-9a-f]{32}")
+_THREADS = 8
+
+
+class _Part(model.Noun, frozen=True, kw_only=True):
+    """The record of one durable part. `data` names its file; `sha256` is of that part alone."""
+
+    data: str
+    size_bytes: int
+    sha256: str
+
+
+class Disk:
+    """`blobs.Blobs` below one folder. `reserved_bytes` are never given away; `fsync` False is for benchmarks only."""
+
+    def __init__(self, base: Path, world: world.World, *, reserved_bytes: int = 0, fsync: bool = True) -> None:
+        self._base = base
+        self._world = world
+        self._reserved_bytes = reserved_bytes
+        self._fsync = fsync
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="registry-disk")
+        self._blobs = base / "blobs" / "sha256"
+        self._uploads = base / "uploads"
+        self._aside = base / "aside"
+        for folder in (self._blobs, self._uploads, self._aside):
+            durable.make_dirs(folder, fsync=fsync)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True)
+
+    async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args, **kwargs))
+
+    # ---- finished blobs --------------------------------------------------------------------------------------------
+
+    async def stat(self, digest: model.Digest) -> blobs.Blob | None:
+        return await self._run(self._stat, digest)
+
+    def _stat(self, digest: model.Digest) -> blobs.Blob | None:
+        path = self._path(digest)
+        try:
+            return blobs.Blob(digest=digest, size_bytes=path.stat().st_size, path=path)
+        except FileNotFoundError:
+            return None
+
+    async def get(self, digest: model.Digest) -> bytes:
+        return await self._run(self._path(digest).read_bytes)
+
+    async def put(self, content: bytes) -> blobs.Blob:
+        return await self._run(self._put, content)
+
+    def _put(self, content: bytes) -> blobs.Blob:
+        digest = model.Digest("sha256:" + hashlib.sha256(content).hexdigest())
+        known = self._stat(digest)
+        if known is not None:
+            return known
+        aside = self._aside / self._world.token()
+        try:
+            durable.write_new(aside, content, fsync=self._fsync)
+            failpoint.reach("registry.put.written")
+            return self._publish(aside, digest, len(content))
+        except OSError as error:
+            raise _full_or(error) from error
+        finally:
+            durable.discard(aside)
+
+    def _publish(self, source: Path, digest: model.Digest, size_bytes: int) -> blobs.Blob:
+        """Link a verified, fsynced, closed file into place."""
+        path = self._path(digest)
+        durable.make_dirs(path.parent, fsync=self._fsync)
+        if not durable.link_new(source, path, fsync=self._fsync):
+            os.utime(path)  # the collector must see that somebody counts on it again (safety S32)
+        failpoint.reach("registry.blob.linked")
+        return blobs.Blob(digest=digest, size_bytes=size_bytes, path=path)
+
+    def _path(self, digest: model.Digest) -> Path:
+        name = digest.removeprefix("sha256:")
+        return self._blobs / name[:2] / name
+
+    # ---- upload sessions -------------------------------------------------------------------------------------------
+
+    async def begin(self) -> blobs.SessionId:
+        session = blobs.SessionId(self._world.token() + self._world.token())
+        await self._run(self._begin, session)
+        return session
+
+    def _begin(self, session: blobs.SessionId) -> None:
+        try:
+            (self._uploads / session).mkdir()
+            durable.sync_dir(self._uploads, fsync=self._fsync)
+        except OSError as error:
+            raise _full_or(error) from error
+
+    async def offset(self, session: blobs.SessionId) -> int:
+        return await self._run(lambda: sum(part.size_bytes for part in self._parts(session)))
+
+    def _folder(self, session: blobs.SessionId) -> Path:
+        folder = self._uploads / session
+        if not _SESSION.fullmatch(session) or not folder.is_dir():
+            raise blobs.NoSession(f"no upload session {session}")
+        return folder
+
+    def _parts(self, session: blobs.SessionId) -> list[_Part]:
+        """The chain of recorded parts from offset 0 on."""
+        folder = self._folder(session)
+        chain: list[_Part] = []
+        offset = 0
+        while True:
+            try:
+                record = (folder / _record_name(offset)).read_bytes()
+            except FileNotFoundError:
+                return chain
+            chain.append(msgspec.json.decode(record, type=_Part))
+            offset += chain[-1].size_bytes
+
+    async def write(self, session: blobs.SessionId, start: int, chunks: AsyncIterator[bytes]) -> int:
+        standing = await self.offset(session)
+        if start != standing:
+            raise blobs.WrongOffset(standing)
+        part = _Writing(self._folder(session) / f"data.{self._world.token()}", self._room)
+        try:
+            await self._run(part.open)
+            try:
+                await self._receive(part, chunks)
+            except blobs.Cut:
+                await self._run(self._enter, session, start, part)
+                raise
+            return await self._run(self._enter, session, start, part)
+        except OSError as error:
+            raise await self._removed(session, error) from error
+        finally:
+            await asyncio.shield(self._run(part.close))
+
+    async def _receive(self, part: "_Writing", chunks: AsyncIterator[bytes]) -> None:
+        """Bytes from the network to the thread, one batch being written while the next one gathers."""
+        writing: asyncio.Future[None] | None = None
+        batch = bytearray()
+        try:
+            async for chunk in chunks:
+                batch += chunk
+                if len(batch) < _BATCH:
+                    continue
+                if writing is not None:
+                    await writing
+                writing, batch = asyncio.ensure_future(self._run(part.add, batch)), bytearray()
+        finally:
+            if writing is not None:
+                await writing
+            if batch:
+                await self._run(part.add, batch)
+
+    def _enter(self, session: blobs.SessionId, start: int, part: "_Writing") -> int:
+        """Make a part durable and record it; the number of its record decides between two requests at one offset."""
+        if not part.size_bytes:
+            return start
+        part.seal(fsync=self._fsync)
+        failpoint.reach("registry.part.written")
+        record = _Part(data=part.path.name, size_bytes=part.size_bytes, sha256=part.sha256.hexdigest())
+        folder = self._folder(session)
+        aside = folder / f"record.{self._world.token()}"
+        durable.write_new(aside, msgspec.json.encode(record), fsync=self._fsync)
+        try:
+            if not durable.link_new(aside, folder / _record_name(start), fsync=self._fsync):
+                raise blobs.WrongOffset(sum(part.size_bytes for part in self._parts(session)))
+        finally:
+            durable.discard(aside)
+        part.entered = True
+        failpoint.reach("registry.part.entered")
+        return start + part.size_bytes
+
+    async def finish(self, session: blobs.SessionId, digest: model.Digest) -> blobs.Blob:
+        try:
+            return await self._run(self._finish, session, digest)
+        except blobs.WrongDigest:
+            await self.abort(session)
+            raise
+        except OSError as error:
+            raise await self._removed(session, error) from error
+
+    def _finish(self, session: blobs.SessionId, digest: model.Digest) -> blobs.Blob:
+        parts, folder = self._parts(session), self._folder(session)
+        if len(parts) == 1:
+            whole, found = folder / parts[0].data, parts[0].sha256
+        else:
+            whole, found = folder / f"whole.{self._world.token()}", ""
+            found = self._join([folder / part.data for part in parts], whole)
+            failpoint.reach("registry.upload.joined")
+        if "sha256:" + found != digest:
+            raise blobs.WrongDigest(f"the bytes received are sha256:{found}, not {digest}")
+        return self._publish(whole, digest, sum(part.size_bytes for part in parts))
+
+    def _join(self, sources: list[Path], target: Path) -> str:
+        """Copy the parts into one private file; the digest is of the bytes written there."""
+        self._room(sum(source.stat().st_size for source in sources))
+        sha256 = hashlib.sha256()
+        handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+        try:
+            for source in sources:
+                with source.open("rb", buffering=0) as stream:
+                    while batch := stream.read(_BATCH):
+                        durable.write_all(handle, batch)
+                        sha256.update(batch)
+            if self._fsync:
+                os.fsync(handle)
+        finally:
+            os.close(handle)
+        return sha256.hexdigest()
+
+    async def abort(self, session: blobs.SessionId) -> None:
+        if _SESSION.fullmatch(session):
+            await self._run(shutil.rmtree, self._uploads / session, ignore_errors=True)
+
+    async def _removed(self, session: blobs.SessionId, error: OSError) -> Exception:
+        """What to raise for a fault of the file system. No room: the session goes, its bytes only stand in the way."""
+        fault = _full_or(error)
+        if isinstance(fault, blobs.DiskFull):
+            await self.abort(session)
+        return fault
+
+    # ---- room ------------------------------------------------------------------------------------------------------
+
+    async def space(self) -> blobs.Space:
+        return await self._run(self._space)
+
+    def _space(self) -> blobs.Space:
+        stat = os.statvfs(self._base)
+        free = max(0, stat.f_bavail * stat.f_frsize - self._reserved_bytes)
+        return blobs.Space(total_bytes=stat.f_blocks * stat.f_frsize, free_bytes=free)
+
+    def _room(self, size_bytes: int) -> None:
+        free = self._space().free_bytes
+        if free < size_bytes:
+            raise blobs.DiskFull(f"the registry's disk is full ({free >> 20} MiB free beside the reserve)")
+
+
+class _Writing:
+    """One part while it comes in: an exclusive file, its hash, its size."""
+
+    def __init__(self, path: Path, room: Callable[[int], None]) -> None:
+        self.path = path
+        self.sha256 = hashlib.sha256()
+        self.size_bytes = 0
+        self.entered = False
+        self._room = room
+        self._handle = -1
+
+    def open(self) -> None:
+        self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+
+    def add(self, batch: bytearray) -> None:
+        self._room(len(batch))
+        failpoint.reach("registry.part.write")
+        durable.write_all(self._handle, batch)
+        self.sha256.update(batch)
+        self.size_bytes += len(batch)
+
+    def seal(self, *, fsync: bool) -> None:
+        """Durable and closed: from here on nobody can write to this inode."""
+        if fsync:
+            os.fsync(self._handle)
+        os.close(self._handle)
+        self._handle = -1
+
+    def close(self) -> None:
+        """Whatever happened: no handle stays open, and bytes that were not recorded do not stay behind."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+        if not self.entered:
+            durable.discard(self.path)
+
+
+def _record_name(offset: int) -> str:
+    return f"part.{offset:020d}"
+
+
+def _full_or(error: OSError) -> Exception:
+    """The fault as the Protocol names it."""
+    if error.errno in durable.NO_ROOM:
+        return blobs.DiskFull(f"the registry's disk is full ({error.strerror})")
+    return error
