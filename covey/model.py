@@ -183,6 +183,19 @@ class Instance(Noun, frozen=True, kw_only=True):
     name: str = ""
     ended: Decision | None = None  # set when the instance was told to terminate
     before: State | None = None
+    refused: tuple[NodeId, ...] = ()  # nodes that could not take it, one entry per refusal
+    released: bool = False  # its node said `gone` (or was removed): no claim of this epoch is left
+
+    @property
+    def claimed(self) -> bool:
+        """Whether its node holds a slot for this epoch. Only a commit that rewrites the instance ends that, so who
+        compares the instance needs not compare the ledger (safety S11, S13)."""
+        return self.node != NOWHERE and not self.released
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it waits for a node: before its first placement, or after one was withdrawn."""
+        return self.node == NOWHERE and self.state in (State.SCHEDULING, State.PULLING)
 
     @property
     def launched(self) -> bool:

@@ -8,31 +8,40 @@ callers get a definite answer without waiting for the mirror.
 
 Replies get lost. An `Unsure` transaction is sent again unchanged until the outcome is definite (safety S15). Every
 written noun carries the transaction's id, so a guard that fails because our own first copy was applied is known by
-the bytes it finds. Nothing new is sent after `until_ns` (safety S24).
+the bytes it finds. Nothing is sent for a request after `until_ns` (safety S24).
 
     commit_births     create (one transaction, all or none) and closing the door on a create whose reply was lost
     commit_instances  place, withdraw, launch, terminate, fail, update, forget
     commit_reports    what agents report
     commit_nodes      join, leave, remove, configure, word with adoption of claims, destroy orders
-    commit_cloud      bootstrap, history nonces, controllers
+    commit_cloud      bootstrap, history nonces, controllers, sweeping
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, NamedTuple, TypeVar
+import functools
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
-from covey import errors, model, world
+from covey import errors, lifecycle, model
+from covey import world as worlds
 from covey.store import base, codec, schema, view
 
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T", bound=msgspec.Struct)
 
 LIMIT_NS = 10_000_000_000  # nothing is committed for a request older than this (safety S24)
-_ATTEMPTS = 50  # each lost race means that somebody else got on; this many in a row mean a bug
+DAY = -1  # as a lease: one that ends a day or an hour more from now
+WEEK = -2  # … seven days
+MONTH = -3  # … thirty days
+
+_SPANS_S = {DAY: 24 * 3600, WEEK: 7 * 24 * 3600, MONTH: 30 * 24 * 3600}
+_HOUR_S = 3600
+_ATTEMPTS = 50  # each lost race means that somebody else got on; so many in a row mean a bug
 _RESEND_S = 0.05
-_HOUR_NS = 3600 * 1_000_000_000
+_CLOSE_S = 2.0
 
 
 class Lost(NamedTuple):
@@ -52,14 +61,256 @@ class Done(NamedTuple, Generic[T]):
     changed: bool = True
 
 
+class Write(NamedTuple, Generic[R_co]):
+    """What a rule wants written, and the answer once it is, given the revision at which it happened."""
+
+    ops: tuple[base.Op, ...]
+    answer: Callable[[int], R_co]
+
+
 class Reading:
-    """The nouns a rule rests on: from a snapshot, or fresh from the transaction that lost."""
+    """What one rule reads in one attempt; remembers it as the guard of what the rule writes.
+
+    Values come from the snapshot, or fresh from the attempt that lost. Keys that snapshots do not hold (births,
+    remembered requests) are taken as absent at first, which the guard then proves or refutes.
+    """
+
+    def __init__(self, snapshot: view.Snapshot, fresh: Mapping[str, base.Kv | None], tx: str, now_ns: int) -> None:
+        self.tx = tx
+        self.now_ns = now_ns
+        self.snapshot = snapshot
+        self.again = bool(fresh)  # a first attempt lost
+        self.guards: dict[str, base.Compare] = {}
+        self._fresh = fresh
+        self._old: dict[str, codec.Kept[Any] | None] = {}
+        self._events = 0
+
+    def instance(self, id: str) -> codec.Kept[model.Instance] | None:
+        return self._unchanged(schema.instance(id), model.Instance, self.snapshot.instance(id))
+
+    def node(self, id: str) -> codec.Kept[model.Node] | None:
+        return self._unchanged(schema.node(id), model.Node, self.snapshot.node(id))
+
+    def session(self, node: str) -> codec.Kept[model.Session] | None:
+        return self._unchanged(schema.session(node), model.Session, self.snapshot.session(node))
+
+    def ledger(self, node: str) -> codec.Kept[model.Ledger] | None:
+        return self._unchanged(schema.ledger(node), model.Ledger, self.snapshot.ledger(node))
+
+    def word(self, node: str) -> codec.Kept[model.Word] | None:
+        return self._unchanged(schema.word(node), model.Word, self.snapshot.word(node))
+
+    def order(self, node: str, instance: str) -> codec.Kept[model.Order] | None:
+        return self._unchanged(schema.order(node, instance), model.Order, self.snapshot.order(node, instance))
+
+    def removed(self, node: str) -> codec.Kept[schema.Removed] | None:
+        return self._unchanged(schema.removed(node), schema.Removed, self.snapshot.removed(node))
+
+    def alive(self, node: str) -> codec.Kept[schema.Alive] | None:
+        """Guards the life of the key, not its revision."""
+        key = schema.alive(node)
+        kept = self._value(key, schema.Alive, self.snapshot.alive(node))
+        self.guards[key] = base.same_life(key, kept.created if kept else 0)
+        return kept
+
+    def born(self, id: str) -> codec.Kept[schema.Born] | None:
+        return self._unchanged(schema.born(id), schema.Born, None)
+
+    def remembered(self, key: str) -> codec.Kept[schema.Remembered] | None:
+        """A record of the idempotency or twin kind, by its whole key."""
+        return self._unchanged(key, schema.Remembered, None)
+
+    def put(self, key: str, noun: msgspec.Struct, lease: int = 0) -> base.Put:
+        """Write a noun over what was read under the key, keeping what only newer programs know (safety S27)."""
+        return base.Put(key, codec.encode(noun, self._old.get(key)), lease)
+
+    def event(self, what: str, about: str, decision: model.Decision, **details: str) -> base.Put:
+        """A line of the cloud's history, written with the decision itself (safety S28)."""
+        at_ns = self.now_ns + self._events
+        self._events += 1
+        event = schema.Event(
+            what=what, about=about, who=decision.who, why=decision.why, at_ns=self.now_ns, details=details
+        )
+        return base.Put(schema.event(at_ns, self.tx), schema.encode(event), WEEK)
+
+    def _unchanged(self, key: str, kind: type[T], known: codec.Kept[T] | None) -> codec.Kept[T] | None:
+        kept = self._value(key, kind, known)
+        self.guards[key] = base.unchanged(key, kept.revision if kept else 0)
+        return kept
+
+    def _value(self, key: str, kind: type[T], known: codec.Kept[T] | None) -> codec.Kept[T] | None:
+        if key in self._fresh:
+            kv = self._fresh[key]
+            known = None if kv is None else codec.decode(kv, kind)
+        self._old[key] = known
+        return known
+
+
+Rule = Callable[[Reading], Write[R] | R]
 
 
 class Writer:
-    """The one way to the store for writes. One per process; holds no state but short-lived shared leases."""
+    """The one way to the store for writes. One per process; holds nothing but leases shared by short-lived keys."""
 
-    def __init__(self, store: base.Store, world: world.World, *, who: str = "controller") -> None:
+    def __init__(self, store: base.Store, world: worlds.World, *, who: str = "controller") -> None:
         self.store = store
         self.world = world
         self.who = who
+        self._format = schema.encode(schema.Format(format=schema.FORMAT))
+        self.format_guard = base.equals(schema.FORMAT_KEY, self._format)  # part of every transaction (safety S27)
+        self._leases: dict[int, tuple[int, int]] = {}  # span -> (lease id, boot_ns when granted)
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def run(self, snapshot: view.Snapshot, rule: Rule[R], *, until_ns: int = 0, sure: bool = False) -> R:
+        """Decide and write until it is definite. Raises Unavailable (nothing was done), Unsure or Rejected.
+
+        An answer without a write rests on the snapshot, which a caller takes fresh. With `sure` it is proved against
+        the store as well: for snapshots that may be old.
+        """
+        until_ns = until_ns or self.world.boot_ns() + LIMIT_NS
+        fresh: dict[str, base.Kv | None] = {}
+        for _ in range(_ATTEMPTS):
+            answer = await self._attempt(snapshot, rule, fresh, until_ns, sure)
+            if not isinstance(answer, _Again):
+                return answer
+        raise errors.Unavailable("too many others write the same thing at once; nothing was done")
+
+    async def once(self, snapshot: view.Snapshot, rule: Rule[R], *, until_ns: int = 0) -> R | Lost:
+        """As `run`, but a decision that no longer stands is Lost: for decisions that rest on more than they guard."""
+        until_ns = until_ns or self.world.boot_ns() + LIMIT_NS
+        answer = await self._attempt(snapshot, rule, {}, until_ns)
+        return Lost("it changed meanwhile") if isinstance(answer, _Again) else answer
+
+    def soon(self, work: Coroutine[Any, Any, None]) -> None:
+        """Finish something after the caller was answered."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def close(self) -> None:
+        """Give what runs in the background a moment, then end it."""
+        if self._background:
+            await asyncio.wait(self._background, timeout=_CLOSE_S)
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+
+    async def _attempt(
+        self,
+        snapshot: view.Snapshot,
+        rule: Rule[R],
+        fresh: dict[str, base.Kv | None],
+        until_ns: int,
+        sure: bool = False,
+    ) -> "R | _Again":
+        reading = Reading(snapshot, fresh, self.world.token(), self.world.wall_ns())
+        verdict = rule(reading)
+        if not isinstance(verdict, Write):
+            if not sure or reading.again:
+                return verdict
+            verdict = Write((), functools.partial(_same, verdict))
+        write: Write[R] = verdict
+        keys = (schema.FORMAT_KEY, *reading.guards)
+        compares = (self.format_guard, *reading.guards.values())
+        otherwise = tuple(base.Get(key) for key in keys)
+        ops = await self._lease_out(write.ops)
+        try:
+            outcome = await self.settle(base.Txn(compares, ops, otherwise), until_ns)
+        except errors.Rejected:
+            if ops == write.ops:
+                raise
+            self._leases.clear()  # perhaps a shared lease ended early: once more with a new one
+            ops = await self._lease_out(write.ops)
+            outcome = await self.settle(base.Txn(compares, ops, otherwise), until_ns)
+        if outcome.succeeded:
+            return write.answer(outcome.revision)
+        found = dict(zip(keys, outcome.got, strict=True))
+        written = _own(ops, found)
+        if written is not None:
+            return write.answer(written)
+        self._check_format(found.pop(schema.FORMAT_KEY))
+        fresh.update(found)
+        return _Again()
+
+    async def settle(self, txn: base.Txn, until_ns: int) -> base.Outcome:
+        """Send one transaction until its outcome is definite (safety S15), but nothing after `until_ns`.
+
+        Rejected is definite also after Unsure: an earlier copy that was applied would have made the guards fail first.
+        """
+        unsure = False
+        while True:
+            if self.world.boot_ns() > until_ns:
+                raise errors.Unsure("the store's answer was lost") if unsure else errors.Unavailable("too late")
+            try:
+                return await self.store.commit(txn)
+            except errors.Unsure:
+                unsure = True
+            except errors.Unavailable:
+                if not unsure:  # this copy was not applied, but an earlier one may yet be
+                    raise
+            await asyncio.sleep(_RESEND_S)
+
+    async def _lease_out(self, ops: tuple[base.Op, ...]) -> tuple[base.Op, ...]:
+        """Put real leases in place of DAY, WEEK and MONTH. One is shared by all keys of an hour."""
+        if not any(isinstance(op, base.Put) and op.lease < 0 for op in ops):
+            return ops
+        ids = {span: await self._lease(span) for span in {op.lease for op in ops if isinstance(op, base.Put)}}
+        return tuple(op._replace(lease=ids[op.lease]) if isinstance(op, base.Put) else op for op in ops)
+
+    async def _lease(self, span: int) -> int:
+        if span >= 0:
+            return span
+        known = self._leases.get(span)
+        now_ns = self.world.boot_ns()
+        if known is None or now_ns - known[1] > _HOUR_S * 1_000_000_000:
+            lease = await self.store.grant(_SPANS_S[span] + _HOUR_S)
+            known = self._leases[span] = (lease.id, now_ns)
+        return known[0]
+
+    def _check_format(self, kv: base.Kv | None) -> None:
+        if kv is None or kv.value != self._format:
+            found = "nothing" if kv is None else kv.value.decode("utf-8", "replace")
+            raise errors.Rejected(f"the store's format is {found}; this program writes {schema.FORMAT}")
+
+
+class _Again(NamedTuple):
+    """The guard did not hold: decide again."""
+
+
+def _same(answer: R, _revision: int) -> R:
+    return answer
+
+
+def _own(ops: tuple[base.Op, ...], found: Mapping[str, base.Kv | None]) -> int | None:
+    """The revision at which these very writes were applied already, if a key still shows it: values that carry a
+    transaction id are written by nobody else."""
+    for op in ops:
+        kv = found.get(op.key)
+        if isinstance(op, base.Put) and kv is not None and kv.value == op.value:
+            return kv.mod_revision
+    return None
+
+
+def stepped(
+    instance: model.Instance, event: lifecycle.Event, reading: Reading, **changes: Any
+) -> model.Instance | None:
+    """`instance` after `event`, with `changes`; None when the event has no place in its state."""
+    step = lifecycle.step(
+        instance.state, event, launched=instance.launched, claimed=instance.claimed, before=instance.before
+    )
+    if step is None or step.state is None:
+        return None
+    if step.state != instance.state:
+        changes.setdefault("changed_ns", reading.now_ns)
+    if step.new_epoch:
+        changes.setdefault("epoch", instance.epoch + 1)
+    if step.replace:
+        changes |= {"node": model.NOWHERE, "acknowledged": False, "launch": None, "placed_ns": 0, "progress": 0.0}
+    return msgspec.structs.replace(instance, state=step.state, tx=reading.tx, **changes)
+
+
+def kept(noun: T, revision: int, old: codec.Kept[T] | None = None) -> codec.Kept[T]:
+    """A noun just written at `revision` over `old`."""
+    if old is None:
+        return codec.Kept(noun, revision, revision)
+    return codec.Kept(noun, revision, old.created, codec.encode(noun, old) if old.extra else b"")

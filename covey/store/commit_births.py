@@ -1,14 +1,22 @@
 """Creating instances: one transaction, all or none (safety S16, S17), and closing the door on a lost one (S15)."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from covey import model
-from covey.store import codec, commit, view
+from covey import errors, model, observe
+from covey.store import base, codec, commit, commit_instances, schema, view
+
+# A repeat of a start finds the earlier instance only while that one may still become, or be, of use.
+_SPENT = frozenset({model.State.TERMINATING, model.State.TERMINATED, model.State.ERROR})
+_CLOSE_PAUSE_S = 1.0
+_CLOSE_FOR_NS = 60_000_000_000
+
+_log = observe.log("births")
 
 
 class Start(NamedTuple):
-    """A start request, accepted: `count` instances of one spec. `body` is the SHA-256 of the request's body.
+    """A start request, accepted: one instance of `spec` for each id. `body` is the SHA-256 of the request's body.
 
     `key` is the Idempotency-Key's text ("" when there was none). The twin record of spec.external_id + spec.name is
     kept when both are given. `script_text` is the start script in base64, stored once under spec.script.key.
@@ -40,19 +48,154 @@ class KeyReused(NamedTuple):
     """The Idempotency-Key belongs to a request with another body."""
 
 
+Answer = Created | Repeated | KeyReused
+
+
 async def create(
     writer: commit.Writer,
     snapshot: view.Snapshot,
     start: Start,
     homes: Sequence[model.NodeId] = (),
     until_ns: int = 0,
-) -> Created | Repeated | KeyReused:
+) -> Answer:
     """Create all instances of `start`, or none.
 
-    `homes`: a node for each instance (from placement.home_for_new), to create and place in one transaction; when a
-    node has changed meanwhile, the instances are created waiting and the loop places them.
+    `homes`: a node for each instance (see placement), to create and place in one transaction; when a node has
+    changed meanwhile, the instances are created waiting and the loop places them.
     Raises Unavailable (nothing was done) or Unsure (answer 503). After Unsure the door is being closed in the
     background: what turns up nevertheless is terminated, unless the request had an Idempotency-Key, whose repeat
     finds it.
     """
-    raise NotImplementedError
+
+    def rule(reading: commit.Reading) -> commit.Write[Answer] | Answer:
+        repeated = _remembered(reading, start)
+        if repeated is not None:
+            return repeated
+        if any(reading.born(id) is not None for id in start.ids):
+            raise errors.Unavailable("the request was given up before; nothing was done")
+        placed = {} if reading.again else _placed(reading, start, homes)
+        return commit.Write(
+            (*_births(reading, start, homes, placed), *_records(reading, start), *placed.values()),
+            lambda revision: Created(start.ids, revision),
+        )
+
+    try:
+        return await writer.run(snapshot, rule, until_ns=until_ns)
+    except (errors.Unsure, asyncio.CancelledError):
+        writer.soon(_close_door(writer, snapshot, start))
+        raise
+
+
+def _remembered(reading: commit.Reading, start: Start) -> Answer | None:
+    """The answer of an earlier, equal request (safety S17)."""
+    if start.key:
+        record = reading.remembered(schema.idempotency(start.key))
+        if record is not None:
+            return Repeated(record.noun.ids) if record.noun.body == start.body else KeyReused()
+    if start.spec.external_id and start.spec.name:
+        record = reading.remembered(schema.twin(start.spec.external_id, start.spec.name))
+        if record is not None and record.noun.body == start.body and _of_use(reading.snapshot, record):
+            return Repeated(record.noun.ids)
+    return None
+
+
+def _of_use(snapshot: view.Snapshot, record: codec.Kept[schema.Remembered]) -> bool:
+    """Whether an instance of an earlier start still lives; one younger than the snapshot does."""
+    if record.revision > snapshot.revision:
+        return True
+    found = (snapshot.instance(id) for id in record.noun.ids)
+    return any(instance is not None and instance.noun.state not in _SPENT for instance in found)
+
+
+def _placed(reading: commit.Reading, start: Start, homes: Sequence[model.NodeId]) -> dict[model.NodeId, base.Op]:
+    """The ledgers of `homes` with the new claims; empty when one of them is not there any more."""
+    claims: dict[model.NodeId, list[model.Claim]] = {}
+    for id, node in zip(start.ids, homes, strict=False):
+        claims.setdefault(node, []).append(
+            model.Claim(instance=id, epoch=1, vcpu=start.spec.vcpu, vram_mb=start.spec.vram_mb)
+        )
+    puts: dict[model.NodeId, base.Op] = {}
+    for node, added in claims.items():
+        ledger = reading.ledger(node)
+        if ledger is None or reading.session(node) is None or reading.alive(node) is None:
+            return {}
+        noun = model.Ledger(node=node, claims=(*ledger.noun.claims, *added), tx=reading.tx)
+        puts[node] = reading.put(schema.ledger(node), noun)
+    return puts
+
+
+def _births(
+    reading: commit.Reading, start: Start, homes: Sequence[model.NodeId], placed: dict[model.NodeId, base.Op]
+) -> list[base.Op]:
+    """The instances and their births. An instance's own absence follows from its birth's."""
+    ops: list[base.Op] = []
+    for index, id in enumerate(start.ids):
+        node = homes[index] if placed else model.NOWHERE
+        instance = model.Instance(
+            id=id,
+            spec=start.spec,
+            state=model.State.PULLING if placed else model.State.SCHEDULING,
+            created_ns=reading.now_ns + index,  # keeps the order of the answer when sorted
+            changed_ns=reading.now_ns,
+            tx=reading.tx,
+            epoch=1 if placed else 0,
+            node=node,
+            placed_ns=reading.now_ns if placed else 0,
+            metadata=start.metadata,
+            external_id=start.spec.external_id,
+            name=start.spec.name,
+        )
+        ops.append(reading.put(schema.instance(id), instance))
+        ops.append(base.Put(schema.born(id), schema.encode(schema.Born(tx=reading.tx)), commit.DAY))
+    return ops
+
+
+def _records(reading: commit.Reading, start: Start) -> list[base.Op]:
+    """What a repeat is answered from, the script, and the line of history."""
+    remembered = schema.encode(schema.Remembered(tx=reading.tx, body=start.body, ids=start.ids))
+    ops: list[base.Op] = []
+    if start.key:
+        ops.append(base.Put(schema.idempotency(start.key), remembered, commit.DAY))
+    if start.spec.external_id and start.spec.name:
+        ops.append(base.Put(schema.twin(start.spec.external_id, start.spec.name), remembered, commit.DAY))
+    if start.spec.script is not None:
+        ops.append(base.Put(schema.script(start.spec.script.key), start.script_text.encode("ascii")))
+    decision = model.Decision(who=start.who, why="start request")
+    ops.append(reading.event("created", start.ids[0], decision, count=str(len(start.ids))))
+    return ops
+
+
+async def _close_door(writer: commit.Writer, snapshot: view.Snapshot, start: Start) -> None:
+    """Make sure that a create whose caller was told "unsure" has no effect later (safety S15)."""
+    while True:
+        try:
+            turned_up = await _try_to_close(writer, snapshot, start)
+            break
+        except (errors.Unsure, errors.Unavailable):
+            await asyncio.sleep(_CLOSE_PAUSE_S)
+        except errors.StoreError as error:
+            _log.error("a start whose reply was lost could not be settled", ids=start.ids, error=str(error))
+            return
+    if turned_up:
+        _log.warning("a start whose reply was lost had happened", ids=start.ids, kept=bool(start.key))
+
+
+async def _try_to_close(writer: commit.Writer, snapshot: view.Snapshot, start: Start) -> bool:
+    """True when the create had been applied."""
+    decision = model.Decision(who=writer.who, why="the reply to the start request was lost", at_ns=0)
+
+    def rule(reading: commit.Reading) -> commit.Write[bool] | bool:
+        born = [reading.born(id) for id in start.ids]
+        if born[0] is None:  # all or none: one stands for all
+            closed = schema.encode(schema.Born(tx=reading.tx, closed=True))
+            return commit.Write(
+                tuple(base.Put(schema.born(id), closed, commit.DAY) for id in start.ids), lambda _: False
+            )
+        return not born[0].noun.closed
+
+    until_ns = writer.world.boot_ns() + _CLOSE_FOR_NS
+    turned_up = await writer.run(snapshot, rule, until_ns=until_ns)
+    if turned_up and not start.key:
+        for id in start.ids:
+            await commit_instances.terminate(writer, snapshot, id, decision, until_ns, sure=True)
+    return turned_up

@@ -3,16 +3,21 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from covey import model
-from covey.store import codec, commit, view
+import msgspec
 
-Outcome = commit.Done[model.Instance] | commit.Missing
+from covey import lifecycle, model
+from covey.store import base, codec, commit, schema, view
+
+Event = lifecycle.Event
+Ended = commit.Done[model.Instance]
+Outcome = Ended | commit.Missing
+Instance = codec.Kept[model.Instance]
 
 
 class Granted(NamedTuple):
     """This session may run guest code for this epoch (now, or already since the same nonce was granted)."""
 
-    instance: codec.Kept[model.Instance]
+    instance: Instance
 
 
 class Denied(NamedTuple):
@@ -27,20 +32,92 @@ async def place(
 
     Compares each instance, the node's ledger, its session and the life of its alive key. Answers with the revision.
     """
-    raise NotImplementedError
+
+    def rule(reading: commit.Reading) -> commit.Write[int | commit.Lost] | commit.Lost:
+        ledger = reading.ledger(node)
+        if ledger is None or reading.session(node) is None or reading.alive(node) is None:
+            return commit.Lost("the node is gone")
+        ops: list[base.Op] = []
+        claims = list(ledger.noun.claims)
+        for id in instances:
+            kept = reading.instance(id)
+            placed = _placed(reading, kept.noun, node) if kept is not None and kept.noun.waiting else None
+            if placed is None:
+                return commit.Lost("the instance does not wait any more")
+            ops.append(reading.put(schema.instance(id), placed))
+            claims.append(claim(placed))
+        noun = msgspec.structs.replace(ledger.noun, claims=tuple(claims), tx=reading.tx)
+        ops.append(reading.put(schema.ledger(node), noun))
+        return commit.Write(tuple(ops), lambda revision: revision)
+
+    return await writer.once(snapshot, rule)
+
+
+def claim(instance: model.Instance) -> model.Claim:
+    """The slot that an instance holds on its node."""
+    return model.Claim(
+        instance=instance.id, epoch=instance.epoch, vcpu=instance.spec.vcpu, vram_mb=instance.spec.vram_mb
+    )
+
+
+def _placed(reading: commit.Reading, instance: model.Instance, node: model.NodeId) -> model.Instance | None:
+    return commit.stepped(
+        instance,
+        Event.PLACED,
+        reading,
+        node=node,
+        placed_ns=reading.now_ns,
+        acknowledged=False,
+        launch=None,
+        progress=0.0,
+        message="",
+        released=False,
+    )
 
 
 async def withdraw(
     writer: commit.Writer,
     snapshot: view.Snapshot,
-    instance: codec.Kept[model.Instance],
+    instance: Instance,
     decision: model.Decision,
     *,
     node_lost: bool = False,
 ) -> commit.Done[model.Instance] | commit.Lost:
     """Take an un-launched instance from its node so that it waits again; the claim stays, with an order to destroy
     what the node may have begun (safety S10, S11)."""
-    raise NotImplementedError
+
+    def rule(reading: commit.Reading) -> commit.Write[commit.Done[model.Instance] | commit.Lost] | commit.Lost:
+        old = reading.instance(instance.noun.id)
+        if old is None or old.revision != instance.revision or old.noun.launched or not old.noun.claimed:
+            return commit.Lost("it changed meanwhile")
+        event = Event.NODE_LOST if node_lost else Event.REFUSED
+        waiting = commit.stepped(old.noun, event, reading, message=decision.why)
+        if waiting is None or not waiting.waiting:
+            return commit.Lost("it does not wait for its node")
+        ops = (
+            reading.put(schema.instance(waiting.id), waiting),
+            clean_up(reading, old.noun, decision, withdrawn=not node_lost),
+            reading.event("withdrawn", waiting.id, decision, node=old.noun.node),
+        )
+        return commit.Write(ops, lambda revision: commit.Done(commit.kept(waiting, revision, old)))
+
+    return await writer.once(snapshot, rule)
+
+
+def clean_up(
+    reading: commit.Reading, instance: model.Instance, decision: model.Decision, *, withdrawn: bool = False
+) -> base.Put:
+    """The order by which a node removes what it has of a placement that is no longer its own."""
+    reading.order(instance.node, instance.id)
+    order = model.Order(
+        node=instance.node,
+        instance=instance.id,
+        epoch=instance.epoch,
+        decision=msgspec.structs.replace(decision, at_ns=reading.now_ns),
+        withdrawn=withdrawn,
+        tx=reading.tx,
+    )
+    return reading.put(schema.order(instance.node, instance.id), order)
 
 
 async def launch(
@@ -54,7 +131,26 @@ async def launch(
     until_ns: int = 0,
 ) -> Granted | Denied:
     """Leave to run guest code (safety S1): compares the instance and the node's session."""
-    raise NotImplementedError
+    wanted = model.Launch(node=node, session=session, epoch=epoch, nonce=nonce)
+
+    def rule(reading: commit.Reading) -> commit.Write[Granted | Denied] | Granted | Denied:
+        life = reading.session(node)
+        if life is None or life.noun.counter != session:
+            return Denied("another life of this agent has taken over", stale_session=True)
+        old = reading.instance(instance)
+        if old is None or old.noun.node != node or old.noun.epoch != epoch:
+            return Denied("this placement is not the instance's newest")
+        if old.noun.launched and old.noun.state in (model.State.PULLING, model.State.STARTED):
+            return Granted(old) if old.noun.launch == wanted else Denied("this epoch was launched before")
+        if old.noun.state != model.State.PULLING:
+            return Denied(f"the instance is {old.noun.state}")
+        noun = msgspec.structs.replace(old.noun, launch=wanted, acknowledged=True, tx=reading.tx)
+        return commit.Write(
+            (reading.put(schema.instance(instance), noun),),
+            lambda revision: Granted(commit.kept(noun, revision, old)),
+        )
+
+    return await writer.run(snapshot, rule, until_ns=until_ns)
 
 
 async def terminate(
@@ -63,26 +159,66 @@ async def terminate(
     instance: model.InstanceId,
     decision: model.Decision,
     until_ns: int = 0,
+    *,
+    sure: bool = False,
 ) -> Outcome:
-    """Terminating, or Terminated at once when no node holds a claim (safety S13). Repeats are `changed=False`."""
-    raise NotImplementedError
+    """Terminating, or Terminated at once when no node holds a claim (safety S13). Repeats are `changed=False`.
+    `sure`: the snapshot may be older than the instance."""
 
+    def rule(reading: commit.Reading) -> commit.Write[Outcome] | Outcome:
+        old = reading.instance(instance)
+        if old is None:
+            return commit.Missing()
+        return _ended(reading, old, Event.TERMINATE, decision)
 
-async def fail(
-    writer: commit.Writer, snapshot: view.Snapshot, instance: codec.Kept[model.Instance], message: str
-) -> commit.Done[model.Instance] | commit.Lost:
-    """Error, decided by a controller: nothing could ever take it."""
-    raise NotImplementedError
+    return await writer.run(snapshot, rule, until_ns=until_ns, sure=sure)
 
 
 async def reap(
-    writer: commit.Writer,
-    snapshot: view.Snapshot,
-    instance: codec.Kept[model.Instance],
-    decision: model.Decision,
+    writer: commit.Writer, snapshot: view.Snapshot, instance: Instance, decision: model.Decision
 ) -> commit.Done[model.Instance] | commit.Lost:
     """Terminate what has been in Error for long."""
-    raise NotImplementedError
+
+    def rule(reading: commit.Reading) -> commit.Write[Ended | commit.Lost] | Ended | commit.Lost:
+        old = reading.instance(instance.noun.id)
+        if old is None or old.revision != instance.revision:
+            return commit.Lost("it changed meanwhile")
+        return _ended(reading, old, Event.REAPED, decision)
+
+    return await writer.once(snapshot, rule)
+
+
+def _ended(
+    reading: commit.Reading, old: Instance, event: Event, decision: model.Decision
+) -> commit.Write[Ended] | Ended:
+    ended = msgspec.structs.replace(decision, at_ns=reading.now_ns)
+    noun = commit.stepped(old.noun, event, reading, ended=ended)
+    if noun is None or noun.state == old.noun.state:
+        return commit.Done(old, changed=False)
+    ops = (
+        reading.put(schema.instance(noun.id), noun),
+        reading.event("terminated" if noun.state == model.State.TERMINATED else "terminating", noun.id, decision),
+    )
+    return commit.Write(ops, lambda revision: commit.Done(commit.kept(noun, revision, old)))
+
+
+async def fail(
+    writer: commit.Writer, snapshot: view.Snapshot, instance: Instance, message: str
+) -> commit.Done[model.Instance] | commit.Lost:
+    """Error, decided by a controller: nothing could ever take it, or its node is silent for too long."""
+
+    def rule(reading: commit.Reading) -> commit.Write[commit.Done[model.Instance] | commit.Lost] | commit.Lost:
+        old = reading.instance(instance.noun.id)
+        if old is None or old.revision != instance.revision:
+            return commit.Lost("it changed meanwhile")
+        noun = commit.stepped(old.noun, Event.FAILED, reading, message=message)
+        if noun is None:
+            return commit.Lost("it cannot fail now")
+        decision = model.Decision(who="", why=message)
+        ops = (reading.put(schema.instance(noun.id), noun), reading.event("failed", noun.id, decision))
+        return commit.Write(ops, lambda revision: commit.Done(commit.kept(noun, revision, old)))
+
+    return await writer.once(snapshot, rule)
 
 
 async def update(
@@ -96,11 +232,51 @@ async def update(
     until_ns: int = 0,
 ) -> Outcome:
     """PUT: metadata is merged key by key, the others replaced when given."""
-    raise NotImplementedError
+
+    def rule(reading: commit.Reading) -> commit.Write[Outcome] | Outcome:
+        old = reading.instance(instance)
+        if old is None:
+            return commit.Missing()
+        noun = msgspec.structs.replace(
+            old.noun,
+            metadata={**old.noun.metadata, **(metadata or {})},
+            external_id=old.noun.external_id if external_id is None else external_id,
+            name=old.noun.name if name is None else name,
+        )
+        if noun == old.noun:
+            return commit.Done(old, changed=False)
+        noun = msgspec.structs.replace(noun, tx=reading.tx)
+        return commit.Write(
+            (reading.put(schema.instance(instance), noun),),
+            lambda revision: commit.Done(commit.kept(noun, revision, old)),
+        )
+
+    return await writer.run(snapshot, rule, until_ns=until_ns)
 
 
-async def forget(
-    writer: commit.Writer, snapshot: view.Snapshot, instance: codec.Kept[model.Instance]
-) -> bool | commit.Lost:
+async def forget(writer: commit.Writer, snapshot: view.Snapshot, instance: Instance) -> bool | commit.Lost:
     """Remove a Terminated instance, its outputs, and its script when no other instance of the request is left."""
-    raise NotImplementedError
+
+    def rule(reading: commit.Reading) -> commit.Write[bool | commit.Lost] | bool | commit.Lost:
+        old = reading.instance(instance.noun.id)
+        if old is None:
+            return False
+        step = lifecycle.step(old.noun.state, Event.FORGOTTEN)
+        if old.revision != instance.revision or step is None or step.state is not None:
+            return commit.Lost("it changed meanwhile")
+        keys = [schema.instance(old.noun.id)]
+        keys += [schema.output(old.noun.id, stream) for stream in ("stdout", "stderr")]
+        script = old.noun.spec.script
+        if script is not None and snapshot.script_users(script.key) <= 1:
+            keys.append(schema.script(script.key))
+        return commit.Write(tuple(base.Delete(key) for key in keys), lambda _: True)
+
+    return await writer.once(snapshot, rule)
+
+
+def owns(instance: model.Instance, node: model.NodeId, epoch: int) -> bool:
+    """Whether an instance may still want the VM of this epoch on this node, or one that is newer than it knows: such
+    a VM is never ordered destroyed."""
+    if epoch > instance.epoch:
+        return True
+    return instance.node == node and instance.epoch == epoch and instance.state != model.State.TERMINATED

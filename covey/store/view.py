@@ -5,57 +5,61 @@ shares them, and a later change copies only the shard it falls into. Values of k
 (outputs, scripts, births, idempotency records, events) are not held.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
+
+import msgspec
 
 from covey import model
 from covey.store import base, codec, schema
 
 V = TypeVar("V")
+N = TypeVar("N", bound=msgspec.Struct)
 
-_SHARDS = 128
+_SHARDS = 64
 
 
 class Table(Generic[V]):
-    """A map of text to V whose `freeze` costs one list copy."""
+    """A map of text to V whose `freeze` costs one short list copy."""
 
     __slots__ = ("_owned", "_shards", "_size")
 
     def __init__(self) -> None:
         self._shards: list[dict[str, V]] = [{} for _ in range(_SHARDS)]
-        self._owned = [True] * _SHARDS
+        self._owned = set(range(_SHARDS))  # the shards that no frozen copy shares
         self._size = 0
 
     def freeze(self) -> "Table[V]":
         """An immutable copy: by agreement, nobody writes to it."""
         copy: Table[V] = Table.__new__(Table)
         copy._shards = self._shards.copy()
-        copy._owned = [False] * _SHARDS
+        copy._owned = set()
         copy._size = self._size
-        self._owned = [False] * _SHARDS
+        self._owned = set()
         return copy
 
     def get(self, key: str) -> V | None:
         return self._shards[hash(key) % _SHARDS].get(key)
 
     def put(self, key: str, value: V) -> V | None:
-        """Set and answer with what was there before."""
-        shard = self._own(key)
+        """Set, and answer with what was there before."""
+        shard = self._own(hash(key) % _SHARDS)
         before = shard.get(key)
         self._size += key not in shard
         shard[key] = value
         return before
 
     def drop(self, key: str) -> V | None:
-        """Remove and answer with what was there."""
-        if key not in self._shards[hash(key) % _SHARDS]:
+        """Remove, and answer with what was there."""
+        index = hash(key) % _SHARDS
+        if key not in self._shards[index]:
             return None
         self._size -= 1
-        return self._own(key).pop(key)
+        return self._own(index).pop(key)
 
-    def items(self) -> Iterator[tuple[str, V]]:
+    def keys(self) -> Iterator[str]:
         for shard in self._shards:
-            yield from shard.items()
+            yield from shard
 
     def values(self) -> Iterator[V]:
         for shard in self._shards:
@@ -64,41 +68,18 @@ class Table(Generic[V]):
     def __len__(self) -> int:
         return self._size
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._shards[hash(key) % _SHARDS]
-
-    def _own(self, key: str) -> dict[str, V]:
-        index = hash(key) % _SHARDS
-        if not self._owned[index]:
+    def _own(self, index: int) -> dict[str, V]:
+        if index not in self._owned:
             self._shards[index] = self._shards[index].copy()
-            self._owned[index] = True
+            self._owned.add(index)
         return self._shards[index]
 
 
-Instances = dict[str, codec.Kept[model.Instance]]
+_Orders = dict[str, codec.Kept[model.Order]]
 
 
 class Snapshot:
     """The cloud as of `revision`. `history` is the newest nonce (safety S18); revisions compare only within it."""
-
-    __slots__ = (
-        "_alive",
-        "_by_node",
-        "_by_state",
-        "_controllers",
-        "_instances",
-        "_ledgers",
-        "_nodes",
-        "_orders",
-        "_removed",
-        "_sessions",
-        "_waiting",
-        "_words",
-        "cloud",
-        "format",
-        "history",
-        "revision",
-    )
 
     def __init__(self) -> None:
         self.revision = 0
@@ -106,42 +87,229 @@ class Snapshot:
         self.cloud = ""
         self.format = 0
         self._instances: Table[codec.Kept[model.Instance]] = Table()
-        self._nodes: dict[str, codec.Kept[model.Node]] = {}
+        self._nodes: Table[codec.Kept[model.Node]] = Table()
+        self._sessions: Table[codec.Kept[model.Session]] = Table()
+        self._alive: Table[codec.Kept[schema.Alive]] = Table()
+        self._words: Table[codec.Kept[model.Word]] = Table()
+        self._ledgers: Table[codec.Kept[model.Ledger]] = Table()
+        self._removed: Table[codec.Kept[schema.Removed]] = Table()
+        self._controllers: Table[codec.Kept[schema.Controller]] = Table()
+        self._orders: Table[_Orders] = Table()  # node -> instance -> order
+        self._on_node: Table[dict[str, None]] = Table()  # node -> instance ids; its dicts are never changed in place
+        self._by_state: dict[model.State, Table[None]] = {state: Table() for state in model.State}
+        self._waiting: Table[None] = Table()
+        self._unacknowledged: Table[None] = Table()
+        self._script_users: Table[int] = Table()
 
-    def instance(self, id: str) -> codec.Kept[model.Instance] | None: ...
+    # ---- instances
+
+    def instance(self, id: str) -> codec.Kept[model.Instance] | None:
+        return self._instances.get(id)
 
     def instances(self) -> Iterator[codec.Kept[model.Instance]]:
         """All, in no particular order."""
-        ...
+        return self._instances.values()
+
+    def instance_count(self, state: model.State | None = None) -> int:
+        return len(self._instances) if state is None else len(self._by_state[state])
 
     def instances_on(self, node: str) -> Iterator[codec.Kept[model.Instance]]:
         """Those whose `node` is this one, whatever their state."""
-        ...
+        return self._known(self._on_node.get(node) or ())
 
-    def in_state(self, state: model.State) -> Iterator[codec.Kept[model.Instance]]: ...
+    def in_state(self, state: model.State) -> Iterator[codec.Kept[model.Instance]]:
+        return self._known(self._by_state[state].keys())
 
     def waiting(self) -> Iterator[codec.Kept[model.Instance]]:
-        """Those that wait for a node: in Scheduling, or in Pulling after a placement was withdrawn."""
-        ...
+        """Those that wait for a node."""
+        return self._known(self._waiting.keys())
 
-    def node(self, id: str) -> codec.Kept[model.Node] | None: ...
+    def waiting_count(self) -> int:
+        return len(self._waiting)
 
-    def nodes(self) -> Iterator[codec.Kept[model.Node]]: ...
+    def unacknowledged(self) -> Iterator[codec.Kept[model.Instance]]:
+        """Placed, not launched, and their node has not named them yet (safety S10)."""
+        return self._known(self._unacknowledged.keys())
 
-    def session(self, node: str) -> codec.Kept[model.Session] | None: ...
+    def script_users(self, key: str) -> int:
+        """How many instances refer to this start script."""
+        return self._script_users.get(key) or 0
+
+    # ---- nodes
+
+    def node(self, id: str) -> codec.Kept[model.Node] | None:
+        return self._nodes.get(id)
+
+    def nodes(self) -> Iterator[codec.Kept[model.Node]]:
+        return self._nodes.values()
+
+    def session(self, node: str) -> codec.Kept[model.Session] | None:
+        return self._sessions.get(node)
 
     def alive(self, node: str) -> codec.Kept[schema.Alive] | None:
         """The node's sign of life, bound to its session's lease; None when the lease ended."""
-        ...
+        return self._alive.get(node)
 
-    def word(self, node: str) -> codec.Kept[model.Word] | None: ...
+    def word(self, node: str) -> codec.Kept[model.Word] | None:
+        return self._words.get(node)
 
-    def ledger(self, node: str) -> codec.Kept[model.Ledger] | None: ...
+    def ledger(self, node: str) -> codec.Kept[model.Ledger] | None:
+        return self._ledgers.get(node)
 
-    def order(self, node: str, instance: str) -> codec.Kept[model.Order] | None: ...
+    def ledgers(self) -> Iterator[codec.Kept[model.Ledger]]:
+        return self._ledgers.values()
 
-    def orders_on(self, node: str) -> Iterator[codec.Kept[model.Order]]: ...
+    def order(self, node: str, instance: str) -> codec.Kept[model.Order] | None:
+        return (self._orders.get(node) or {}).get(instance)
 
-    def removed(self, node: str) -> codec.Kept[schema.Removed] | None: ...
+    def orders_on(self, node: str) -> Iterator[codec.Kept[model.Order]]:
+        return iter((self._orders.get(node) or {}).values())
 
-    def controllers(self) -> Iterator[codec.Kept[schema.Controller]]: ...
+    def removed(self, node: str) -> codec.Kept[schema.Removed] | None:
+        return self._removed.get(node)
+
+    def controllers(self) -> Iterator[codec.Kept[schema.Controller]]:
+        return self._controllers.values()
+
+    def _known(self, ids: Iterator[str] | dict[str, None] | tuple[()]) -> Iterator[codec.Kept[model.Instance]]:
+        for id in ids:
+            kept = self._instances.get(id)
+            if kept is not None:
+                yield kept
+
+
+class Draft(Snapshot):
+    """The snapshot in the making. Only the mirror writes to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broken: dict[str, str] = {}  # keys whose values are no nouns, shown to the operator
+        self.touched: set[str] = set()  # nodes whose wanted state may have changed since the mirror last looked
+        self._nonces: dict[str, int] = {}
+        self._plain: dict[str, Callable[[str, base.Kv | None], None]] = {
+            "node": lambda id, kv: self._set(self._nodes, model.Node, id, kv),
+            "session": lambda id, kv: self._set(self._sessions, model.Session, id, kv),
+            "alive": lambda id, kv: self._set(self._alive, schema.Alive, id, kv),
+            "word": lambda id, kv: self._set(self._words, model.Word, id, kv),
+            "ledger": lambda id, kv: self._set(self._ledgers, model.Ledger, id, kv),
+            "removed": lambda id, kv: self._set(self._removed, schema.Removed, id, kv),
+            "controller": lambda id, kv: self._set(self._controllers, schema.Controller, id, kv),
+            "instance": self._set_instance,
+            "order": self._set_order,
+            "history": self._set_nonce,
+        }
+        self._wakes = {"session", "alive", "ledger", "removed"}
+
+    def apply(self, change: base.Change) -> None:
+        """One key's change. What cannot be read counts as absent and is noted as broken."""
+        if not change.key.startswith(schema.PREFIX):
+            return
+        kind, _, id = change.key[len(schema.PREFIX) :].partition("/")
+        setter = self._plain.get(kind)
+        try:
+            if setter is not None:
+                setter(id, change.kv)
+                if kind in self._wakes:
+                    self.touched.add(id)
+            elif change.key == schema.CLOUD:
+                self.cloud = "" if change.kv is None else codec.decode(change.kv, schema.Cloud).noun.id
+            elif change.key == schema.FORMAT_KEY:
+                self.format = 0 if change.kv is None else codec.decode(change.kv, schema.Format).noun.format
+            self.broken.pop(change.key, None)
+        except codec.Broken as error:
+            if setter is not None:
+                setter(id, None)
+            self.broken[change.key] = str(error)
+
+    def freeze(self) -> Snapshot:
+        """An immutable copy."""
+        copy = Snapshot.__new__(Snapshot)
+        for name, value in self.__dict__.items():
+            if isinstance(value, Table):
+                copy.__dict__[name] = value.freeze()
+        copy._by_state = {state: table.freeze() for state, table in self._by_state.items()}
+        copy.revision, copy.history, copy.cloud, copy.format = self.revision, self.history, self.cloud, self.format
+        return copy
+
+    def _set(self, table: Table[codec.Kept[N]], kind: type[N], id: str, kv: base.Kv | None) -> None:
+        if kv is None:
+            table.drop(id)
+        else:
+            table.put(id, codec.decode(kv, kind))
+
+    def _set_instance(self, id: str, kv: base.Kv | None) -> None:
+        new = None if kv is None else codec.decode(kv, model.Instance)
+        old = self._instances.drop(id) if new is None else self._instances.put(id, new)
+        if old is not None:
+            self._index(old.noun, None if new is None else new.noun)
+        if new is not None:
+            self._index_new(new.noun, None if old is None else old.noun)
+
+    def _index(self, old: model.Instance, new: model.Instance | None) -> None:
+        """Take out of the indexes what `new` will not put there again."""
+        id = old.id
+        self.touched.add(old.node)
+        if new is None or new.state != old.state:
+            self._by_state[old.state].drop(id)
+        if old.node and (new is None or new.node != old.node):
+            rest = dict(self._on_node.get(old.node) or {})
+            rest.pop(id, None)
+            if rest:
+                self._on_node.put(old.node, rest)
+            else:
+                self._on_node.drop(old.node)
+        if old.waiting and not (new and new.waiting):
+            self._waiting.drop(id)
+        if _unacknowledged(old) and not (new and _unacknowledged(new)):
+            self._unacknowledged.drop(id)
+        if new is None and old.spec.script is not None:
+            key = old.spec.script.key
+            users = (self._script_users.get(key) or 0) - 1
+            if users > 0:
+                self._script_users.put(key, users)
+            else:
+                self._script_users.drop(key)
+
+    def _index_new(self, new: model.Instance, old: model.Instance | None) -> None:
+        id = new.id
+        self.touched.add(new.node)
+        if old is None or old.state != new.state:
+            self._by_state[new.state].put(id, None)
+        if new.node and (old is None or old.node != new.node):
+            self._on_node.put(new.node, {**(self._on_node.get(new.node) or {}), id: None})
+        if new.waiting:
+            self._waiting.put(id, None)
+        if _unacknowledged(new):
+            self._unacknowledged.put(id, None)
+        if old is None and new.spec.script is not None:
+            key = new.spec.script.key
+            self._script_users.put(key, (self._script_users.get(key) or 0) + 1)
+
+    def _set_order(self, id: str, kv: base.Kv | None) -> None:
+        node, _, instance = id.partition("/")
+        orders = dict(self._orders.get(node) or {})
+        if kv is None:
+            orders.pop(instance, None)
+        else:
+            orders[instance] = codec.decode(kv, model.Order)
+        if orders:
+            self._orders.put(node, orders)
+        else:
+            self._orders.drop(node)
+        self.touched.add(node)
+
+    def _set_nonce(self, id: str, kv: base.Kv | None) -> None:
+        if kv is None:
+            self._nonces.pop(id, None)
+        else:
+            self._nonces[id] = kv.create_revision
+        self.history = max(self._nonces, key=self._nonces.__getitem__, default="")
+
+
+def _unacknowledged(instance: model.Instance) -> bool:
+    return (
+        instance.state == model.State.PULLING
+        and instance.node != model.NOWHERE
+        and not instance.acknowledged
+        and not instance.launched
+    )
