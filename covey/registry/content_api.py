@@ -8,6 +8,7 @@ import urllib.parse
 from collections.abc import Sequence
 
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 
 from covey import answer, model, serve
 from covey.client import oci
@@ -50,7 +51,7 @@ class ContentApi:
             "Cache-Control": "max-age=31536000, immutable",
             "Server": "covey",
         }
-        return web.FileResponse(blob.path, chunk_size=_CHUNK, headers=headers)
+        return _FileOnce(blob.path, chunk_size=_CHUNK, headers=headers)
 
     async def delete_blob(self, call: serve.Call) -> web.Response:
         """Take a blob's name out of a repository. What a manifest needs stays: a tag is never broken (promise I8)."""
@@ -110,6 +111,13 @@ class ContentApi:
             query = urllib.parse.urlencode({"n": limit, "last": tags[-1] if tags else last})
             headers["Link"] = f'</v2/{name}/tags/list?{query}>; rel="next"'
         return web.Response(body=answer.ascii_json({"name": name, "tags": tags}), headers=headers)
+
+
+class _FileOnce(web.FileResponse):
+    """A file that is sent when it is prepared first; the server prepares answers itself, and aiohttp does so again."""
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        return None if self.prepared else await super().prepare(request)
 
 
 def _page_size(call: serve.Call) -> int | None:
