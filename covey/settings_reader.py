@@ -55,7 +55,7 @@ _UNITS_NS = {
     "m": 60 * 10**9,
     "h": 3600 * 10**9,
 }
-_DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
+_DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
 
 
 def duration_s(text: str) -> float:
@@ -76,7 +76,7 @@ def duration_s(text: str) -> float:
 def address(text: str) -> Address:
     """An address from ``host:port``, ``[v6]:port`` or ``:port``. Raises ValueError."""
     host, colon, port = text.rpartition(":")
-    if not colon or not re.fullmatch(r"\d{1,5}", port) or int(port) > 65535:
+    if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
         raise ValueError(text)
     if host.startswith("["):
         if not host.endswith("]"):
@@ -174,13 +174,13 @@ class Reader:
 
     def number(self, name: str) -> int:
         value = self.raw(name)
-        if not re.fullmatch(r"\d{1,9}", value):
+        if not re.fullmatch(r"[0-9]{1,9}", value):
             raise self._bad(name, "a whole number, 0 or more")
         return int(value)
 
     def share(self, name: str) -> float:
         value = self.raw(name)
-        if not re.fullmatch(r"\d*\.?\d+", value) or float(value) > 1:
+        if not re.fullmatch(r"[0-9]*\.?[0-9]+", value) or float(value) > 1:
             raise self._bad(name, "a number from 0 to 1")
         return float(value)
 
