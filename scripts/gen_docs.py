@@ -6,14 +6,20 @@ A page is a function without arguments that returns its text. Nothing in it depe
 import argparse
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import typer
+import typer.core
+import typer.main
+
 from covey import lifecycle, model, settings_table
+from covey.cli import main as cli
 from covey.store import schema
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference"
+Command = typer.core.TyperGroup | typer.core.TyperCommand
 DRAWN = "<!-- Drawn by scripts/gen_docs.py from {source}; edit that, then run `make docs`. -->\n"
 
 
@@ -162,10 +168,35 @@ def _meaning(row: settings_table.Setting) -> str:
     return text.replace("|", "\\|")
 
 
+def cli_page() -> str:
+    """Every command's own help text, at a fixed width."""
+    root = typer.main.get_group(cli.app)
+    lines = [
+        DRAWN.format(source="covey/cli/"),
+        "# The command line",
+        "",
+        "Every command takes `--controller URL[,URL…]` or `--registry URL[,URL…]` where it talks to one, and `--json`",
+        "where it prints something. Exit status: 0 done, 1 refused or failed, 2 wrong usage.",
+    ]
+    for path, command in _commands("covey", root):
+        context = typer.Context(command, info_name=path, terminal_width=96, help_option_names=["-h", "--help"])
+        lines += ["", f"## `{path}`", "", "```", command.get_help(context).rstrip(), "```"]
+    return "\n".join([*lines, ""])
+
+
+def _commands(path: str, command: Command) -> Iterator[tuple[str, Command]]:
+    yield path, command
+    if isinstance(command, typer.core.TyperGroup):
+        for name, sub in command.commands.items():
+            assert isinstance(sub, typer.core.TyperGroup | typer.core.TyperCommand)
+            yield from _commands(f"{path} {name}", sub)
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "lifecycle.md": lifecycle_page,
     "keys.md": keys_page,
     "settings.md": settings_page,
+    "cli.md": cli_page,
 }
 
 
