@@ -5,6 +5,7 @@ CoveyError
 │   └── NotFound       the thing named does not exist
 ├── StoreError
 │   ├── Unavailable    certainly not applied; may be tried again
+│   │   └── NoSpace    the store's space is used up: reads and deletions go on, other writes do not (safety S25)
 │   ├── Unsure         the reply was lost: it may or may not have been applied, or may still apply (safety S15)
 │   ├── Compacted      the revision asked for is gone; list again
 │   ├── LeaseLost      the lease is gone, by the server's word or by our own clock
@@ -33,6 +34,10 @@ class StoreError(CoveyError):
 
 class Unavailable(StoreError):
     """Certainly not applied."""
+
+
+class NoSpace(Unavailable):
+    """The store's space quota is used up; certainly not applied."""
 
 
 class Unsure(StoreError):

@@ -41,6 +41,11 @@ def chunk_ops(compares: int, ops: Sequence[base.Op]) -> int:
     raise errors.Rejected(f"{len(ops)} operations beside {compares} compares are too many for one transaction")
 
 
+def ops(txn: base.Txn) -> int:
+    """What `txn` takes of a level's operations as part of a batch; more than there are when it needs chunks."""
+    return max(len(txn.compares), len(txn.then), len(txn.otherwise))
+
+
 def size_bytes(txn: base.Txn) -> int:
     """An upper estimate of the transaction's size on the wire."""
     return sum(_size(item) for item in (*txn.compares, *txn.then, *txn.otherwise)) + 64

@@ -64,7 +64,7 @@ class Memory:
         if keys_only:
             kvs = [kv._replace(value=b"") for kv in kvs]
         more = not count_only and len(kvs) < total
-        return base.Page(() if count_only else tuple(kvs), data.revision, total, more)
+        return base.Page(() if count_only else tuple(kvs), revision or data.revision, total, more)
 
     async def commit(self, txn: base.Txn) -> base.Outcome:
         limits.check(txn)

@@ -32,11 +32,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _LOCKS = pathlib.Path(tempfile.gettempdir()) / "covey-test-ports"
-_held: list[IO[bytes]] = []
 
 
 class NotInstalled(Exception):
@@ -63,16 +62,15 @@ def free_port() -> int:
     _LOCKS.mkdir(mode=0o777, exist_ok=True)
     while True:
         port = random.randrange(12_000, 32_000)
-        held = (_LOCKS / str(port)).open("ab")
+        held = os.open(_LOCKS / str(port), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", port))
         except OSError:
-            held.close()
+            os.close(held)
             continue
-        _held.append(held)
-        return port
+        return port  # and `held` stays open
 
 
 class Security(NamedTuple):

@@ -1,0 +1,197 @@
+"""Group commit: transactions that are ready at the same moment travel in one (safety S23).
+
+A store's price is per proposal, not per key: a hundred independent transactions in one proposal cost about as much
+time as three alone. They queue here; up to `in_flight` batches are under way, and what comes meanwhile waits for the
+next one, so batches grow by themselves when there is much to do, and a lonely transaction goes at once and alone.
+
+    queue ──► take: oldest first, what fits and conflicts with nobody ──► send ──► each its own Outcome
+
+What keeps it right:
+
+1. All compares of a batch see the revision before it. So two transactions share a batch only if neither reads or
+   writes what the other writes; else both could pass where only one may.
+2. Nothing overtakes an earlier transaction that it conflicts with: neither one in the queue nor one under way.
+3. A lost reply of the batch is `Unsure` for each; `Unavailable` is so for each.
+4. A refused batch (a lost lease, a full store) is split and resent until the guilty one is alone.
+"""
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from covey import errors
+from covey.store import base, limits
+
+LOOK_AHEAD = 1024  # how far down a queue of conflicting transactions a batch looks for members
+
+Send = Callable[[Sequence[base.Txn], float], Awaitable[Sequence[base.Outcome]]]
+
+
+@dataclass(slots=True)
+class Footprint:
+    """What transactions read and write, whichever branch runs."""
+
+    reads: set[str] = field(default_factory=set)
+    writes: set[str] = field(default_factory=set)
+    ranges: list[tuple[str, str]] = field(default_factory=list)  # deleted
+
+    @classmethod
+    def of(cls, txn: base.Txn) -> "Footprint":
+        found = cls({compare.key for compare in txn.compares})
+        for op in (*txn.then, *txn.otherwise):
+            if isinstance(op, base.Get):
+                found.reads.add(op.key)
+            elif isinstance(op, base.Delete) and op.end:
+                found.ranges.append((op.key, op.end))
+            else:
+                found.writes.add(op.key)
+        return found
+
+    def add(self, other: "Footprint") -> None:
+        self.reads |= other.reads
+        self.writes |= other.writes
+        self.ranges += other.ranges
+
+    def conflicts(self, other: "Footprint") -> bool:
+        """One of the two writes what the other reads or writes."""
+        return (
+            not self.writes.isdisjoint(other.writes)
+            or not self.writes.isdisjoint(other.reads)
+            or not self.reads.isdisjoint(other.writes)
+            or self._sweeps(other)
+            or other._sweeps(self)
+        )
+
+    def _sweeps(self, other: "Footprint") -> bool:
+        """A range deleted here holds a key used there. Two deleted ranges count as a conflict."""
+        if not self.ranges:
+            return False
+        keys = other.reads | other.writes
+        return bool(other.ranges) or any(base.within(key, *span) for span in self.ranges for key in keys)
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    txn: base.Txn
+    footprint: Footprint
+    ops: int
+    size_bytes: int
+    deadline_ns: int
+    done: asyncio.Future[base.Outcome]
+
+
+class Batcher:
+    """The queue before a store. `send` applies some transactions in one proposal within the seconds it is given."""
+
+    def __init__(
+        self, send: Send, *, now_ns: Callable[[], int], timeout_s: float, attempt_s: float, in_flight: int = 3
+    ) -> None:
+        self._send = send
+        self._now_ns = now_ns
+        self._timeout_s = timeout_s
+        self._attempt_s = attempt_s
+        self._in_flight = in_flight
+        self._queue: list[_Waiting] = []
+        self._flying: dict[asyncio.Task[None], Footprint] = {}
+        self._pumping = False
+        self._closed = False
+
+    async def commit(self, txn: base.Txn) -> base.Outcome:
+        """Apply `txn`, in whatever company. Ends within `timeout_s` and one attempt."""
+        limits.check(txn)
+        if self._closed:
+            raise errors.Unavailable("the store is closed")
+        loop = asyncio.get_running_loop()
+        ops, size = limits.ops(txn), limits.size_bytes(txn)
+        deadline_ns = self._now_ns() + int(self._timeout_s * 1e9)
+        waiting = _Waiting(txn, Footprint.of(txn), ops, size, deadline_ns, loop.create_future())
+        self._queue.append(waiting)
+        self._pump_soon()
+        return await waiting.done
+
+    async def close(self) -> None:
+        """Nothing more is sent. What waits fails as Unavailable, what is under way as Unsure."""
+        self._closed = True
+        _fail(self._queue, errors.Unavailable("the store is closed"))
+        self._queue = []
+        flying = list(self._flying)
+        for task in flying:
+            task.cancel()
+        await asyncio.gather(*flying, return_exceptions=True)
+
+    def _pump_soon(self) -> None:
+        """Take off in the loop's next round: what is committed in this one comes along."""
+        if not self._pumping and self._queue and len(self._flying) < self._in_flight:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pumping = False
+        while not self._closed and len(self._flying) < self._in_flight and (taken := self._take()):
+            footprint = Footprint()
+            for waiting in taken:
+                footprint.add(waiting.footprint)
+            task = asyncio.get_running_loop().create_task(self._fly(taken))
+            self._flying[task] = footprint
+            task.add_done_callback(functools.partial(self._landed, taken))
+
+    def _landed(self, taken: Sequence[_Waiting], task: asyncio.Task[None]) -> None:
+        del self._flying[task]
+        if task.cancelled():
+            _fail(taken, errors.Unsure("the store was closed while the transaction was under way"))
+        elif fault := task.exception():  # a flaw of ours; nobody must wait for ever because of it
+            _fail(taken, errors.Unsure(f"the batch broke: {fault!r}"))
+        self._pump_soon()
+
+    def _take(self) -> list[_Waiting]:
+        """The next batch; empty when everything that waits conflicts with what is under way."""
+        now = self._now_ns()
+        _fail([one for one in self._queue if one.deadline_ns <= now], errors.Unavailable("waited too long to be sent"))
+        self._queue = [one for one in self._queue if not one.done.done()]
+        taken: list[_Waiting] = []
+        batch, before = Footprint(), Footprint()
+        ops = size = 0
+        for waiting in self._queue[:LOOK_AHEAD]:
+            more, larger = max(ops, waiting.ops), size + waiting.size_bytes
+            if taken and (len(taken) + 1 + more > limits.MAX_OPS or larger > limits.MAX_BYTES):
+                break
+            own = waiting.footprint
+            if before.conflicts(own) or batch.conflicts(own) or self._in_the_air(own):
+                before.add(own)
+                continue
+            taken.append(waiting)
+            batch.add(own)
+            ops, size = more, larger
+        chosen = set(map(id, taken))
+        self._queue = [one for one in self._queue if id(one) not in chosen]
+        return taken
+
+    def _in_the_air(self, footprint: Footprint) -> bool:
+        return any(flying.conflicts(footprint) for flying in self._flying.values())
+
+    async def _fly(self, taken: Sequence[_Waiting]) -> None:
+        """Send a batch and tell each how it went."""
+        oldest_s = (min(waiting.deadline_ns for waiting in taken) - self._now_ns()) / 1e9
+        try:
+            outcomes = await self._send([waiting.txn for waiting in taken], max(oldest_s, self._attempt_s))
+        except (errors.Rejected, errors.NoSpace) as refusal:
+            if len(taken) == 1:
+                _fail(taken, refusal)
+                return
+            middle = len(taken) // 2
+            await self._fly(taken[:middle])
+            await self._fly(taken[middle:])
+        except errors.StoreError as fault:
+            _fail(taken, fault)
+        else:
+            for waiting, outcome in zip(taken, outcomes, strict=True):
+                if not waiting.done.done():
+                    waiting.done.set_result(outcome)
+
+
+def _fail(waiting: Sequence[_Waiting], fault: errors.StoreError) -> None:
+    """Each gets an exception of its own: one object raised in many tasks would mix their tracebacks."""
+    for one in waiting:
+        if not one.done.done():
+            one.done.set_exception(type(fault)(*fault.args))
