@@ -44,7 +44,7 @@ async def add_nonce(writer: commit.Writer) -> str:
     """Lengthen the history chain (at each start, hourly, and after each backup)."""
     nonce = writer.world.token()
 
-    def rule(reading: commit.Reading) -> commit.Write[str]:
+    def rule(reading: commit.Reading) -> commit.Write[str] | str:
         value = schema.encode(schema.Nonce(at_ns=reading.now_ns))
         return commit.Write((base.Put(schema.nonce(nonce), value, commit.MONTH),), lambda _: nonce)
 
@@ -54,7 +54,7 @@ async def add_nonce(writer: commit.Writer) -> str:
 async def announce(writer: commit.Writer, controller: schema.Controller, lease: base.Lease) -> None:
     """This controller is there as long as `lease` lives. Its key is its own: nothing is compared."""
 
-    def rule(_reading: commit.Reading) -> commit.Write[int]:
+    def rule(_reading: commit.Reading) -> commit.Write[int] | int:
         value = schema.encode(controller)
         return commit.Write((base.Put(schema.controller(controller.id), value, lease.id),), lambda revision: revision)
 

@@ -51,6 +51,12 @@ REMOVED = PREFIX + "removed/"
 CONTROLLERS = PREFIX + "controller/"
 EVENTS = PREFIX + "event/"
 
+# What every controller holds in memory; the rest only transactions and single answers look at.
+MIRRORED = (
+    *(FORMAT_KEY, CLOUD, HISTORY, INSTANCES, NODES, SESSIONS, ALIVE, WORDS),
+    *(LEDGERS, ORDERS, REMOVED, CONTROLLERS),
+)
+
 DAY_S = 24 * 3600
 OUTPUT_LIMIT_BYTES = 64 * 1024
 SCRIPT_LIMIT_BYTES = 256 * 1024

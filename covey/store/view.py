@@ -100,6 +100,11 @@ class Snapshot:
         self._waiting: Table[None] = Table()
         self._unacknowledged: Table[None] = Table()
         self._script_users: Table[int] = Table()
+        self._nonces: dict[str, int] = {}  # nonce -> create revision; never changed in place
+
+    def knows(self, nonce: str) -> bool:
+        """Whether a reader that saw this nonce as the newest has seen this very history (safety S18)."""
+        return nonce in self._nonces
 
     # ---- instances
 
@@ -185,7 +190,6 @@ class Draft(Snapshot):
         super().__init__()
         self.broken: dict[str, str] = {}  # keys whose values are no nouns, shown to the operator
         self.touched: set[str] = set()  # nodes whose wanted state may have changed since the mirror last looked
-        self._nonces: dict[str, int] = {}
         self._plain: dict[str, Callable[[str, base.Kv | None], None]] = {
             "node": lambda id, kv: self._set(self._nodes, model.Node, id, kv),
             "session": lambda id, kv: self._set(self._sessions, model.Session, id, kv),
@@ -228,8 +232,13 @@ class Draft(Snapshot):
             if isinstance(value, Table):
                 copy.__dict__[name] = value.freeze()
         copy._by_state = {state: table.freeze() for state, table in self._by_state.items()}
+        copy._nonces = self._nonces
         copy.revision, copy.history, copy.cloud, copy.format = self.revision, self.history, self.cloud, self.format
         return copy
+
+    def node_ids(self) -> list[str]:
+        """Every node that something is known of."""
+        return [*self._sessions.keys(), *self._orders.keys(), *self._on_node.keys()]
 
     def _set(self, table: Table[codec.Kept[N]], kind: type[N], id: str, kv: base.Kv | None) -> None:
         if kv is None:
@@ -299,10 +308,8 @@ class Draft(Snapshot):
         self.touched.add(node)
 
     def _set_nonce(self, id: str, kv: base.Kv | None) -> None:
-        if kv is None:
-            self._nonces.pop(id, None)
-        else:
-            self._nonces[id] = kv.create_revision
+        rest = {nonce: created for nonce, created in self._nonces.items() if nonce != id}
+        self._nonces = rest if kv is None else {**rest, id: kv.create_revision}
         self.history = max(self._nonces, key=self._nonces.__getitem__, default="")
 
 

@@ -1,0 +1,332 @@
+"""The mirror: a copy of the store in this process, fed by a watch (safety S20, S21).
+
+    list the whole prefix at one pinned revision ─► watch the whole key space from the next one, for ever
+                     ▲                                             │ compacted: list again
+                     └─────────────────────────────────────────────┘
+
+The watch covers the whole key space because then every revision of the store is delivered, and "the mirror has
+reached revision R" is a fact and not a guess from silence. Whole revisions are applied, never parts.
+
+A request that must see every write answered before it (promise I6) calls `fresh`. It shares one linearizable read
+that is *sent after it arrived* with all requests that wait at that moment, then waits until the mirror has reached
+that read's revision. If that takes longer than 300 ms the answer comes from the store directly, once for all who
+wait, and bounded; else it is Unavailable.
+
+`ready` says whether such reads succeed and the watch keeps up. It decides nothing by itself; when it is false a
+controller turns red, answers parked polls, and renews no agent's lease.
+"""
+
+import asyncio
+import collections
+import contextlib
+from typing import Any
+
+from covey import errors, observe, wire
+from covey import world as worlds
+from covey.store import base, schema, view
+
+_MS = 1_000_000
+REACH_NS = 300 * _MS  # a mirror that is further behind is not waited for
+LAG_NS = 2000 * _MS  # behind the reads for so long: reopen the watch, turn red
+PROVED_NS = 2000 * _MS  # how old the last proof of the store may be (safety S25)
+AGENT_WAIT_S = 2.0  # how long an agent's newer view is waited for (safety S22)
+_PROBE_S = 0.5
+_RETRY_S = 0.2
+_PAGE = 1000
+_DIRECT_KEYS = 50_000
+_DIRECT_S = 2.0
+
+_log = observe.log("mirror")
+
+
+class Foreign(errors.CoveyError):
+    """The caller has seen a view that this store cannot have: another history, or a revision in its future (S22)."""
+
+
+class Mirror:
+    """Run `run` as a task; read through `fresh` and `snapshot`."""
+
+    def __init__(self, store: base.Store, world: worlds.World) -> None:
+        self._store = store
+        self._world = world
+        self._draft = view.Draft()
+        self._snapshot: view.Snapshot | None = None
+        self._listed = asyncio.Event()
+        self._moved = _Bell()
+        self._nodes: dict[str, _Bell] = {}
+        self._node_moved: dict[str, int] = {}  # node -> revision at which its wanted state may have changed last
+        self._proof = _SharedRead(store, world)
+        self._targets: collections.deque[tuple[int, int]] = collections.deque()  # (revision shown by a probe, when)
+        self._direct: asyncio.Task[view.Snapshot] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self.relists = 0
+
+    # ---- reading
+
+    @property
+    def revision(self) -> int:
+        return self._draft.revision
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """Keys whose values are no nouns of ours."""
+        return dict(self._draft.broken)
+
+    def snapshot(self) -> view.Snapshot:
+        """The cloud as this process knows it now: for loops, which may be late; requests call `fresh`."""
+        if self._snapshot is None:
+            self._snapshot = self._draft.freeze()
+        return self._snapshot
+
+    async def fresh(self) -> view.Snapshot:
+        """A snapshot that shows every write answered before this call (promise I6). Raises Unavailable."""
+        revision = await self._proof.read()
+        if self._draft.revision >= revision:
+            return self.snapshot()
+        try:
+            async with asyncio.timeout(REACH_NS / 1e9):
+                await self.reached(revision)
+        except TimeoutError:
+            return await self._directly(revision)
+        return self.snapshot()
+
+    async def at_least(self, seen: wire.Seen) -> view.Snapshot:
+        """A fresh snapshot at or above what an agent has seen (safety S22). Raises Foreign when this store cannot have
+        been what it saw, Unavailable when the mirror does not get there."""
+        snapshot = await self.fresh()
+        if seen.revision == 0:
+            return snapshot
+        if seen.history == snapshot.history or snapshot.knows(seen.history):
+            if seen.revision <= snapshot.revision:
+                return snapshot
+            raise Foreign(f"revision {seen.revision} is in this store's future")
+        raise Foreign("the store's history is not the one that was seen")
+
+    async def reached(self, revision: int) -> None:
+        """Wait until the mirror shows `revision`."""
+        while self._draft.revision < revision or not self._listed.is_set():
+            await self._moved.wait()
+
+    # ---- waking
+
+    async def changed(self, after: int) -> int:
+        """Wait until anything has changed after revision `after`; answers with the mirror's revision."""
+        while self._draft.revision <= after:
+            await self._moved.wait()
+        return self._draft.revision
+
+    async def node_changed(self, node: str, after: int) -> None:
+        """Wait until what one node should do may have changed after revision `after`."""
+        bell = self._nodes.setdefault(node, _Bell())
+        while self._node_moved.get(node, 0) <= after:
+            await bell.wait()
+
+    # ---- health
+
+    @property
+    def listed(self) -> bool:
+        """Whether the first listing is done."""
+        return self._listed.is_set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the store was proved within 2 s and the watch keeps up with it (safety S21, S25)."""
+        return self.trouble == ""
+
+    @property
+    def trouble(self) -> str:
+        """Why the mirror is not ready, or "" when it is."""
+        now_ns = self._world.boot_ns()
+        if not self._listed.is_set():
+            return "the store was not listed yet"
+        if now_ns - self._proof.proved_ns > PROVED_NS:
+            return "the store does not answer"
+        if self.lag_ns > LAG_NS:
+            return f"the watch is {self.lag_ns / 1e9:.1f} s behind the store"
+        return ""
+
+    @property
+    def lag_ns(self) -> int:
+        """For how long the mirror has been behind what a probe showed."""
+        while self._targets and self._targets[0][0] <= self._draft.revision:
+            self._targets.popleft()
+        return self._world.boot_ns() - self._targets[0][1] if self._targets else 0
+
+    def doubt(self) -> None:
+        """The process was frozen (safety S24): nothing that was proved before counts."""
+        self._proof.proved_ns = -PROVED_NS
+
+    # ---- feeding
+
+    async def run(self) -> None:
+        """Feed the mirror until cancelled."""
+        probing = asyncio.create_task(self._probe())
+        try:
+            while True:
+                try:
+                    if not self._listed.is_set():
+                        await self._list()
+                    await self._follow()
+                except errors.Compacted as error:
+                    _log.info("the watch fell behind a compaction: listing again", revision=error.revision)
+                    self._listed.clear()
+                except errors.StoreError as error:
+                    _log.warning("the store cannot be followed", error=str(error))
+                    await asyncio.sleep(_RETRY_S)
+        finally:
+            probing.cancel()
+            await asyncio.gather(probing, return_exceptions=True)
+
+    async def _list(self) -> None:
+        """Replace the copy by a listing at one revision; what differs wakes those who wait for it."""
+        old = self._draft
+        self._draft = await _listing(self._store)
+        self._draft.touched |= old.touched | {*old.node_ids(), *self._draft.node_ids()}
+        self.relists += 1
+        self._listed.set()
+        self._ring()
+
+    async def _follow(self) -> None:
+        """Apply the watch from the revision after the copy's, until it ends or falls behind the reads."""
+        self._watching = asyncio.create_task(self._apply_all())
+        try:
+            await self._watching
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise
+            _log.warning("the watch is behind the store: opening it again", revision=self._draft.revision)
+        finally:
+            await _end(self._watching)
+            self._watching = None
+
+    async def _apply_all(self) -> None:
+        batches = self._store.watch(base.EVERYTHING, base.EVERYTHING, self._draft.revision + 1)
+        async with contextlib.aclosing(batches) as following:  # type: ignore[type-var]
+            async for batch in following:
+                if batch.revision <= self._draft.revision:
+                    continue
+                for change in batch.changes:
+                    self._draft.apply(change)
+                self._draft.revision = batch.revision
+                self._ring()
+
+    def _ring(self) -> None:
+        """A whole revision was applied: forget the old snapshot and wake whoever waits for it."""
+        self._snapshot = None
+        for node in self._draft.touched:
+            self._node_moved[node] = self._draft.revision
+            bell = self._nodes.get(node)
+            if bell is not None:
+                bell.ring()
+        self._draft.touched.clear()
+        self._moved.ring()
+
+    async def _probe(self) -> None:
+        """Prove the store every half second, and have a watch that is behind it opened again."""
+        while True:
+            with contextlib.suppress(errors.StoreError):
+                revision = await self._proof.read()
+                if revision > self._draft.revision:
+                    self._targets.append((revision, self._world.boot_ns()))
+            if self.lag_ns > LAG_NS and self._watching is not None:
+                self._targets.clear()  # the new watch gets its own two seconds
+                self._watching.cancel()
+            await asyncio.sleep(_PROBE_S)
+
+    async def _directly(self, revision: int) -> view.Snapshot:
+        """The mirror is late: read everything from the store, one read for all who ask meanwhile."""
+        if self._direct is None or self._direct.done():
+            self._direct = asyncio.create_task(_bounded_listing(self._store))
+            self._direct.add_done_callback(_seen)
+        snapshot = await asyncio.shield(self._direct)
+        if snapshot.revision < revision:  # the shared read had begun before this request
+            raise errors.Unavailable("the copy of the store is late")
+        return snapshot
+
+
+async def _bounded_listing(store: base.Store) -> view.Snapshot:
+    try:
+        async with asyncio.timeout(_DIRECT_S):
+            return (await _listing(store, limit=_DIRECT_KEYS)).freeze()
+    except TimeoutError as error:
+        raise errors.Unavailable("the copy of the store is late, and reading it directly took too long") from error
+
+
+async def _listing(store: base.Store, limit: int = 0) -> view.Draft:
+    """Everything below the prefix as of one revision. Raises Compacted, Unavailable."""
+    draft = view.Draft()
+    revision = total = 0
+    for part in schema.MIRRORED:
+        key, end = part, base.prefix_end(part)
+        while True:
+            page = await store.range(key, end, limit=_PAGE, revision=revision)
+            revision = revision or page.revision
+            for kv in page.kvs:
+                draft.apply(base.Change(kv.key, kv))
+            total += len(page.kvs)
+            if limit and total > limit:
+                raise errors.Unavailable("the copy of the store is late, and it is too large to read directly")
+            if not page.more:
+                break
+            key = page.kvs[-1].key + "\0"
+    draft.revision = revision
+    return draft
+
+
+class _Bell:
+    """Wakes everyone who waits at the moment it rings."""
+
+    __slots__ = ("_waiter",)
+
+    def __init__(self) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def wait(self) -> None:
+        if self._waiter is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._waiter)
+
+    def ring(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        self._waiter = None
+
+
+class _SharedRead:
+    """One linearizable read for all requests that arrived before it was sent (safety S21)."""
+
+    def __init__(self, store: base.Store, world: worlds.World) -> None:
+        self._store = store
+        self._world = world
+        self._next: asyncio.Task[int] | None = None
+        self._last: asyncio.Task[int] | None = None
+        self.proved_ns = -PROVED_NS  # when the newest successful read was sent
+        self.revision = 0
+
+    async def read(self) -> int:
+        """The store's revision, read after this call began."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._read_after(self._last))
+            self._next.add_done_callback(_seen)
+        return await asyncio.shield(self._next)
+
+    async def _read_after(self, before: "asyncio.Task[int] | None") -> int:
+        if before is not None and not before.done():
+            await asyncio.wait((before,))
+        self._last, self._next = self._next, None  # from here on, who comes waits for another one
+        sent_ns = self._world.boot_ns()
+        page = await self._store.range(schema.FORMAT_KEY, keys_only=True)
+        self.proved_ns = max(self.proved_ns, sent_ns)
+        self.revision = max(self.revision, page.revision)
+        return page.revision
+
+
+def _seen(task: "asyncio.Task[Any]") -> None:
+    """Whoever still waits gets the exception; when nobody does any more, it is not worth a complaint."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def _end(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
