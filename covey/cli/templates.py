@@ -1,5 +1,189 @@
-"""`covey template …`: push, pull and look at VM templates."""
+"""`covey template …`: push, pull and look at VM templates, and build one to try things out."""
+
+import asyncio
+import os
+import platform
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from covey import errors
+from covey.cli import flags, out
+
+if TYPE_CHECKING:
+    from covey import model
+    from covey.client import registry as registry_client
+    from covey.client import templates
+
 app = typer.Typer(help="Templates: what instances are started from.", no_args_is_help=True)
+
+T = TypeVar("T")
+_Template = Annotated[str, typer.Argument(help="A template's name or id.", metavar="TEMPLATE")]
+
+
+@app.command()
+def push(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The template's name; a new name makes a new template.")],
+    files: Annotated[list[Path], typer.Argument(help="Disk layers, base first.", metavar="FILE…")],
+    tag: Annotated[str, typer.Option(metavar="TAG", help="The version's tag: any text.")],
+    kernel: Annotated[Path | None, typer.Option(metavar="FILE", help="A kernel to boot directly.")] = None,
+    initrd: Annotated[Path | None, typer.Option(metavar="FILE", help="Its initial RAM disk.")] = None,
+    nvram: Annotated[Path | None, typer.Option(metavar="FILE", help="The firmware's variables.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON: arch, vcpu, ram_mb and what the hypervisor wants.")
+    ] = None,
+    description: Annotated[str, typer.Option(metavar="TEXT", help="A few words about this version.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace the tag if it exists.")] = False,
+    registry: flags.Registry = None,
+    json: flags.Json = False,
+) -> None:
+    """Push files as a new version of a template. Only what the registry lacks is moved."""
+    from covey.client import templates
+
+    arch, vm = _config(config)
+
+    async def run(client: "registry_client.Registry", moved: "templates.Progress") -> "templates.Pushed":
+        return await templates.push_template(
+            client,
+            name,
+            tag,
+            files,
+            arch=arch,
+            vm=vm,
+            kernel=kernel,
+            initrd=initrd,
+            nvram=nvram,
+            description=description,
+            force=force,
+            progress=moved,
+        )
+
+    pushed = _with_progress(f"Pushing {name}", registry, run)
+    if json:
+        out.as_json(pushed)
+        return
+    out.say(f"{pushed.name} {pushed.tag} is version {pushed.version} of template {pushed.template}")
+    out.say(f"moved {out.size(pushed.moved_bytes)}, skipped {out.size(pushed.skipped_bytes)} that the registry had")
+
+
+@app.command("list")
+def list_(registry: flags.Registry = None, json: flags.Json = False) -> None:
+    """List all templates."""
+    found = _ask(registry, lambda client: client.templates())
+    if json:
+        out.as_json(found)
+        return
+    rows = [(one.name, one.id, one.arch, out.size(one.size)) for one in sorted(found, key=lambda one: one.name)]
+    out.table(("name", "template", "arch", "size"), rows)
+
+
+@app.command()
+def show(template: _Template, registry: flags.Registry = None, json: flags.Json = False) -> None:
+    """Show one template and its versions."""
+    try:
+        one = _ask(registry, lambda client: client.template(template))
+    except errors.NotFound:
+        raise errors.NotFound(f"there is no template {template}; `covey template list` shows those there are") from None
+    if json:
+        out.as_json(one)
+        return
+    out.fields([("name", one.name), ("template", one.id), ("arch", one.arch), ("size", out.size(one.size))])
+    out.say("")
+    rows = [(str(version.number), version.tag, out.size(version.size)) for version in one.versions]
+    out.table(("version", "tag", "size"), rows)
+
+
+@app.command()
+def pull(
+    template: _Template,
+    directory: Annotated[Path, typer.Argument(help="Where the files go.", metavar="DIR")] = Path(),
+    tag: Annotated[str, typer.Option(metavar="TAG", help="Which tag; the latest if not given.")] = "",
+    registry: flags.Registry = None,
+    json: flags.Json = False,
+) -> None:
+    """Pull a version's files into a directory. Files that are there already are left."""
+    from covey.client import templates
+
+    async def run(client: "registry_client.Registry", moved: "templates.Progress") -> "templates.Pulled":
+        return await templates.pull_template(client, template, directory, tag=tag, progress=moved)
+
+    pulled = _with_progress(f"Pulling {template}", registry, run)
+    if json:
+        out.as_json(pulled)
+        return
+    for file in pulled.files:
+        out.say(str(file))
+    out.say(f"moved {out.size(pulled.moved_bytes)}, skipped {out.size(pulled.skipped_bytes)} that were here")
+
+
+@app.command("build-demo")
+def build_demo(
+    directory: Annotated[Path, typer.Argument(help="Where the template is built.", metavar="DIR")],
+    layer: Annotated[
+        str, typer.Option(metavar="NAME", help="Build NAME.qcow2 instead: a layer on base.qcow2 in DIR.")
+    ] = "",
+    cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Where downloaded packages are kept.")] = None,
+    json: flags.Json = False,
+) -> None:
+    """Build a small Linux template from Debian packages, to try things out."""
+    from covey.agent import demo_guest
+
+    if layer:
+        if not layer.replace("-", "").replace("_", "").isalnum():
+            raise errors.Refused(f"--layer {layer!r}: use letters, digits, - and _ only")
+        text = f"{layer}\n".encode()
+        files = [demo_guest.build_layer(directory, f"{layer}.qcow2", {f"srv/layers/{layer}": text})]
+    else:
+        where = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "covey/packages"
+        demo_guest.build(directory, cache=where, say=out.note)
+        files = [directory / name for name in ("base.qcow2", "vmlinuz", "initrd", "config.json")]
+    if json:
+        out.as_json({"files": [str(file) for file in files]})
+        return
+    for file in files:
+        out.say(f"{file}  {out.size(file.stat().st_size)}")
+
+
+def _config(file: Path | None) -> "tuple[model.Arch, dict[str, str | int | bool]]":
+    """The architecture and the rest of a configuration file; without one, this machine's architecture."""
+    import msgspec
+
+    from covey import model
+
+    here = {"x86_64": model.Arch.AMD64, "amd64": model.Arch.AMD64}.get(platform.machine().lower(), model.Arch.ARM64)
+    if file is None:
+        return here, {}
+    try:
+        vm = msgspec.json.decode(file.read_bytes(), type=dict[str, str | int | bool])
+        return model.Arch(str(vm.pop("arch", here))), vm
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise errors.Refused(f"--config {file}: {error}") from error
+
+
+def _ask(registry: str | None, question: "Callable[[registry_client.Registry], Awaitable[T]]") -> T:
+    """One question to the registries named on the command line or in the environment."""
+    from covey import settings
+    from covey.client import http
+    from covey.client import registry as registry_client
+
+    async def run() -> T:
+        urls = settings.client(os.environ, {"REGISTRY": registry}).registries
+        async with http.Endpoints(urls, timeout_s=30) as endpoints:
+            return await question(registry_client.Registry(endpoints))
+
+    return asyncio.run(run())
+
+
+def _with_progress(
+    title: str,
+    registry: str | None,
+    work: "Callable[[registry_client.Registry, templates.Progress], Awaitable[T]]",
+) -> T:
+    with out.progress(title) as bar:
+
+        def moved(file: "templates.Title", done: int, total: int) -> None:
+            bar(done, total, f"{file} {out.size(done)} of {out.size(total)}")
+
+        return _ask(registry, lambda client: work(client, moved))

@@ -22,15 +22,15 @@ _SCRIPT_LIMIT_BYTES = 256 * 1024
 
 @app.command()
 def start(
-    template: Annotated[str, typer.Argument(help="A template's name or id.")],
-    tag: Annotated[str, typer.Option(help="Which tag; the latest if not given.")] = "",
-    count: Annotated[int, typer.Option(help="How many, 1 to 100: all or none.")] = 1,
-    script: Annotated[Path | None, typer.Option(help="A start script to run in each VM.")] = None,
+    template: Annotated[str, typer.Argument(metavar="TEMPLATE", help="A template's name or id.")],
+    tag: Annotated[str, typer.Option(metavar="TAG", help="Which tag; the latest if not given.")] = "",
+    count: Annotated[int, typer.Option(metavar="N", help="How many, 1 to 100: all or none.")] = 1,
+    script: Annotated[Path | None, typer.Option(metavar="FILE", help="A start script to run in each VM.")] = None,
     monitor: Annotated[
         bool, typer.Option("--monitor", help="A script that fails turns the instance to Error.")
     ] = False,
-    external_id: Annotated[str, typer.Option(help="Your own id of what this is for.")] = "",
-    name: Annotated[str, typer.Option(help="A name.")] = "",
+    external_id: Annotated[str, typer.Option(metavar="TEXT", help="Your own id of what this is for.")] = "",
+    name: Annotated[str, typer.Option(metavar="TEXT", help="A name.")] = "",
     wait: Annotated[float, typer.Option(metavar="S", help="Wait up to S seconds until all are started.")] = 0.0,
     controller: flags.Controller = None,
     json: flags.Json = False,
@@ -86,7 +86,7 @@ def list_(controller: flags.Controller = None, json: flags.Json = False) -> None
 
 @app.command()
 def show(
-    instance: Annotated[str, typer.Argument(help="An instance's id.")],
+    instance: Annotated[str, typer.Argument(metavar="INSTANCE", help="An instance's id.")],
     controller: flags.Controller = None,
     json: flags.Json = False,
 ) -> None:
@@ -123,7 +123,7 @@ def show(
 
 @app.command()
 def terminate(
-    instances: Annotated[list[str], typer.Argument(help="Ids of instances.")],
+    instances: Annotated[list[str], typer.Argument(metavar="INSTANCE…", help="Ids of instances.")],
     controller: flags.Controller = None,
     json: flags.Json = False,
 ) -> None:
@@ -152,7 +152,7 @@ def terminate(
 
 @app.command()
 def logs(
-    instance: Annotated[str, typer.Argument(help="An instance's id.")],
+    instance: Annotated[str, typer.Argument(metavar="INSTANCE", help="An instance's id.")],
     controller: flags.Controller = None,
     json: flags.Json = False,
 ) -> None:

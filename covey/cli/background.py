@@ -1,0 +1,210 @@
+"""The node's agent in the background: its saved settings, its lock, and how it is started and stopped.
+
+Below DATA_DIR/agent: agent.env (the settings it was joined with, one COVEY_X="…" per line, also read by systemd),
+agent.lock (held by the running agent, its process id inside; the kernel frees it, so it is never stale), agent.log.
+
+Where systemd runs (and we are root) the agent is the unit covey-agent.service; else a detached process.
+"""
+
+import contextlib
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from covey import errors
+
+_UNIT = Path("/etc/systemd/system/covey-agent.service")
+_STOP_S = 30.0
+
+
+def folder(data_dir: Path) -> Path:
+    """Where everything of the node's agent is."""
+    return data_dir / "agent"
+
+
+# ---- the lock --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def running_agent(data_dir: Path) -> Iterator[None]:
+    """Held by `covey agent` as long as it runs. Raises SettingError when one runs on this data directory already."""
+    try:
+        folder(data_dir).mkdir(parents=True, exist_ok=True, mode=0o711)
+        lock = os.open(folder(data_dir) / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise errors.SettingError(
+            f"DATA_DIR {data_dir} cannot be written ({error.strerror}): choose another with --data-dir"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise errors.SettingError(
+            f"an agent runs on {data_dir} already (process {running_pid(data_dir)}): "
+            "stop it with `covey leave`, or choose another place with --data-dir"
+        ) from None
+    try:
+        os.ftruncate(lock, 0)
+        os.write(lock, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(lock)
+
+
+def running_pid(data_dir: Path) -> int:
+    """The process id of the agent on this data directory; 0 when none runs."""
+    try:
+        lock = os.open(folder(data_dir) / "agent.lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return 0
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int(os.read(lock, 20).strip() or b"-1")
+    else:
+        return 0
+    finally:
+        os.close(lock)
+
+
+# ---- saved settings --------------------------------------------------------------------------------------------
+
+
+def save(data_dir: Path, variables: Mapping[str, str]) -> Path:
+    """Keep the settings of this join. Written aside and moved, so that a crash leaves the old ones or the new ones."""
+    file = folder(data_dir) / "agent.env"
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o711)
+    aside = file.with_suffix(".new")
+    aside.unlink(missing_ok=True)
+    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as stream:
+        stream.writelines(f"{name}={_quoted(value)}\n" for name, value in sorted(variables.items()))
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(file)
+    return file
+
+
+def saved(data_dir: Path) -> dict[str, str]:
+    """The settings of the last join; empty when there was none."""
+    try:
+        lines = (folder(data_dir) / "agent.env").read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    pairs = (line.partition("=") for line in lines if "=" in line)
+    return {name: "".join(shlex.split(value)) for name, _, value in pairs}
+
+
+def _quoted(value: str) -> str:
+    if "\n" in value:
+        raise errors.SettingError(f"a setting may not contain a line break: {value!r}")
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+# ---- start and stop --------------------------------------------------------------------------------------------
+
+
+def start(data_dir: Path, ready: Callable[[], bool], *, explicit: bool, timeout_s: float = 60.0) -> str:
+    """Start the agent in the background and wait until it is `ready`; how it runs, in words. Raises SettingError with
+    the agent's own last line when it ends instead."""
+    if _systemd():
+        return _start_unit(data_dir, ready, timeout_s)
+    log = folder(data_dir) / "agent.log"
+    with log.open("ab") as output:
+        offset = output.tell()
+        agent = subprocess.Popen(
+            [sys.executable, "-m", "covey", "agent", *(["--explicit"] if explicit else [])],
+            env={**os.environ, **saved(data_dir)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd="/",
+            start_new_session=True,
+        )
+    (folder(data_dir) / "agent.pid").write_text(f"{agent.pid}\n")
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        if agent.poll() is not None:
+            raise errors.SettingError(_last_line(log, offset) or f"the agent ended with exit code {agent.returncode}")
+        if time.monotonic() > deadline:
+            agent.terminate()
+            agent.wait()
+            raise errors.SettingError(f"the agent was not ready within {timeout_s:.0f} s; see {log}")
+        time.sleep(0.05)
+    return f"process {agent.pid}, log {log}"
+
+
+def stop(data_dir: Path) -> bool:
+    """Stop the agent; VMs go on. False when none runs."""
+    if _systemd() and _UNIT.exists() and str(folder(data_dir)) in _UNIT.read_text("utf-8"):
+        _call("systemctl", "disable", "--now", _UNIT.name)
+        _UNIT.unlink()
+        _call("systemctl", "daemon-reload")
+        return True
+    pid = running_pid(data_dir)
+    if pid <= 0:
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_S
+    while running_pid(data_dir) == pid:
+        if time.monotonic() > deadline:
+            raise errors.SettingError(f"the agent (process {pid}) did not stop within {_STOP_S:.0f} s")
+        time.sleep(0.05)
+    (folder(data_dir) / "agent.pid").unlink(missing_ok=True)
+    return True
+
+
+def _systemd() -> bool:
+    return os.geteuid() == 0 and Path("/run/systemd/system").is_dir()
+
+
+def _start_unit(data_dir: Path, ready: Callable[[], bool], timeout_s: float) -> str:
+    """KillMode=process: VMs survive the agent, also its restart."""
+    _UNIT.write_text(
+        f"""[Unit]
+Description=Covey agent
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+EnvironmentFile={folder(data_dir) / "agent.env"}
+ExecStart={sys.executable} -m covey agent --explicit
+Restart=always
+RestartSec=2
+KillMode=process
+
+[Install]
+WantedBy=multi-user.target
+"""
+    )
+    _call("systemctl", "daemon-reload")
+    _call("systemctl", "enable", _UNIT.name)
+    _call("systemctl", "restart", _UNIT.name)
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        if time.monotonic() > deadline:
+            raise errors.SettingError(
+                f"the agent was not ready within {timeout_s:.0f} s; see journalctl -u {_UNIT.name}"
+            )
+        time.sleep(0.1)
+    return f"unit {_UNIT.name}, log in the journal"
+
+
+def _call(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise errors.SettingError(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
+
+
+def _last_line(log: Path, offset: int) -> str:
+    """What the agent said last, since this start."""
+    with log.open("rb") as stream:
+        stream.seek(offset)
+        lines = stream.read().decode("utf-8", "replace").strip().splitlines()
+    return lines[-1].removeprefix("covey: ") if lines else ""
