@@ -70,6 +70,7 @@ missing_packages() {
     have nft || echo nftables
     have ip || echo iproute2
     have mke2fs || echo e2fsprogs
+    have skopeo || echo skopeo
 }
 
 have_etcd() { { have etcd && have etcdctl; } || { [ -x "$etcd/usr/bin/etcd" ] && [ -x "$etcd/usr/bin/etcdctl" ]; }; }
