@@ -10,7 +10,7 @@ Every instance that stays waiting has a reason that a person can act on.
 """
 
 import heapq
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -122,6 +122,7 @@ def plan(instances: Iterable[model.Instance], hosts: Sequence[Host]) -> list[Pla
     """A decision for every waiting instance, in the order in which they are served."""
     rooms = [room(host) for host in sorted(hosts, key=lambda host: host.id)]
     kinds: dict[_Kind, _Candidates] = {}
+    reasons: dict[_Kind, Wait] = {}
     decisions: list[Place | Wait] = []
     for instance in queue(instances):
         kind = _kind(instance)
@@ -130,7 +131,9 @@ def plan(instances: Iterable[model.Instance], hosts: Sequence[Host]) -> list[Pla
             candidates = kinds[kind] = _Candidates(rooms, kind)
         best = candidates.best(instance)
         if best is None:
-            decisions.append(_wait(instance, rooms))
+            if kind not in reasons:
+                reasons[kind] = _wait(instance, rooms)
+            decisions.append(reasons[kind]._replace(instance=instance.id))
         else:
             best.take(instance)
             decisions.append(Place(instance.id, best.host.id))
@@ -263,31 +266,29 @@ _SHORT = {
 }
 
 
-def home_for_new(
+def candidates_for_new(
     spec: model.Spec, hosts: Iterable[Host], waiting: Iterable[model.Instance], taken: Collection[str]
-) -> model.NodeId | None:
-    """A node for an instance that is about to be born, to create and place it in one transaction; None when it should
-    rather queue: because no node fits, or because one that waits already could take what there is. `taken`: nodes
-    that another start of this process is using at this moment."""
+) -> list[model.NodeId]:
+    """Nodes for an instance that is about to be born, best first, to create and place it in one transaction; none
+    when it should rather queue: because no node fits, or because one that waits already could take what there is.
+    `taken`: nodes that another start of this process is using at this moment."""
     if any(_competes(other, spec) for other in waiting):
-        return None
-    best: tuple[int, float, str] | None = None
+        return []
+    weights: list[tuple[int, float, str]] = []
     for host in hosts:
-        if host.id in taken or _verdict(host, spec.arch, spec.node) is not None:
-            continue
-        left = room(host)
-        if left.fits(spec):
-            weight = (_missing(host, spec.digest), left.load(), host.id)
-            best = weight if best is None or weight < best else best
-    return None if best is None else model.NodeId(best[2])
+        if host.id not in taken and _verdict(host, spec.arch, spec.node) is None:
+            left = room(host)
+            if left.fits(spec):
+                weights.append((_missing(host, spec.digest), left.load(), host.id))
+    return [model.NodeId(id) for _, _, id in sorted(weights)]
+
+
+def fits(host: Host, spec: model.Spec) -> bool:
+    """Whether the host can take one more of this spec."""
+    return _verdict(host, spec.arch, spec.node) is None and room(host).fits(spec)
 
 
 def _competes(other: model.Instance, spec: model.Spec) -> bool:
     """Whether one that waits would be overtaken by a new one."""
     same_nodes = not other.spec.node or not spec.node or other.spec.node == spec.node
     return other.spec.arch == spec.arch and same_nodes and other.spec.priority <= spec.priority
-
-
-def overfull(hosts: Iterable[Host]) -> Iterator[Host]:
-    """Nodes that hold more than they offer: an operator lowered their capacity, or foreign claims were adopted."""
-    return (host for host in hosts if room(host).slots < 0)

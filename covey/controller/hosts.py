@@ -1,0 +1,112 @@
+"""Nodes as placement sees them, and homes for instances that are being born.
+
+The fastest start is created and placed in one transaction. Several starts at once must then not choose the same node:
+each rewrites the node's ledger, and all but one would lose. `Homes` lets one start of this process at a time use a
+node, until the mirror shows what it wrote. Nothing rests on that but speed: the transaction's guards decide.
+"""
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+from covey import model, world
+from covey.decide import placement
+from covey.store import codec, view
+
+_REFRESH_NS = 10_000_000  # candidates may be this old; the chosen node is looked at anew
+_BORN_TOGETHER = 8  # more instances of one request than this queue: their transaction would be very large
+
+
+def host(snapshot: view.Snapshot, id: str, silent: frozenset[str] = frozenset()) -> placement.Host | None:
+    """One node; None when it never joined. `silent`: nodes that this controller has found silent (safety S8)."""
+    node, session = snapshot.node(id), snapshot.session(id)
+    if node is None or session is None:
+        return None
+    ledger, word, alive = snapshot.ledger(id), snapshot.word(id), snapshot.alive(id)
+    return placement.Host(
+        node=node.noun,
+        facts=session.noun.facts,
+        claims=ledger.noun.claims if ledger is not None else (),
+        images=_images(word),
+        alive=alive is not None and alive.noun.session == session.noun.counter and id not in silent,
+        owed=any(order.noun.withdrawn for order in snapshot.orders_on(id)),
+        trouble=word.noun.trouble if word is not None and word.noun.session == session.noun.counter else "",
+    )
+
+
+def hosts(snapshot: view.Snapshot, silent: frozenset[str] = frozenset()) -> Iterator[placement.Host]:
+    """Every node that has joined."""
+    for node in snapshot.nodes():
+        found = host(snapshot, node.noun.id, silent)
+        if found is not None:
+            yield found
+
+
+_NONE: frozenset[str] = frozenset()
+
+
+def _images(word: codec.Kept[model.Word] | None) -> frozenset[str]:
+    return frozenset(word.noun.images) if word is not None and word.noun.images else _NONE
+
+
+class Homes:
+    """Chooses nodes for instances that are being born, one start per node at a time."""
+
+    def __init__(self, world: world.World) -> None:
+        self._world = world
+        self._hosts: list[placement.Host] = []
+        self._at_ns = 0
+        self._in_use: dict[str, int | None] = {}  # node -> revision that the mirror must show first; None: not known
+        self.silent: frozenset[str] = frozenset()  # kept up to date by the loop
+
+    def reserve(self, snapshot: view.Snapshot, spec: model.Spec, count: int) -> "Reservation":
+        """Use as ``with homes.reserve(…) as reservation:``, create at `reservation.nodes` (empty: let them queue), and
+        tell it the revision of the creation."""
+        self._release(snapshot.revision)
+        nodes: list[model.NodeId] = []
+        if count <= _BORN_TOGETHER:
+            waiting = (kept.noun for kept in snapshot.waiting())
+            known = self._known_hosts(snapshot)
+            for id in placement.candidates_for_new(spec, known, waiting, self._in_use):
+                if len(nodes) == count:
+                    break
+                found = host(snapshot, id, self.silent)
+                if found is not None and placement.fits(found, spec):
+                    nodes.append(id)
+        if len(nodes) < count:
+            nodes = []
+        self._in_use.update(dict.fromkeys(nodes))
+        return Reservation(self, tuple(nodes))
+
+    def release(self, nodes: tuple[model.NodeId, ...], revision: int) -> None:
+        """The nodes are free for the next start once the mirror shows `revision`."""
+        for node in nodes:
+            self._in_use[node] = revision
+
+    def _release(self, revision: int) -> None:
+        for node in [node for node, until in self._in_use.items() if until is not None and until <= revision]:
+            del self._in_use[node]
+
+    def _known_hosts(self, snapshot: view.Snapshot) -> list[placement.Host]:
+        now_ns = self._world.boot_ns()
+        if now_ns - self._at_ns > _REFRESH_NS:
+            self._hosts = list(hosts(snapshot, self.silent))
+            self._at_ns = now_ns
+        return self._hosts
+
+
+class Reservation:
+    """Nodes that one start may use. `revision`: set it to the creation's; 0 frees them at once."""
+
+    def __init__(self, homes: Homes, nodes: tuple[model.NodeId, ...]) -> None:
+        self._homes = homes
+        self.nodes = nodes
+        self.revision = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._homes.release(self.nodes, self.revision)

@@ -1,0 +1,82 @@
+"""What one node shall do, from the view of the whole cloud: pure.
+
+    claim on the node's ledger, instance there in that epoch     its state says the verb
+    instance in Terminating, or an order key                      DESTROY, with who and why (safety S2)
+    anything else                                                 nothing is said, and so nothing is done
+
+An answer carries no verb for a VM that nobody wants: silence is never an order. Such a VM is found by its claim
+(safety S11) and gets an order of its own when its time is ripe.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import msgspec
+
+from covey import model, wire
+from covey.store import view
+
+State = model.State
+Verb = wire.Verb
+
+_VERBS: Mapping[State, Verb] = {
+    State.PULLING: Verb.RUN,
+    State.STARTED: Verb.RUN,
+    State.STOPPING: Verb.STOP,
+    State.STOPPED: Verb.KEEP,
+    State.PUSHING: Verb.KEEP,
+    State.ERROR: Verb.KEEP,
+    State.TERMINATING: Verb.DESTROY,
+}
+
+
+class NodeWants(NamedTuple):
+    """`tag` is the same exactly when `wanted` is."""
+
+    wanted: tuple[wire.Wanted, ...]
+    tag: str
+
+
+def for_node(snapshot: view.Snapshot, node: str) -> NodeWants:
+    """Everything `node` shall see to, ordered by instance and epoch."""
+    wants = {(order.instance, order.epoch): order for order in _orders(snapshot, node)}
+    for kept in snapshot.instances_on(node):
+        instance = kept.noun
+        verb = _VERBS.get(instance.state)
+        if verb is not None and instance.claimed and (instance.id, instance.epoch) not in wants:
+            wants[instance.id, instance.epoch] = _want(instance, verb)
+    wanted = tuple(wants[key] for key in sorted(wants))
+    return NodeWants(wanted, _tag(wanted))
+
+
+def _orders(snapshot: view.Snapshot, node: str) -> Iterable[wire.Wanted]:
+    for kept in snapshot.orders_on(node):
+        order = kept.noun
+        yield wire.Wanted(
+            instance=order.instance, epoch=order.epoch, verb=Verb.DESTROY, decision=order.decision, acknowledged=True
+        )
+
+
+def _want(instance: model.Instance, verb: Verb) -> wire.Wanted:
+    if verb == Verb.DESTROY:
+        return wire.Wanted(
+            instance=instance.id,
+            epoch=instance.epoch,
+            verb=verb,
+            launched=instance.launched,
+            decision=instance.ended or model.Decision(who="", why="the instance is terminating"),
+            acknowledged=True,
+        )
+    return wire.Wanted(
+        instance=instance.id,
+        epoch=instance.epoch,
+        verb=verb,
+        launched=instance.launched,
+        spec=instance.spec,
+        acknowledged=instance.acknowledged,
+    )
+
+
+def _tag(wanted: tuple[wire.Wanted, ...]) -> str:
+    return hashlib.blake2b(msgspec.json.encode(wanted), digest_size=12).hexdigest()

@@ -1,0 +1,35 @@
+"""What may go because nothing needs it any more: pure.
+
+Keys that live by a lease (births, remembered requests, events, nonces) go by themselves. What is left to decide: the
+limit on remembered requests (safety S17), texts that no instance refers to (S26), and how far history may be compacted
+(S28).
+"""
+
+from collections.abc import Sequence
+
+REMEMBERED_LIMIT = 200_000
+HISTORY_NS = 15 * 60 * 1_000_000_000
+
+Sample = tuple[int, int]  # (revision, when it was the newest, by this process's clock)
+
+
+def beyond_limit(total: int, limit: int = REMEMBERED_LIMIT) -> int:
+    """How many of the oldest remembered requests go."""
+    return max(0, total - limit)
+
+
+def unreferenced(users: int, mod_revision: int, seen_revision: int) -> bool:
+    """Whether a text that is written together with the instances that refer to it has none left: only a view that is
+    not older than the text can know."""
+    return users == 0 and seen_revision >= mod_revision
+
+
+def compact_to(samples: Sequence[Sample], now_ns: int, keep_ns: int = HISTORY_NS) -> int:
+    """The newest revision that is older than `keep_ns`; 0 when there is none."""
+    return max((revision for revision, at_ns in samples if now_ns - at_ns >= keep_ns), default=0)
+
+
+def trimmed(samples: Sequence[Sample], now_ns: int, keep_ns: int = HISTORY_NS) -> list[Sample]:
+    """The samples that are still of use."""
+    newest = compact_to(samples, now_ns, keep_ns)
+    return [sample for sample in samples if sample[0] >= newest]
