@@ -25,7 +25,7 @@ sim: setup ## the simulated cloud over fresh seeds: make sim SEEDS=500
 	@COVEY_SIM_SEEDS="$(or $(SEEDS),200)" $(RUN) scripts/test.py sim
 
 bench: setup ## starts a second, latency, memory; prints tables: make bench ARGS=--quick
-	@$(RUN) bench/starts.py $(ARGS)
+	@$(RUN) -m bench.starts $(ARGS)
 
 docs: setup ## draws the generated pages of docs/reference from the code
 	@$(RUN) scripts/gen_docs.py
