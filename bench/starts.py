@@ -237,9 +237,7 @@ async def measure(running: cloud.Cloud, options: argparse.Namespace) -> tuple[fl
     return raw, rows
 
 
-def show(
-    options: argparse.Namespace, still: list[tuple[str, float, float, float]], raw: float, rows: list[Row]
-) -> None:
+def show(options: argparse.Namespace, still: list[Idle], raw: float, rows: list[Row]) -> None:
     shape = f"{options.nodes} nodes, {options.controllers} controller(s), {options.members} etcd member(s)"
     print(f"\nIdle, {shape}")
     print(f"{'process':<16}{'RSS MiB':>9}{'PSS MiB':>9}{'% core':>8}")
