@@ -11,6 +11,7 @@ Used by agents (fetch by digest), the controller (views, `resolve`), the CLI and
 import asyncio
 import contextlib
 import hashlib
+import io
 import os
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -239,8 +240,9 @@ class Registry:
         for _ in self._http.urls:
             url = self._http.pick()
             try:
+                body = io.BytesIO(data) if isinstance(data, bytes) else data  # aiohttp sends a stream in pieces
                 answer = await self._http.session.request(
-                    method, url + path, data=data, headers=dict(headers), timeout=timeout
+                    method, url + path, data=body, headers=dict(headers), timeout=timeout
                 )
             except (aiohttp.ClientError, OSError) as error:
                 self._http.mark_bad(url)

@@ -11,6 +11,7 @@ client that shares no line with the client under test.
 
 import asyncio
 import contextlib
+import io
 import json
 import os
 import signal
@@ -42,7 +43,8 @@ class Server:
     ) -> tuple[int, Mapping[str, str], bytes]:
         """One request as it is given: no check, no retry. Header names are spelled with underscores."""
         spelled = {name.replace("_", "-"): text for name, text in headers.items()}
-        async with self._session.request(method, self.url + path, data=body, headers=spelled) as answer:
+        data = io.BytesIO(body) if isinstance(body, bytes) else body
+        async with self._session.request(method, self.url + path, data=data, headers=spelled) as answer:
             return answer.status, answer.headers, await answer.read()
 
     async def error(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, str, str]:
