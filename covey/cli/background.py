@@ -100,6 +100,26 @@ def saved(data_dir: Path) -> dict[str, str]:
     return {name: "".join(shlex.split(value)) for name, _, value in pairs}
 
 
+def forget(data_dir: Path) -> None:
+    """The node has left: a later join is a new node. The image cache stays."""
+    for name in ("agent.env", "node.json"):
+        (folder(data_dir) / name).unlink(missing_ok=True)
+
+
+def mark_explicit(data_dir: Path) -> None:
+    """The next start is an operator's wish: it may take the node over without the last secret (safety S7)."""
+    (folder(data_dir) / "joining").touch()
+
+
+def take_explicit(data_dir: Path) -> bool:
+    """Whether this start is the one an operator asked for. True once."""
+    try:
+        (folder(data_dir) / "joining").unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _quoted(value: str) -> str:
     if "\n" in value:
         raise errors.SettingError(f"a setting may not contain a line break: {value!r}")
@@ -109,7 +129,7 @@ def _quoted(value: str) -> str:
 # ---- start and stop --------------------------------------------------------------------------------------------
 
 
-def start(data_dir: Path, ready: Callable[[], bool], *, explicit: bool, timeout_s: float = 60.0) -> str:
+def start(data_dir: Path, ready: Callable[[], bool], timeout_s: float = 60.0) -> str:
     """Start the agent in the background and wait until it is `ready`; how it runs, in words. Raises SettingError with
     the agent's own last line when it ends instead."""
     if _systemd():
@@ -118,7 +138,7 @@ def start(data_dir: Path, ready: Callable[[], bool], *, explicit: bool, timeout_
     with log.open("ab") as output:
         offset = output.tell()
         agent = subprocess.Popen(
-            [sys.executable, "-m", "covey", "agent", *(["--explicit"] if explicit else [])],
+            [sys.executable, "-m", "covey", "agent"],
             env={**os.environ, **saved(data_dir)},
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -174,7 +194,7 @@ Wants=network-online.target
 
 [Service]
 EnvironmentFile={folder(data_dir) / "agent.env"}
-ExecStart={sys.executable} -m covey agent --explicit
+ExecStart={sys.executable} -m covey agent
 Restart=always
 RestartSec=2
 KillMode=process

@@ -1,0 +1,262 @@
+"""`covey vm`, `node` and `status`: what is sent, what is printed, how it ends."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.cli import conftest
+
+Cloud = conftest.Cloud
+Covey = conftest.Covey
+
+TEMPLATE = "6a1c2d3e-0000-4000-8000-000000000001"
+NODE = {"node_id": "n-1", "node_name": "mac-1", "state": "Active", "capacity": 2, "vm_count": 1}
+
+
+def instance(id: str = "i-1", state: str = "Started", **more: object) -> dict[str, Any]:
+    vm = {"uuid": "u", "status": "running", "host_ip": "10.0.0.9", "ip": "10.0.2.15"}
+    rule = {"name": "http", "guest_port": 80, "host_port": 10080, "protocol": "tcp", "host_ip": "10.0.0.9"}
+    shown = {
+        "instance_id": id,
+        "instance_state": state,
+        "vmid": TEMPLATE,
+        "tag": "v1",
+        "cr_time": "2026-01-01T00:00:00Z",
+    }
+    return {**shown, "vminfo": {**vm, "port_forwarding": [rule]}, **more}
+
+
+@pytest.fixture
+def templates(cloud: Cloud) -> Cloud:
+    cloud.ok("GET", "/api/v1/registry/vm", [{"id": TEMPLATE, "name": "debian", "size": 5}])
+    return cloud
+
+
+# ---- start ---------------------------------------------------------------------------------------------------------
+
+
+def test_start_by_name_prints_one_id_per_line(templates: Cloud, covey: Covey) -> None:
+    templates.ok("POST", "/api/v1/vm", ["i-1", "i-2"])
+    ran = covey("vm", "start", "debian", "--count", 2, "--tag", "v1", "--external-id", "job 7", "--name", "w")
+    assert (ran.code, ran.out.split(), ran.err) == (0, ["i-1", "i-2"], "")
+    (sent,) = templates.bodies("POST", "/api/v1/vm")
+    assert sent == {"vmid": TEMPLATE, "tag": "v1", "count": 2, "external_id": "job 7", "name": "w"}
+
+
+def test_start_by_id(templates: Cloud, covey: Covey) -> None:
+    templates.ok("POST", "/api/v1/vm", ["i-1"])
+    assert covey("vm", "start", TEMPLATE, "--json").json == {"instances": ["i-1"]}
+
+
+def test_each_start_is_safe_to_repeat(templates: Cloud, covey: Covey) -> None:
+    """(promise I7)"""
+    templates.ok("POST", "/api/v1/vm", ["i-1"])
+    covey("vm", "start", TEMPLATE)
+    covey("vm", "start", TEMPLATE)
+    keys = [asked.headers["Idempotency-Key"] for asked in templates.asked if asked.method == "POST"]
+    assert len(set(keys)) == 2
+
+
+def test_a_script_travels_as_base64(templates: Cloud, covey: Covey, tmp_path: Path) -> None:
+    templates.ok("POST", "/api/v1/vm", ["i-1"])
+    script = tmp_path / "s.sh"
+    script.write_text("echo é\n", "utf-8")
+    assert covey("vm", "start", "debian", "--script", script, "--monitor").code == 0
+    (sent,) = templates.bodies("POST", "/api/v1/vm")
+    assert base64.b64decode(sent["startup_script"]).decode() == "echo é\n"
+    assert sent["script_monitoring"] is True
+
+
+def test_a_script_too_long_or_missing_is_refused_here(templates: Cloud, covey: Covey, tmp_path: Path) -> None:
+    (tmp_path / "big").write_bytes(b"#" * (256 * 1024 + 1))
+    ran = covey("vm", "start", "debian", "--script", tmp_path / "big")
+    assert ran.code == 1
+    assert "at most 262144" in ran.err
+    ran = covey("vm", "start", "debian", "--script", tmp_path / "none")
+    assert (ran.code, ran.err) == (1, f"covey: No such file or directory: {tmp_path / 'none'}\n")
+    assert templates.bodies("POST", "/api/v1/vm") == []
+
+
+def test_waiting_until_started(templates: Cloud, covey: Covey) -> None:
+    templates.ok("POST", "/api/v1/vm", ["i-1"])
+    templates.ok("GET", "/api/v1/vm?id=i-1", instance(state="Pulling"), instance(state="Started"))
+    ran = covey("vm", "start", "debian", "--wait", 30)
+    assert ran.code == 0
+    assert ran.out.splitlines()[-1] == "i-1  Started  10.0.0.9:10080->80"
+
+
+def test_waiting_for_one_that_fails_says_why(templates: Cloud, covey: Covey) -> None:
+    templates.ok("POST", "/api/v1/vm", ["i-1"])
+    templates.ok("GET", "/api/v1/vm?id=i-1", instance(state="Error", message="no kernel"))
+    ran = covey("vm", "start", "debian", "--wait", 30)
+    assert (ran.code, ran.err) == (1, "covey: instance i-1 is Error: no kernel\n")
+
+
+def test_waiting_not_long_enough(templates: Cloud, covey: Covey) -> None:
+    templates.ok("POST", "/api/v1/vm", ["i-1"])
+    templates.ok("GET", "/api/v1/vm?id=i-1", instance(state="Pulling"))
+    ran = covey("vm", "start", "debian", "--wait", 0.1)
+    assert (ran.code, ran.err) == (1, "covey: instance i-1 is Pulling: still Pulling after 0 s\n")
+
+
+def test_the_servers_refusal_is_the_error(templates: Cloud, covey: Covey) -> None:
+    templates.fail("POST", "/api/v1/vm", "No such tag v9")
+    ran = covey("vm", "start", "debian", "--tag", "v9")
+    assert (ran.code, ran.out, ran.err) == (1, "", "covey: No such tag v9\n")
+
+
+def test_unknown_and_ambiguous_names(cloud: Cloud, covey: Covey) -> None:
+    cloud.ok("GET", "/api/v1/registry/vm", [{"id": "a", "name": "twin"}, {"id": "b", "name": "twin"}])
+    ran = covey("vm", "start", "nope")
+    assert (ran.code, ran.err) == (1, "covey: there is no template nope; `covey template list` shows those there are\n")
+    assert "use one of their ids: a, b" in covey("vm", "start", "twin").err
+
+
+# ---- look ----------------------------------------------------------------------------------------------------------
+
+
+def test_list_is_one_line_per_instance(cloud: Cloud, covey: Covey) -> None:
+    wrapped = {"instance_id": "i-1", "vm": instance()}
+    cloud.ok("GET", "/api/v1/vm", [wrapped, {"instance_id": "i-2", "vm": instance("i-2", "Error", message="it broke")}])
+    ran = covey("vm", "list")
+    header, first, second = ran.out.splitlines()
+    assert header.split() == ["INSTANCE", "STATE", "TEMPLATE", "TAG", "NODE", "IP", "PORTS", "MESSAGE"]
+    assert first.split()[:2] == ["i-1", "Started"]
+    assert second.endswith("it broke")
+    assert [one["instance_id"] for one in covey("vm", "list", "--json").json] == ["i-1", "i-2"]
+
+
+def test_an_empty_list_is_a_header_or_an_empty_array(cloud: Cloud, covey: Covey) -> None:
+    cloud.ok("GET", "/api/v1/vm", [])
+    assert len(covey("vm", "list").out.splitlines()) == 1
+    assert covey("vm", "list", "--json").json == []
+
+
+def test_show(cloud: Cloud, covey: Covey) -> None:
+    cloud.ok("GET", "/api/v1/vm?id=i-1", instance(metadata={"a": 1}))
+    shown = dict(line.split("  ", 1) for line in covey("vm", "show", "i-1").out.splitlines())
+    assert shown["state   ".strip()].strip() == "Started"
+    assert covey("vm", "show", "i-1", "--json").json["vminfo"]["port_forwarding"][0]["host_port"] == 10080
+
+
+def test_show_of_nothing(cloud: Cloud, covey: Covey) -> None:
+    cloud.fail("GET", "/api/v1/vm?id=x%26y", "Not found")
+    ran = covey("vm", "show", "x&y")
+    assert (ran.code, ran.err) == (1, "covey: there is no instance x&y; `covey vm list` shows those there are\n")
+
+
+def test_logs(cloud: Cloud, covey: Covey) -> None:
+    result = {
+        "return_code": 3,
+        "stdout": base64.b64encode(b"hello\n").decode(),
+        "stderr": base64.b64encode(b"oops").decode(),
+    }
+    cloud.ok("GET", "/api/v1/vm?id=i-1", instance(state="Error", startup_script=result))
+    ran = covey("vm", "logs", "i-1")
+    assert (ran.code, ran.out, ran.err) == (0, "hello\n", "oops\nthe script ended with 3\n")
+
+
+def test_logs_of_one_without_a_script(cloud: Cloud, covey: Covey) -> None:
+    cloud.ok("GET", "/api/v1/vm?id=i-1", instance())
+    ran = covey("vm", "logs", "i-1")
+    assert ran.code == 1
+    assert "--monitor" in ran.err
+
+
+# ---- terminate -----------------------------------------------------------------------------------------------------
+
+
+def test_terminate_several_and_say_which_failed(cloud: Cloud, covey: Covey) -> None:
+    cloud.answers["DELETE", "/api/v1/vm"] = [
+        (200, {"status": "FAIL", "message": "Not found"}),
+        (200, {"status": "OK", "message": ""}),
+    ]
+    ran = covey("vm", "terminate", "i-1", "i-2")
+    assert (ran.code, ran.out, ran.err) == (1, "i-2 terminating\n", "covey: i-1: Not found\n")
+    assert cloud.bodies("DELETE", "/api/v1/vm") == [{"id": "i-1"}, {"id": "i-2"}]
+
+
+# ---- nodes and status ----------------------------------------------------------------------------------------------
+
+
+def test_drain_by_name_and_off(cloud: Cloud, covey: Covey) -> None:
+    cloud.ok("GET", "/api/v1/node", [NODE])
+    cloud.ok("POST", "/api/v1/node/config", None)
+    assert covey("node", "drain", "mac-1").out == "mac-1 takes no new instances; 1 still run there\n"
+    assert covey("node", "drain", "n-1", "--off").out == "mac-1 takes new instances again\n"
+    assert cloud.bodies("POST", "/api/v1/node/config") == [
+        {"node_id": "n-1", "drain_mode": True},
+        {"node_id": "n-1", "drain_mode": False},
+    ]
+
+
+def test_unknown_node(cloud: Cloud, covey: Covey) -> None:
+    cloud.ok("GET", "/api/v1/node", [NODE])
+    ran = covey("node", "show", "mac-9")
+    assert (ran.code, ran.err) == (1, "covey: there is no node mac-9; `covey node list` shows those there are\n")
+
+
+def test_status(cloud: Cloud, covey: Covey) -> None:
+    cloud.ok("GET", "/readyz", None)
+    cloud.ok(
+        "GET",
+        "/api/v1/status",
+        {"status": "Running", "version": "1", "registry_address": "http://r", "registry_status": "Running"},
+    )
+    cloud.ok("GET", "/api/v1/node", [NODE, {**NODE, "state": "Offline"}])
+    cloud.ok("GET", "/api/v1/vm", [])
+    ran = covey("status", "--controller", f"{cloud.url},http://127.0.0.1:9")
+    assert ran.code == 0
+    assert f"controller  {cloud.url}  ready" in ran.out
+    assert "cannot connect" in ran.out
+    assert "nodes       1 Active, 1 Offline" in ran.out
+    assert "instances   none" in ran.out
+
+
+def test_status_of_a_cloud_without_quorum(cloud: Cloud, covey: Covey) -> None:
+    cloud.fail("GET", "/readyz", "no quorum", status=503)
+    ran = covey("status")
+    assert ran.code == 1
+    assert "not ready (503)" in ran.err
+
+
+# ---- how commands end ----------------------------------------------------------------------------------------------
+
+
+def test_nobody_there(covey: Covey) -> None:
+    ran = covey("vm", "list", "--controller", "http://127.0.0.1:9")
+    assert ran.code == 1
+    assert ran.err.startswith("covey: http://127.0.0.1:9: cannot connect")
+    assert ran.err.endswith("is it running? Name another with --controller or --registry\n")
+    assert ran.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("vm", "strat"),
+        ("vm", "start"),
+        ("vm", "start", "t", "--count", "many"),
+        ("vm", "list", "--nonsense"),
+        ("node", "drain"),
+        ("nonsense",),
+        ("up", "--nodes", "-1"),
+    ],
+)
+def test_wrong_usage_is_2_and_one_line(covey: Covey, argv: tuple[str, ...]) -> None:
+    ran = covey(*argv)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.count("\n") == 1
+
+
+def test_a_malformed_url(covey: Covey) -> None:
+    ran = covey("vm", "list", "--controller", "http://a b")
+    assert (ran.code, ran.err.count("\n")) == (1, 1)
+    assert "--controller" in ran.err
+
+
+def test_the_second_controller_answers_when_the_first_is_dead(cloud: Cloud, covey: Covey) -> None:
+    cloud.ok("GET", "/api/v1/vm", [])
+    assert covey("vm", "list", "--json", "--controller", f"http://127.0.0.1:9,{cloud.url}").json == []
