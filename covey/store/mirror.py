@@ -67,6 +67,10 @@ class Mirror:
     def revision(self) -> int:
         return self._draft.revision
 
+    def waiting_count(self) -> int:
+        """How many instances wait for a node, without the price of a snapshot."""
+        return self._draft.waiting_count()
+
     @property
     def broken(self) -> dict[str, str]:
         """Keys whose values are no nouns of ours."""

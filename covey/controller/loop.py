@@ -1,0 +1,291 @@
+"""The control loop: wake → snapshot → decide → commit. Every replica runs it, all the time.
+
+Correctness needs no leader: each commit compares what it was decided on, so two loops at once end in "it had already
+happened". For thrift, the replica that started first acts at once, and the others only on what it has left standing
+for a while: so conflicts are rare and nothing waits for a dead replica for long.
+
+    place    a change has come and instances wait        plan, one transaction per node
+    watch    every half second                           spans that are over: withdraw, re-place, fail, forget, order
+    sweep    hourly                                      lengthen the history chain, compact, remove what nothing needs
+
+Nothing is decided while the mirror is not ready, and then every observation starts over (safety S9).
+"""
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+
+from covey import errors, model, observe
+from covey import world as worlds
+from covey.controller import hosts, watchlist
+from covey.decide import deadlines, placement, retention
+from covey.store import base, commit, commit_cloud, commit_instances, commit_nodes, mirror, schema, view
+
+_NS = 1_000_000_000
+_TICK_S = 0.5
+_FROZEN_NS = 2 * _NS  # a loop that slept longer than this may have missed anything (safety S24)
+_SECOND_TURN_S = 0.3  # how long other replicas leave waiting instances to the first
+_PATIENCE_NS = 1 * _NS
+_PAUSE_S = 0.2
+_PER_NODE = 25  # placements in one transaction
+_AT_ONCE = 64
+_CATCH_UP_S = 1.0
+_SAMPLE_NS = 60 * _NS
+_HOUR_NS = 3600 * _NS
+_PAGE = 1000
+
+_log = observe.log("loop")
+
+
+class Loop:
+    """One replica's loops. `me` is this controller's id; `spans` come from the settings."""
+
+    def __init__(
+        self,
+        copy: mirror.Mirror,
+        writer: commit.Writer,
+        world: worlds.World,
+        *,
+        me: str,
+        homes: hosts.Homes | None = None,
+        spans: deadlines.Spans = deadlines.Spans(),  # noqa: B008 - immutable
+    ) -> None:
+        self._mirror = copy
+        self._writer = writer
+        self._world = world
+        self._me = me
+        self._spans = spans
+        self._homes = homes or hosts.Homes(world)
+        self._observed: deadlines.Observed = {}
+        self._reasons: dict[str, placement.Wait] = {}
+        self._samples: list[retention.Sample] = []
+
+    def why_waiting(self, instance: str) -> str:
+        """Why this instance waits, as of the last plan; "" when it does not."""
+        wait = self._reasons.get(instance)
+        return wait.text if wait is not None else ""
+
+    @property
+    def silent(self) -> frozenset[str]:
+        """Nodes whose messages stand still although their lease lives (safety S8)."""
+        return self._homes.silent
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._repeat("place", self._place_forever))
+            group.create_task(self._repeat("watch", self._watch_forever))
+            group.create_task(self._repeat("sweep", self._sweep_forever))
+
+    async def _repeat(self, name: str, body: Callable[[], Awaitable[None]]) -> None:
+        """The one place where the loop's faults are caught: say it, pause, read everything anew."""
+        while True:
+            try:
+                await body()
+            except (errors.StoreError, mirror.Foreign) as error:
+                _log.warning("a turn failed", turn=name, error=str(error))
+            await asyncio.sleep(_PAUSE_S)
+
+    # ---- placing
+
+    async def _place_forever(self) -> None:
+        after = 0
+        while True:
+            after = await self._mirror.changed(after)
+            if not self._mirror.ready:
+                await asyncio.sleep(_PAUSE_S)
+                after = 0
+            elif self._mirror.waiting_count() == 0:
+                self._reasons = {}
+            else:
+                after = await self._place(self._mirror.snapshot())
+
+    async def _place(self, snapshot: view.Snapshot) -> int:
+        """Plan once and commit it; answers with the revision after whose change to plan again."""
+        if not self._first(snapshot):
+            await asyncio.sleep(_SECOND_TURN_S)
+            standing = self._mirror.snapshot()
+            old = {kept.noun.id for kept in snapshot.waiting()}
+            if not any(kept.noun.id in old for kept in standing.waiting()):
+                return standing.revision
+            snapshot = standing
+        began_ns = self._world.boot_ns()
+        waiting = [kept.noun for kept in snapshot.waiting()]
+        plan = placement.plan(waiting, list(hosts.hosts(snapshot, self._homes.silent)))
+        self._reasons = {wait.instance: wait for wait in plan if isinstance(wait, placement.Wait)}
+        took_s = (self._world.boot_ns() - began_ns) / _NS
+        revision = await self._commit_places(snapshot, plan)
+        await asyncio.sleep(2 * took_s)  # never more than a third of the time is spent on planning
+        return max(revision, snapshot.revision)
+
+    async def _commit_places(self, snapshot: view.Snapshot, plan: list[placement.Place | placement.Wait]) -> int:
+        """One transaction per node. Answers with the newest revision made, once the mirror shows it."""
+        by_node: dict[model.NodeId, list[model.InstanceId]] = {}
+        for decision in plan:
+            if isinstance(decision, placement.Place):
+                by_node.setdefault(decision.node, []).append(decision.instance)
+        results = await _all(
+            functools.partial(commit_instances.place, self._writer, snapshot, node, ids[:_PER_NODE])
+            for node, ids in by_node.items()
+        )
+        made = [result for result in results if isinstance(result, int)]
+        if made:
+            _log.debug("placed", instances=sum(map(len, by_node.values())), nodes=len(by_node))
+            await self._seen(max(made))
+        elif by_node:
+            await self._seen(snapshot.revision + 1)
+        whole = len(made) == len(by_node) and all(len(ids) <= _PER_NODE for ids in by_node.values())
+        return self._mirror.revision if whole and by_node else 0 if by_node else snapshot.revision
+
+    async def _seen(self, revision: int) -> None:
+        """Wait until the mirror shows a write, so that the next decision is not made without it; but not for ever."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CATCH_UP_S):
+                await self._mirror.reached(revision)
+
+    def _first(self, snapshot: view.Snapshot) -> bool:
+        """Whether this replica has the first turn: the oldest one alive has."""
+        oldest = min(snapshot.controllers(), key=lambda kept: (kept.created, kept.noun.id), default=None)
+        return oldest is None or oldest.noun.id == self._me
+
+    # ---- deadlines
+
+    async def _watch_forever(self) -> None:
+        self._observed = {}
+        last_ns = self._world.boot_ns()
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now_ns = self._world.boot_ns()
+            if not self._mirror.ready or now_ns - last_ns > _FROZEN_NS:
+                self._observed = {}  # not ready all the while: every span starts over
+            last_ns = now_ns
+            if self._mirror.ready:
+                await self._watch(self._mirror.snapshot(), now_ns)
+
+    async def _watch(self, snapshot: view.Snapshot, now_ns: int) -> None:
+        present = watchlist.things(snapshot, self._homes.silent)
+        self._observed = deadlines.observe(self._observed, present, now_ns)
+        over = deadlines.ripe(self._observed, self._spans, now_ns)
+        self._note_silent(over)
+        mine = over
+        if not self._first(snapshot):
+            mine = deadlines.ripe(self._observed, self._spans, now_ns, _PATIENCE_NS)
+        lost = list(watchlist.stranded(snapshot, self._homes.silent))
+        await _all(functools.partial(self._replace, snapshot, kept) for kept in lost)
+        await _all(functools.partial(self._act, snapshot, thing) for thing in mine)
+        for id in watchlist.unfinished_removals(snapshot):
+            await commit_nodes.clear_removed(self._writer, snapshot, model.NodeId(id), self._writer.who)
+
+    def _note_silent(self, over: list[deadlines.Thing]) -> None:
+        silent = frozenset(thing.id for thing in over if thing.kind == deadlines.Kind.SILENT)
+        for id in silent - self._homes.silent:
+            _log.warning("a node is silent although its lease lives", node=id)
+        self._homes.silent = silent
+
+    async def _replace(self, snapshot: view.Snapshot, kept: commit_instances.Instance) -> object:
+        """Its node is lost before it was launched: it waits for another one."""
+        decision = model.Decision(who=self._writer.who, why="Its node was lost before the VM ran")
+        return await commit_instances.withdraw(self._writer, snapshot, kept, decision, node_lost=True)
+
+    async def _act(self, snapshot: view.Snapshot, thing: deadlines.Thing) -> object:
+        """What follows when a span is over."""
+        if thing.kind == deadlines.Kind.UNWANTED:
+            decision = model.Decision(who=self._writer.who, why="no instance wants this VM")
+            return await commit_nodes.order(
+                self._writer,
+                snapshot,
+                model.NodeId(thing.node),
+                model.InstanceId(thing.id),
+                thing.epoch,
+                decision,
+            )
+        kept = snapshot.instance(thing.id)
+        if kept is None:
+            return None
+        match thing.kind:
+            case deadlines.Kind.UNACKNOWLEDGED:
+                decision = model.Decision(who=self._writer.who, why="Its node did not acknowledge the placement")
+                return await commit_instances.withdraw(self._writer, snapshot, kept, decision)
+            case deadlines.Kind.LOST:
+                return await commit_instances.fail(self._writer, snapshot, kept, "Its node was not heard of for a day")
+            case deadlines.Kind.ERROR:
+                decision = model.Decision(who=self._writer.who, why="it was in Error for a day")
+                return await commit_instances.reap(self._writer, snapshot, kept, decision)
+            case deadlines.Kind.TERMINATED:
+                return await commit_instances.forget(self._writer, snapshot, kept)
+        return None
+
+    # ---- retention
+
+    async def _sweep_forever(self) -> None:
+        swept_ns = self._world.boot_ns()
+        while True:
+            await asyncio.sleep(_SAMPLE_NS / _NS)
+            now_ns = self._world.boot_ns()
+            if not self._mirror.ready:
+                continue
+            snapshot = self._mirror.snapshot()
+            self._samples = retention.trimmed([*self._samples, (snapshot.revision, now_ns)], now_ns)
+            if not self._first(snapshot):
+                continue
+            await self._compact(now_ns)
+            if now_ns - swept_ns >= _HOUR_NS:
+                swept_ns = now_ns
+                await commit_cloud.add_nonce(self._writer)
+                await sweep(self._writer, await self._mirror.fresh())
+
+    async def _compact(self, now_ns: int) -> None:
+        """Drop history older than a quarter of an hour, if there is any that this process knows the age of (S28)."""
+        revision = retention.compact_to(self._samples, now_ns)
+        if revision:
+            await self._writer.store.compact(revision)
+
+
+async def sweep(writer: commit.Writer, snapshot: view.Snapshot) -> int:
+    """Remove scripts and outputs without an instance, and remembered requests beyond the limit. Answers with how many
+    keys went."""
+    done = 0
+    users: Mapping[str, Callable[[str], int]] = {
+        schema.SCRIPTS: lambda key: snapshot.script_users(schema.tail(key)),
+        schema.OUTPUTS: lambda key: int(snapshot.instance(key.split("/")[-2]) is not None),
+    }
+    for prefix, count in users.items():
+        async for kvs in _pages(writer.store, prefix):
+            useless = [kv for kv in kvs if retention.unreferenced(count(kv.key), kv.mod_revision, snapshot.revision)]
+            done += await commit_cloud.sweep(writer, useless)
+    for prefix in (schema.KEYS, schema.TWINS):
+        total = (await writer.store.range(prefix, base.prefix_end(prefix), count_only=True)).total
+        excess = retention.beyond_limit(total)
+        if excess:
+            page = await writer.store.range(
+                prefix, base.prefix_end(prefix), limit=excess, keys_only=True, oldest_first=True
+            )
+            done += await commit_cloud.sweep(writer, page.kvs)
+    return done
+
+
+async def _pages(store: base.Store, prefix: str) -> AsyncIterator[tuple[base.Kv, ...]]:
+    """The keys below a prefix, without their values, page by page."""
+    key = prefix
+    while True:
+        page = await store.range(key, base.prefix_end(prefix), limit=_PAGE, keys_only=True)
+        yield page.kvs
+        if not page.more:
+            return
+        key = page.kvs[-1].key + "\0"
+
+
+async def _all(works: Iterable[Callable[[], Awaitable[object]]]) -> list[object]:
+    """Do them all, some at once, and raise the first fault only when all have ended."""
+    gate = asyncio.Semaphore(_AT_ONCE)
+
+    async def one(work: Callable[[], Awaitable[object]]) -> object:
+        async with gate:
+            return await work()
+
+    results = await asyncio.gather(*(one(work) for work in works), return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return list(results)

@@ -1,0 +1,74 @@
+"""What stands under observation in a snapshot, for `decide.deadlines`: pure."""
+
+from collections.abc import Iterable, Iterator
+
+from covey import model
+from covey.decide import deadlines
+from covey.store import codec, commit_instances, view
+
+Kind = deadlines.Kind
+Thing = deadlines.Thing
+State = model.State
+
+_MAY_BE_LOST = (State.PULLING, State.STARTED, State.STOPPING, State.STOPPED)
+
+
+def things(snapshot: view.Snapshot, silent: Iterable[str]) -> Iterator[tuple[Thing, int]]:
+    """Everything whose time may run out, with the revision that must stand still meanwhile."""
+    for kept in snapshot.unacknowledged():
+        yield Thing(Kind.UNACKNOWLEDGED, kept.noun.id), kept.revision
+    for kept in snapshot.in_state(State.TERMINATED):
+        yield Thing(Kind.TERMINATED, kept.noun.id), kept.revision
+    for kept in snapshot.in_state(State.ERROR):
+        yield Thing(Kind.ERROR, kept.noun.id), kept.revision
+    away: set[str] = set(silent)
+    for node in snapshot.nodes():
+        id: str = node.noun.id
+        if alive(snapshot, id):
+            word, session = snapshot.word(id), snapshot.session(id)
+            revisions = [kept.revision for kept in (word, session) if kept is not None]
+            yield Thing(Kind.SILENT, id), max(revisions, default=0)
+        else:
+            away.add(id)
+    for lost in away:
+        for kept in snapshot.instances_on(lost):
+            if kept.noun.launched and kept.noun.state in _MAY_BE_LOST:
+                yield Thing(Kind.LOST, kept.noun.id), kept.revision
+    yield from _unwanted(snapshot)
+
+
+def alive(snapshot: view.Snapshot, node: str) -> bool:
+    """Whether the node's present session still has its lease."""
+    sign, session = snapshot.alive(node), snapshot.session(node)
+    return sign is not None and session is not None and sign.noun.session == session.noun.counter
+
+
+def _unwanted(snapshot: view.Snapshot) -> Iterator[tuple[Thing, int]]:
+    """Claims that no instance wants and that no order covers yet (promise I3). What must stand still is the instance
+    key: its revision, or its absence."""
+    for ledger in snapshot.ledgers():
+        node = ledger.noun.node
+        for claim in ledger.noun.claims:
+            kept = snapshot.instance(claim.instance)
+            if kept is not None and commit_instances.owns(kept.noun, node, claim.epoch):
+                continue
+            order = snapshot.order(node, claim.instance)
+            if order is None or order.noun.epoch < claim.epoch:
+                thing = Thing(Kind.UNWANTED, claim.instance, node, claim.epoch)
+                yield thing, kept.revision if kept is not None else 0
+
+
+def stranded(snapshot: view.Snapshot, silent: Iterable[str]) -> Iterator[codec.Kept[model.Instance]]:
+    """Un-launched instances whose node is lost: they can be placed again at once, since launch is a commit on the
+    same key (safety S1)."""
+    quiet = set(silent)
+    for kept in snapshot.in_state(State.PULLING):
+        node = kept.noun.node
+        lost = node != model.NOWHERE and (node in quiet or not alive(snapshot, node))
+        if lost and kept.noun.claimed and not kept.noun.launched and snapshot.removed(node) is None:
+            yield kept
+
+
+def unfinished_removals(snapshot: view.Snapshot) -> list[str]:
+    """Removed nodes whose claims are not all dealt with: a crash came between (safety S12)."""
+    return [ledger.noun.node for ledger in snapshot.ledgers() if snapshot.removed(ledger.noun.node) is not None]
