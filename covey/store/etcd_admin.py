@@ -152,6 +152,10 @@ class Admin:
                 return
         raise errors.Unavailable("the cluster has no leader among the members that answer")
 
+    async def end_lease(self, id: int) -> None:
+        """End somebody's lease and delete its keys. Rejected when there is none."""
+        await self._pool.call(etcd_endpoints.REVOKE, pb.LeaseRevokeRequest(id=id), repeatable=True)
+
     async def snapshot(self, path: pathlib.Path, address: str = "") -> int:
         """Write the whole database to `path`, as `etcdctl snapshot restore` reads it; its size. After a crash `path`
         is the old file or none. Raises Unavailable when the member breaks off, or what came is not what was sent."""

@@ -18,10 +18,11 @@ from covey.store.etcdpb import etcd_pb2 as pb
 
 def txn(txn: base.Txn) -> pb.TxnRequest:
     """Plain or chunked."""
+    chunk = limits.chunk_size(txn)
     return pb.TxnRequest(
         compare=[_compare(compare) for compare in txn.compares],
-        success=_branch(len(txn.compares), txn.then),
-        failure=_branch(len(txn.compares), txn.otherwise),
+        success=_branch(txn.then, chunk),
+        failure=_branch(txn.otherwise, chunk),
     )
 
 
@@ -58,13 +59,12 @@ def _compare(compare: base.Compare) -> pb.Compare:
             return pb.Compare(key=key, target=pb.Compare.VALUE, value=compare.value)
 
 
-def _branch(compares: int, ops: Sequence[base.Op]) -> list[pb.RequestOp]:
-    size = limits.chunk_ops(compares, ops)
+def _branch(ops: Sequence[base.Op], chunk: int) -> list[pb.RequestOp]:
     requests = [_op(op) for op in ops]
-    if not size:
+    if len(requests) <= limits.MAX_OPS:
         return requests
-    chunks = (requests[start : start + size] for start in range(0, len(requests), size))
-    return [pb.RequestOp(request_txn=pb.TxnRequest(success=chunk)) for chunk in chunks]
+    chunks = (requests[start : start + chunk] for start in range(0, len(requests), chunk))
+    return [pb.RequestOp(request_txn=pb.TxnRequest(success=some)) for some in chunks]
 
 
 def _op(op: base.Op) -> pb.RequestOp:

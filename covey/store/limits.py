@@ -3,7 +3,7 @@
     etcd counts per level   max(compares, then, otherwise) ≤ 128 − what the levels above it took   (--max-txn-ops)
     and per request         1.5 MiB                                                                (--max-request-bytes)
 
-A `base.Txn` with more writes than one level takes is sent as one level of chunks (`chunk_ops`): its compares stay
+A `base.Txn` with more writes than one level takes is sent as one level of chunks (`chunk_size`): its compares stay
 outside and guard all of them. That makes room for some 120 compares and about a thousand writes.
 """
 
@@ -22,23 +22,30 @@ def check(txn: base.Txn) -> None:
         raise errors.Rejected("a key is empty")
     if len(txn.compares) > MAX_OPS:
         raise errors.Rejected(f"{len(txn.compares)} compares in one transaction; {MAX_OPS} are the limit")
-    size = size_bytes(txn)
+    try:
+        size = size_bytes(txn)
+    except UnicodeEncodeError as fault:
+        raise errors.Rejected(f"a key cannot be written as bytes: {fault}") from None
     if size > MAX_BYTES:
         raise errors.Rejected(f"the transaction has {size} bytes; {MAX_BYTES} are the limit")
+    chunk_size(txn)
     for branch in (txn.then, txn.otherwise):
-        chunk_ops(len(txn.compares), branch)
         _check_written_once(branch)
 
 
-def chunk_ops(compares: int, ops: Sequence[base.Op]) -> int:
-    """How many of `ops` travel in one chunk; 0 when they fit without chunks. Raises Rejected when nothing fits."""
-    if len(ops) <= MAX_OPS:
+def chunk_size(txn: base.Txn) -> int:
+    """How many operations of a branch that one level does not take travel in one chunk; 0 when both branches fit.
+    Raises Rejected when nothing fits."""
+    branches = [len(txn.then), len(txn.otherwise)]
+    largest = max(branches)
+    if largest <= MAX_OPS:
         return 0
+    beside = max(len(txn.compares), min(branches) if min(branches) <= MAX_OPS else 0)
     for chunks in range(2, MAX_OPS):
-        room = MAX_OPS - max(chunks, compares)
-        if chunks * room >= len(ops):
+        room = MAX_OPS - max(chunks, beside)
+        if chunks * room >= largest:
             return room
-    raise errors.Rejected(f"{len(ops)} operations beside {compares} compares are too many for one transaction")
+    raise errors.Rejected(f"{largest} operations beside {beside} others are too many for one transaction")
 
 
 def ops(txn: base.Txn) -> int:

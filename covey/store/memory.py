@@ -111,6 +111,10 @@ class Memory:
         self._closed.set()
         self._data.wake()
 
+    def end_lease(self, id: int) -> None:
+        """End somebody's lease and delete its keys, as an operator may; no part of `base.Store`."""
+        self._data.revoke(id)
+
     async def _turn(self) -> None:
         """What every call begins with: let others run, as a call over the network does, and end what is due."""
         await asyncio.sleep(0)
