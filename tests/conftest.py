@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 MARK = "COVEY_TEST_RUN"
-GRACE_S = 5.0
+GRACE_S = float(os.environ.get("COVEY_TEST_GRACE_S", "5"))
 FDS_SLACK = 24  # libraries open a few of their own at first use (epoll, eventfd, wake-up pipes)
 OWN_HELPERS = (b"resource_tracker", b"forkserver")  # of Python's multiprocessing; they end with the runner
 

@@ -72,7 +72,7 @@ def _is_module(package: str, name: str) -> bool:
 
 
 def test_only_the_composition_roots_read_the_environment() -> None:
-    """Settings are declared once and read once. To hand the environment to a child is no reading, and PATH no setting."""
+    """Settings are read once. To hand the environment to a child is no reading, and PATH is no setting."""
     wrong = [
         f"{path}:{node.lineno}"
         for path, _text, tree in repo.product()
