@@ -90,6 +90,9 @@ def as_fault(error: errors.CoveyError) -> Fault:
             return Fault(200, str(error), code="DENIED")
         case Cut() | errors.Unavailable() | errors.Unsure():
             return Fault(503, str(error) or "not ready; try again", code="UNAVAILABLE", headers={"Retry-After": "1"})
+        case errors.StoreError():
+            text = f"the store does not take this now: {error}"
+            return Fault(503, text, code="UNAVAILABLE", headers={"Retry-After": "5"})
         case errors.RemoteError():
             return Fault(502, str(error), code="UNAVAILABLE")
     log.error("a request failed", kind=type(error).__name__, why=str(error))

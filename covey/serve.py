@@ -95,10 +95,25 @@ class Call:
     def age_s(self) -> float:
         return (self._server.world.boot_ns() - self._arrived_ns) / 1e9
 
+    @property
+    def until_ns(self) -> int:
+        """On the boot clock: nothing is committed for this request after that (safety S24)."""
+        return self._arrived_ns + int(AGE_LIMIT_S * 1e9)
+
+    @property
+    def client(self) -> str:
+        """Who asks, for records of decisions."""
+        return self.request.remote or "unknown"
+
     def still_fresh(self) -> None:
         """Called just before a commit: raises Unavailable for a request that is too old or slept through a gap."""
         if self._epoch != self._server.gaps or self.age_s > AGE_LIMIT_S:
             raise errors.Unavailable("the request waited too long in this server and nothing was done; send it again")
+
+    def still_here(self) -> None:
+        """Raises ConnectionError when the client has gone: a parked poll need not answer it."""
+        if self.request.transport is None or self.request.transport.is_closing():
+            raise ConnectionResetError("the client has gone")
 
     async def read(self) -> bytes:
         """The whole body, up to the route's limit."""
@@ -113,19 +128,7 @@ class Call:
 
     async def json(self, kind: type[T]) -> T:
         """The body as `kind`, whatever the Content-Type. Raises Fault 400 that names the field."""
-        raw = await self.read()
-        if not raw.strip():
-            raise answer.Fault(400, "the request has no body; send a JSON object")
-        try:
-            raw.decode()
-        except UnicodeDecodeError:
-            raw = raw.decode("latin-1").encode()
-        try:
-            return msgspec.json.decode(raw, type=kind)
-        except msgspec.ValidationError as error:
-            raise answer.Fault(400, _name_field(str(error))) from error
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise answer.Fault(400, f"the body is not valid JSON ({error}); send a JSON object") from error
+        return parse(await self.read(), kind)
 
     async def chunks(self, size_bytes: int = MIB) -> AsyncIterator[bytes]:
         """The body piece by piece, for streaming to disk; at most `size_bytes` each. Raises Cut when the server goes
@@ -148,6 +151,22 @@ class Call:
                 yield chunk
         finally:
             cutting.cancel()
+
+
+def parse(raw: bytes, kind: type[T]) -> T:
+    """A request's body as `kind`, read as UTF-8 or else as Latin-1. Raises Fault 400 that names the field."""
+    if not raw.strip():
+        raise answer.Fault(400, "the request has no body; send a JSON object")
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        raw = raw.decode("latin-1").encode()
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError as error:
+        raise answer.Fault(400, _name_field(str(error))) from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise answer.Fault(400, f"the body is not valid JSON ({error}); send a JSON object") from error
 
 
 def _name_field(text: str) -> str:

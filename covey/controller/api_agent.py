@@ -1,0 +1,309 @@
+"""/agent/v1/: the agents' side (docs/agent-protocol.md; nouns in `covey.wire`).
+
+Every call but `join` names its session and is answered from a view at least as new as what the agent has seen (safety
+S22). A session that is not the newest gets 409, one of a removed node 410, and 503 means: ask another controller,
+nothing was decided. Each message renews the node's lease once (safety S8); when this controller is not ready it renews
+none. A poll parks for at most a third of the lease's life, and is answered at once when what the node shall do may have
+changed, when the controller goes down, and when it turns red (safety S25).
+"""
+
+import asyncio
+import hashlib
+import hmac
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from covey import answer, errors, model, observe, serve, wire
+from covey.controller import naming, renewals, wanted
+from covey.store import codec, commit, commit_instances, commit_nodes, commit_reports, mirror, schema, view
+
+_REPORT_LIMIT_BYTES = 16 * serve.MIB
+_PIECE_BYTES = 500_000  # of a report, that goes into one transaction
+_PIECE_ITEMS = 20
+_STALE = "this session is not the newest of its node: join again"
+_GONE = "the node was removed from the cloud"
+
+log = observe.log("agents")
+
+
+class Terms(NamedTuple):
+    """What agents are told at join."""
+
+    heartbeat_s: float
+    registries: tuple[str, ...]
+
+
+class _Caller(NamedTuple):
+    """An authenticated session."""
+
+    life: codec.Kept[model.Session]
+    arrived_ns: int
+
+    @property
+    def node(self) -> model.NodeId:
+        return self.life.noun.node
+
+    @property
+    def session(self) -> int:
+        return self.life.noun.counter
+
+
+class AgentApi:
+    """`alarm` is set while parked polls must be answered: the controller is red or goes down."""
+
+    def __init__(
+        self,
+        mirror: mirror.Mirror,
+        writer: commit.Writer,
+        renewals: renewals.Renewals,
+        terms: Terms,
+        alarm: asyncio.Event,
+        trouble: Callable[[], str],
+    ) -> None:
+        self._mirror = mirror
+        self._writer = writer
+        self._renewals = renewals
+        self._terms = terms
+        self._alarm = alarm
+        self._trouble = trouble
+
+    def routes(self) -> Sequence[serve.Route]:
+        return [
+            serve.Route("POST", "/agent/v1/join", self.join),
+            serve.Route("POST", "/agent/v1/wanted", self.wanted, time_limit_s=None),
+            serve.Route("POST", "/agent/v1/launch", self.launch),
+            serve.Route("POST", "/agent/v1/report", self.report, body_limit_bytes=_REPORT_LIMIT_BYTES),
+            serve.Route("POST", "/agent/v1/leave", self.leave),
+        ]
+
+    # ---- join and leave --------------------------------------------------------------------------------------------
+
+    async def join(self, call: serve.Call) -> wire.Joined:
+        asked = await call.json(wire.Join)
+        if not asked.facts.ip:
+            asked = msgspec.structs.replace(asked, facts=msgspec.structs.replace(asked.facts, ip=call.client))
+        self._check_ready()
+        snapshot = await self._mirror.fresh()
+        call.still_fresh()
+        joined = await commit_nodes.join(self._writer, snapshot, asked, call.until_ns)
+        if isinstance(joined, commit_nodes.JoinRefused):
+            raise _join_fault(joined.why)
+        session = joined.session.noun
+        if not joined.repeated:
+            log.info("a node joined", node=session.node, session=session.counter, name=session.facts.name)
+        return wire.Joined(
+            node=session.node,
+            session=session.counter,
+            cloud=snapshot.cloud,
+            seen=wire.Seen(history=snapshot.history, revision=max(joined.session.revision, snapshot.revision)),
+            lease=wire.LeaseTerms(),
+            heartbeat_s=self._terms.heartbeat_s,
+            registries=self._terms.registries,
+            name=joined.node.noun.name or session.facts.name,
+        )
+
+    async def leave(self, call: serve.Call) -> None:
+        asked = await call.json(wire.Leave)
+        self._check_ready()
+        snapshot = await self._mirror.fresh()
+        caller = _authenticate(call, snapshot, self._writer.world.boot_ns())
+        who = f"agent of node {caller.node}"
+        left = await commit_nodes.leave(self._writer, snapshot, caller.node, caller.session, force=asked.force, who=who)
+        match left:
+            case commit_nodes.StillClaimed(instances=instances):
+                text = f"the node still holds {len(instances)} VMs; terminate them, or leave with force"
+                raise errors.Refused(text)
+            case commit.Lost():
+                raise answer.Fault(409, _STALE)
+            case commit.Missing():
+                raise answer.Fault(410, _GONE)
+        log.info("a node left", node=caller.node)
+
+    # ---- wanted ----------------------------------------------------------------------------------------------------
+
+    async def wanted(self, call: serve.Call) -> wire.WantedState:
+        arrived_ns = self._writer.world.boot_ns()
+        ask = await call.json(wire.Ask)
+        snapshot, hold = await self._view(ask.seen)
+        caller = _authenticate(call, snapshot, arrived_ns)
+        lease = await self._renew(caller)
+        until_ns = arrived_ns + int(min(max(ask.wait_s, 0.0), wire.POLL_LIMIT_S) * 1e9)
+        wants = wanted.for_node(snapshot, caller.node)
+        while not hold and wants.tag == ask.tag and self._writer.world.boot_ns() < until_ns:
+            await self._park(caller.node, snapshot.revision, until_ns)
+            self._check_ready()
+            call.still_here()
+            snapshot = self._mirror.snapshot()
+            _authenticate(call, snapshot, arrived_ns)
+            wants = wanted.for_node(snapshot, caller.node)
+        return wire.WantedState(
+            seen=_seen(snapshot),
+            tag=wants.tag,
+            wanted=tuple(_named(wants.wanted, snapshot, caller.node)),
+            lease=lease,
+            heartbeat_s=self._terms.heartbeat_s,
+            hold=hold,
+        )
+
+    async def _park(self, node: model.NodeId, revision: int, until_ns: int) -> None:
+        """Until the node's wanted state may have changed, time is up, or the alarm is raised."""
+        left_s = (until_ns - self._writer.world.boot_ns()) / 1e9
+        waits = {
+            asyncio.ensure_future(self._mirror.node_changed(node, revision)),
+            asyncio.ensure_future(self._alarm.wait()),
+        }
+        try:
+            await asyncio.wait(waits, timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    async def _view(self, seen: wire.Seen) -> tuple[view.Snapshot, bool]:
+        """A view at least as new as what the agent saw, and whether the agent must hold: the store has another history
+        (safety S18). A revision in the future of its own history is 409."""
+        self._check_ready()
+        try:
+            return await self._mirror.at_least(seen), False
+        except mirror.Foreign as error:
+            snapshot = await self._mirror.fresh()
+            if snapshot.knows(seen.history):
+                raise answer.Fault(409, f"hold: {error}") from error
+            return snapshot, True
+
+    # ---- launch ----------------------------------------------------------------------------------------------------
+
+    async def launch(self, call: serve.Call) -> wire.Launched:
+        """Leave to run guest code: the start script travels only with it (safety S1)."""
+        arrived_ns = self._writer.world.boot_ns()
+        ask = await call.json(wire.LaunchAsk)
+        snapshot, hold = await self._view(ask.seen)
+        caller = _authenticate(call, snapshot, arrived_ns)
+        lease = await self._renew(caller)
+        if hold:
+            return wire.Launched(granted=False, lease=lease, seen=_seen(snapshot), why="hold: another history")
+        call.still_fresh()
+        outcome = await commit_instances.launch(
+            self._writer, snapshot, caller.node, caller.session, ask.instance, ask.epoch, ask.nonce, call.until_ns
+        )
+        if isinstance(outcome, commit_instances.Denied):
+            if outcome.stale_session:
+                raise answer.Fault(409, _STALE)
+            return wire.Launched(granted=False, lease=lease, seen=_seen(snapshot), why=outcome.why)
+        seen = wire.Seen(history=snapshot.history, revision=max(snapshot.revision, outcome.instance.revision))
+        script = await self._script(outcome.instance.noun)
+        return wire.Launched(granted=True, lease=lease, seen=seen, script=script)
+
+    async def _script(self, instance: model.Instance) -> str:
+        """The start script, base64."""
+        if instance.spec.script is None:
+            return ""
+        page = await self._writer.store.range(schema.script(instance.spec.script.key))
+        return page.kvs[0].value.decode("ascii") if page.kvs else ""
+
+    # ---- report ----------------------------------------------------------------------------------------------------
+
+    async def report(self, call: serve.Call) -> wire.Reported:
+        arrived_ns = self._writer.world.boot_ns()
+        report = await call.json(wire.Report)
+        snapshot, hold = await self._view(report.seen)
+        if hold:
+            raise answer.Fault(409, "hold: the store's history is not the one that was seen")
+        caller = _authenticate(call, snapshot, arrived_ns)
+        lease = await self._renew(caller)
+        settled: list[int] = []
+        for start, piece in _pieces(report.items):
+            call.still_fresh()
+            applied = await commit_reports.report(
+                self._writer, snapshot, caller.node, caller.session, piece, call.until_ns
+            )
+            if isinstance(applied, commit_reports.StaleSession):
+                raise answer.Fault(409, _STALE)
+            settled += [start + index for index in applied.settled]
+        if report.word is not None:
+            await self._say(caller, snapshot, report.word, report.messages)
+        return wire.Reported(lease=lease, seen=_seen(snapshot), settled=tuple(settled))
+
+    async def _say(self, caller: _Caller, snapshot: view.Snapshot, word: model.Word, messages: int) -> None:
+        """The node's last word, in its own name only. A lost one comes again within the minute."""
+        own = msgspec.structs.replace(
+            word,
+            node=caller.node,
+            session=caller.session,
+            messages=messages,
+            at_ns=self._writer.world.wall_ns(),
+        )
+        said = await commit_nodes.say(self._writer, snapshot, caller.node, caller.session, own)
+        if isinstance(said, commit.Lost):
+            raise answer.Fault(409, _STALE)
+
+    # ---- what all calls share --------------------------------------------------------------------------------------
+
+    def _check_ready(self) -> None:
+        trouble = self._trouble()
+        if trouble:
+            raise errors.Unavailable(f"{trouble}; ask another controller")
+
+    async def _renew(self, caller: _Caller) -> wire.LeaseTerms:
+        try:
+            return await self._renewals.renewed(caller.life.noun.lease, caller.arrived_ns)
+        except renewals.LeaseGone as error:
+            raise answer.Fault(409, "the node's lease has ended: join again") from error
+
+
+def _seen(snapshot: view.Snapshot) -> wire.Seen:
+    return wire.Seen(history=snapshot.history, revision=snapshot.revision)
+
+
+def _authenticate(call: serve.Call, snapshot: view.Snapshot, arrived_ns: int) -> _Caller:
+    """The session named by ``Authorization: Covey <node>.<counter>.<secret>``, if it is the newest (safety S7)."""
+    scheme, _, credentials = call.headers.get("Authorization", "").partition(" ")
+    parts = credentials.strip().split(".")
+    if scheme.lower() != "covey" or len(parts) != 3:
+        raise answer.Fault(400, "Authorization: send Covey <node id>.<session>.<secret>")
+    node, counter, secret = parts
+    if snapshot.removed(node) is not None:
+        raise answer.Fault(410, _GONE)
+    life = snapshot.session(node)
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    if life is None or counter != str(life.noun.counter):
+        raise answer.Fault(409, _STALE)
+    if not hmac.compare_digest(digest, life.noun.secret_sha256):
+        raise answer.Fault(409, _STALE)
+    return _Caller(life, arrived_ns)
+
+
+def _named(wants: Sequence[wire.Wanted], snapshot: view.Snapshot, node: model.NodeId) -> Iterator[wire.Wanted]:
+    """With the VMs' names filled in."""
+    kept, session = snapshot.node(node), snapshot.session(node)
+    node_name = (kept.noun.name if kept else "") or (session.noun.facts.name if session else "")
+    for want in wants:
+        instance = snapshot.instance(want.instance)
+        if want.spec is None or instance is None:
+            yield want
+        else:
+            yield msgspec.structs.replace(want, vm_name=naming.vm_name(instance.noun, node_name))
+
+
+def _pieces(items: Sequence[wire.Item]) -> Iterator[tuple[int, Sequence[wire.Item]]]:
+    """The report in parts that each fit one transaction, with the index of their first item."""
+    start = size = 0
+    for index, item in enumerate(items):
+        more = len(item.stdout) + len(item.stderr) + len(item.message) + 1000
+        if index > start and (size + more > _PIECE_BYTES or index - start == _PIECE_ITEMS):
+            yield start, items[start:index]
+            start, size = index, 0
+        size += more
+    if items:
+        yield start, items[start:]
+
+
+def _join_fault(why: commit_nodes.Why) -> errors.CoveyError:
+    match why:
+        case commit_nodes.Why.REMOVED:
+            return answer.Fault(410, _GONE)
+        case commit_nodes.Why.SECRET:
+            return answer.Fault(409, str(why))
+    return errors.Refused(str(why))

@@ -1,0 +1,220 @@
+"""One controller: the composition root. Any number of them on one store are equal, and none keeps state of its own.
+
+    start   listen first: /livez is green and /readyz tells why not, however long the store is away
+    live    enter the cloud (format, history nonce, announcement), feed the mirror, run the loops
+    stop    answer parked polls, finish what is in flight within the grace, let go of everything
+
+Everything ambient is made here and handed down: the store, the clock, the settings.
+"""
+
+import asyncio
+import pathlib
+from collections.abc import Awaitable, Callable, Sequence
+
+import covey
+from covey import errors, observe, serve, settings
+from covey import world as worlds
+from covey.controller import (
+    api_agent,
+    api_node,
+    api_registry,
+    api_status,
+    api_vm,
+    display,
+    hosts,
+    loop,
+    presence,
+    renewals,
+    templates,
+)
+from covey.decide import deadlines
+from covey.store import base, commit, commit_cloud, etcd, etcd_endpoints, mirror, schema
+
+_LEASE_S = 15  # of this controller's announcement
+_RETRY_S = 1.0
+_LOOK_S = 0.2  # how often health is looked at: parked polls are answered this soon after turning red
+_NS = 1_000_000_000
+
+log = observe.log("controller")
+
+
+class Replica:
+    """start → (live by itself) → stop. `store` is etcd unless given."""
+
+    def __init__(self, chosen: settings.Controller, world: worlds.World, store: base.Store | None = None) -> None:
+        self._chosen = chosen
+        self._world = world
+        self._id = world.uuid()
+        self._store = _etcd(chosen, world) if store is None else store
+        self._entering = "this controller has not reached the store yet"  # "" once it has entered the cloud
+        self._alarm = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._mirror = mirror.Mirror(self._store, world)
+        self._writer = commit.Writer(self._store, world, who=f"controller {self._id}")
+        self._homes = hosts.Homes(world)
+        self._loop = loop.Loop(self._mirror, self._writer, world, me=self._id, homes=self._homes, spans=_spans(chosen))
+        self._presence = presence.Presence(world)
+        self._renewals = renewals.Renewals(self._store, world)
+        self._templates = templates.Templates(chosen.local_registries)
+        self._status, routes = self._api()
+        self.server = serve.Server(routes, world=world, on_gap=lambda _: self._mirror.doubt())
+
+    def _api(self) -> tuple[api_status.StatusApi, Sequence[serve.Route]]:
+        registry = next(iter((*self._chosen.registries, *self._chosen.local_registries)), "")
+        spans = display.Spans(self._chosen.node_active_timeout_s, self._chosen.instance_active_timeout_s)
+        shown = display.Display(self._presence, self._templates, self._loop.why_waiting, spans, registry)
+        terms = api_agent.Terms(self._chosen.heartbeat_s, self._chosen.registries)
+        status = api_status.StatusApi(self._mirror, self._templates, registry, self._trouble, self._lesser_troubles)
+        people = [
+            *status.routes(),
+            *api_vm.InstanceApi(self._mirror, self._writer, self._templates, shown, self._homes).routes(),
+            *api_node.NodeApi(self._mirror, self._writer, shown).routes(),
+            *api_registry.RegistryApi(self._templates).routes(),
+        ]
+        agents = api_agent.AgentApi(
+            self._mirror, self._writer, self._renewals, terms, self._alarm, self._trouble_of_agents
+        )
+        return status, [*status.probes(), *map(self._gated, people), *agents.routes()]
+
+    # ---- start and stop --------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Listen, and go about everything else in the background. Raises SettingError when the port is taken."""
+        await self.server.start(self._chosen.listen.host, self._chosen.listen.port)
+        log.info("the controller listens", host=self._chosen.listen.host, port=self.server.port, id=self._id)
+        self._tasks = [
+            asyncio.create_task(self._live()),
+            asyncio.create_task(self._keep("health", self._look_after_health)),
+        ]
+
+    async def stop(self) -> None:
+        """Answer parked polls, finish what runs within the grace, then end. Harmless when repeated."""
+        self.server.draining.set()
+        self._alarm.set()
+        broken = await self.server.drain(self._chosen.graceful_shutdown_timeout_s)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for part in (self._writer, self._renewals, self._status, self._templates, self._store):
+            await part.close()
+        log.info("the controller has stopped", id=self._id, broken_off=broken)
+
+    # ---- live ------------------------------------------------------------------------------------------------------
+
+    async def _live(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep("mirror", self._mirror.run))
+            await self._enter()
+            group.create_task(self._keep("announcement", self._announce))
+            group.create_task(self._keep("loop", self._loop.run))
+
+    async def _enter(self) -> None:
+        """Take part in the cloud as soon as the store lets us: said once when it does not, once when it does."""
+        where = ",".join(self._chosen.etcd_endpoints)
+        said = False
+        while True:
+            try:
+                cloud = await commit_cloud.start(self._writer)
+            except errors.StoreError as error:
+                self._entering = f"etcd at {where} cannot be used: {error}"
+                if not said:
+                    log.error("etcd cannot be used; trying on until it can", endpoints=where, why=str(error))
+                said = True
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if isinstance(cloud, commit_cloud.Cloud):
+                self._entering = ""
+                log.info("the controller takes part", cloud=cloud.id, id=self._id)
+                return
+            self._entering = f"the store holds data of format {cloud.found}; this program writes {schema.FORMAT}"
+            log.error(self._entering, remedy="run the version of Covey that wrote it, or give an empty etcd")
+            await asyncio.Event().wait()
+
+    async def _announce(self) -> None:
+        """Be listed among the controllers; ends with LeaseLost, and begins again."""
+        lease = await self._store.grant(_LEASE_S)
+        noun = schema.Controller(
+            id=self._id,
+            version=covey.__version__,
+            format=schema.FORMAT,
+            url=f"{self._chosen.listen.host}:{self.server.port}",
+            started_ns=self._world.wall_ns(),
+        )
+        await commit_cloud.announce(self._writer, noun, lease)
+        try:
+            await lease.keep_alive()
+        finally:
+            if self.server.draining.is_set():
+                await lease.revoke()
+
+    async def _keep(self, name: str, body: Callable[[], Awaitable[None]]) -> None:
+        """Run a part for ever: it begins again after a fault, and what nobody expected is written down whole."""
+        while True:
+            try:
+                await body()
+            except errors.StoreError as error:
+                log.warning("a part of the controller begins again", which=name, why=str(error))
+            except Exception:
+                log.exception("a part of the controller failed unexpectedly and begins again", which=name)
+            await asyncio.sleep(_RETRY_S)
+
+    # ---- health ----------------------------------------------------------------------------------------------------
+
+    def _trouble(self) -> str:
+        """Why this controller cannot serve now; "" when it can (safety S25)."""
+        return self._entering or self._mirror.trouble
+
+    def _trouble_of_agents(self) -> str:
+        return "this controller is going down" if self.server.draining.is_set() else self._trouble()
+
+    def _lesser_troubles(self) -> list[str]:
+        """What is wrong without keeping this controller from serving."""
+        broken = self._mirror.broken
+        return [f"{len(broken)} keys hold values that cannot be read, for example {min(broken)}"] if broken else []
+
+    async def _look_after_health(self) -> None:
+        """Note which nodes are there, and raise the alarm for parked polls while this controller is red."""
+        was = ""
+        while True:
+            trouble = self._trouble_of_agents()
+            if bool(trouble) != self._alarm.is_set():
+                (self._alarm.set if trouble else self._alarm.clear)()
+            if bool(trouble) != bool(was) and not self._entering:
+                log.warning("not ready" if trouble else "ready again", why=trouble or was)
+            was = trouble
+            if not trouble:
+                self._presence.look(self._mirror.snapshot())
+            await asyncio.sleep(_LOOK_S)
+
+    def _gated(self, route: serve.Route) -> serve.Route:
+        """A route that answers 503 at once while this controller is red (promise I10)."""
+
+        async def handler(call: serve.Call) -> object:
+            trouble = self._trouble()
+            if trouble:
+                raise errors.Unavailable(trouble)
+            return await route.handler(call)
+
+        return serve.Route(route.method, route.path, handler, route.body_limit_bytes, route.time_limit_s)
+
+
+def _spans(chosen: settings.Controller) -> deadlines.Spans:
+    return deadlines.Spans(
+        terminated_ns=int(chosen.instance_time_out_s * _NS), unwanted_ns=int(chosen.unknown_vm_threshold_s * _NS)
+    )
+
+
+def _etcd(chosen: settings.Controller, world: worlds.World) -> etcd.Etcd:
+    tls = login = None
+    if chosen.etcd_tls:
+        tls = etcd_endpoints.Tls(_pem(chosen.etcd_ca_cert), _pem(chosen.etcd_cert), _pem(chosen.etcd_cert_key))
+    if chosen.etcd_username:
+        login = etcd_endpoints.Login(chosen.etcd_username, chosen.etcd_password)
+    return etcd.Etcd(chosen.etcd_endpoints, world=world, timeout_s=chosen.etcd_request_timeout_s, tls=tls, login=login)
+
+
+def _pem(path: pathlib.Path | None) -> bytes:
+    try:
+        return b"" if path is None else path.read_bytes()
+    except OSError as error:
+        raise errors.SettingError(f"{path} cannot be read: {error.strerror}") from error
