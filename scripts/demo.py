@@ -119,7 +119,7 @@ def page_of(instance: dict[str, Any]) -> dict[str, str]:
     """The guest's page behind its forwarded port 80, line by line."""
     (rule,) = [rule for rule in instance["vminfo"]["port_forwarding"] if rule["guest_port"] == 80]
     host = rule.get("host_ip") or instance["vminfo"]["host_ip"]
-    with urllib.request.urlopen(f"http://{host}:{rule['host_port']}/cgi-bin/index.cgi", timeout=5) as answer:  # noqa: S310
+    with urllib.request.urlopen(f"http://{host}:{rule['host_port']}/cgi-bin/index.cgi", timeout=5) as answer:
         lines = answer.read().decode().splitlines()
     return dict(line.split(": ", 1) for line in lines if ": " in line)
 
@@ -257,12 +257,15 @@ def crash_controller(cloud: Cloud, instance: dict[str, Any], page: dict[str, str
     claim(f"the VM is one QEMU process, {machine}", len(machine) == 1, machine)
     say(f"    $ kill -9 {controller}     (the controller)")
     os.kill(controller, signal.SIGKILL)
-    before, during, after = cloud.ready(), page_of(instance), cloud.ready()
-    claim("while no controller answers, the guest does, from the same boot", not (before or after) and during == page)
-    begun = time.monotonic()
-    wait_until("a controller is ready again", cloud.ready, 60)
+    begun, answered = time.monotonic(), 0
+    while not cloud.ready():
+        if page_of(instance) != page or time.monotonic() - begun > 60:
+            raise Untrue("the guest goes on unchanged while the controller is away")
+        answered += 1
+    away = time.monotonic() - begun
+    claim(f"in {away:.1f} s without a controller the guest answered {answered} times, from the same boot", answered > 0)
     again = child_of(cloud.service.pid, "covey controller")
-    claim(f"it was started again ({again}) and ready in {time.monotonic() - begun:.1f} s", again not in (0, controller))
+    claim(f"the controller was started again, as process {again}", again not in (0, controller))
     shown = cloud.instance(id)
     same = (shown["instance_state"], shown["vminfo"]["uuid"]) == ("Started", instance["vminfo"]["uuid"])
     claim("it shows the same instance, Started, in the same VM", same, shown)
@@ -279,9 +282,8 @@ def push_second(cloud: Cloud, template: str) -> str:
     moved, skipped = pushed["moved_bytes"], pushed["skipped_bytes"]
     claim(f"pushed {size(moved)}, skipped {size(skipped)} that the registry had", moved == layer and skipped > moved)
     before = files_below(cloud.node_data)
-    (id,) = json.loads(cloud.covey("vm", "start", "demo", "--tag", "v2", "--wait", f"{BOOT_S:.0f}", "--json"))[
-        "instances"
-    ]
+    started = cloud.covey("vm", "start", "demo", "--tag", "v2", "--wait", f"{BOOT_S:.0f}", "--json")
+    id: str = json.loads(started)["instances"][0]
     instance = cloud.instance(id)
     page = page_soon(instance)
     claim("the guest sees the new layer", page.get("layer") == "second", page)
@@ -301,7 +303,8 @@ def clean(cloud: Cloud, ids: list[str]) -> None:
     cloud.covey("vm", "terminate", *ids)
     wait_until("no instance is listed", lambda: cloud.ask("GET", "/api/v1/vm") == [], 60)
     claim("no instance is listed", True)
-    claim("no VM process is left", not processes("qemu-system", "covey-", ids[0]) and not machines_of(cloud))
+    machines = machines_of(cloud) or [pid for id in ids for pid in processes("qemu-system", id)]
+    claim("no VM process is left", not machines, machines)
     overlays = [path for path in files_below(cloud.node_data) if any(id in path for id in ids)]
     claim("no overlay and no other file of the instances is left", not overlays, overlays)
     etcdctl = shutil.which("etcdctl", path=cloud.env["PATH"])

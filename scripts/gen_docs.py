@@ -16,6 +16,7 @@ import typer.main
 from covey import lifecycle, model, settings_table
 from covey.cli import main as cli
 from covey.store import schema
+from scripts import api_page
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference"
@@ -192,11 +193,16 @@ def _commands(path: str, command: Command) -> Iterator[tuple[str, Command]]:
             yield from _commands(f"{path} {name}", sub)
 
 
+def http_page() -> str:
+    return DRAWN.format(source="scripts/api_page.py and the structs it names") + "\n" + api_page.page()
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "lifecycle.md": lifecycle_page,
     "keys.md": keys_page,
     "settings.md": settings_page,
     "cli.md": cli_page,
+    "api.md": http_page,
 }
 
 
