@@ -225,7 +225,7 @@ class Writer:
         if outcome.succeeded:
             return write.answer(outcome.revision)
         found = dict(zip(keys, outcome.got, strict=True))
-        written = _own(ops, found)
+        written = _own(ops, found, reading.tx)
         if written is not None:
             return write.answer(written)
         self._check_format(found.pop(schema.FORMAT_KEY))
@@ -281,12 +281,12 @@ def _same(answer: R, _revision: int) -> R:
     return answer
 
 
-def _own(ops: tuple[base.Op, ...], found: Mapping[str, base.Kv | None]) -> int | None:
-    """The revision at which these very writes were applied already, if a key still shows it: values that carry a
-    transaction id are written by nobody else."""
+def _own(ops: tuple[base.Op, ...], found: Mapping[str, base.Kv | None], tx: str) -> int | None:
+    """The revision at which these very writes were applied already, if a key still shows it: a value that carries this
+    transaction's id was written by nobody else."""
     for op in ops:
         kv = found.get(op.key)
-        if isinstance(op, base.Put) and kv is not None and kv.value == op.value:
+        if isinstance(op, base.Put) and kv is not None and kv.value == op.value and tx.encode() in op.value:
             return kv.mod_revision
     return None
 

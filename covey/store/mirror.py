@@ -184,7 +184,7 @@ class Mirror:
     async def _list(self) -> None:
         """Replace the copy by a listing at one revision; what differs wakes those who wait for it."""
         old = self._draft
-        self._draft = await _listing(self._store)
+        self._draft = await listing(self._store)
         self._draft.touched |= old.touched | {*old.node_ids(), *self._draft.node_ids()}
         self.relists += 1
         self._listed.set()
@@ -251,12 +251,12 @@ class Mirror:
 async def _bounded_listing(store: base.Store) -> view.Snapshot:
     try:
         async with asyncio.timeout(_DIRECT_S):
-            return (await _listing(store, limit=_DIRECT_KEYS)).freeze()
+            return (await listing(store, limit=_DIRECT_KEYS)).freeze()
     except TimeoutError as error:
         raise errors.Unavailable("the copy of the store is late, and reading it directly took too long") from error
 
 
-async def _listing(store: base.Store, limit: int = 0) -> view.Draft:
+async def listing(store: base.Store, limit: int = 0) -> view.Draft:
     """Everything below the prefix as of one revision. Raises Compacted, Unavailable."""
     draft = view.Draft()
     revision = total = 0
