@@ -80,6 +80,11 @@ class Admin:
         """The members as this client knows them."""
         return [endpoint.address for endpoint in self._pool.endpoints]
 
+    @property
+    def present(self) -> str:
+        """The member that calls go to at present."""
+        return self._pool.pick().address
+
     async def members(self) -> list[Member]:
         question = pb.MemberListRequest(linearizable=True)
         return _members((await self._pool.call(MEMBER_LIST, question, repeatable=True)).members)
