@@ -23,10 +23,15 @@ fail() {
     exit 1
 }
 
-# Runs a command with its output in the log; shows the end of the log when it fails.
-quietly() {
+# Runs a command with its output in the log.
+logged() {
     printf '\n$ %s\n' "$*" >>"$log"
-    if ! "$@" >>"$log" 2>&1 </dev/null; then
+    "$@" >>"$log" 2>&1 </dev/null
+}
+
+# The same, and the end of the log is shown when it fails.
+quietly() {
+    if ! logged "$@"; then
         tail -n 25 "$log" >&2
         fail "this failed: $*  (all output: $log)"
     fi
@@ -81,7 +86,7 @@ have_etcd() { { have etcd && have etcdctl; } || { [ -x "$etcd/usr/bin/etcd" ] &&
 apt_update_once() {
     [ -n "${apt_updated:-}" ] && return
     say "refreshing the package lists"
-    quietly apt-get update -q
+    logged apt-get update -q -o Acquire::Retries=3 || say "not all lists could be refreshed; going on with what is there"
     apt_updated=1
 }
 
@@ -93,7 +98,7 @@ install_packages() {
     say "installing $missing"
     # shellcheck disable=SC2086  # a list of words
     quietly env DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 apt-get install -q -y --no-install-recommends \
-        -o DPkg::Lock::Timeout=600 $missing
+        -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 $missing
 }
 
 unpack_etcd() {
@@ -103,7 +108,7 @@ unpack_etcd() {
     trap 'rm -rf "$work"' EXIT
     if [ "$(id -u)" = 0 ]; then apt_update_once; fi
     say "unpacking etcd into .deps/etcd"
-    (cd "$work" && quietly apt-get download -q -o APT::Sandbox::User=root etcd-server etcd-client)
+    (cd "$work" && quietly apt-get download -q -o APT::Sandbox::User=root -o Acquire::Retries=3 etcd-server etcd-client)
     for package in "$work"/*.deb; do
         quietly dpkg -x "$package" "$work/tree"
     done
@@ -180,7 +185,10 @@ python_part() {
     sed -n '/^uv==/,/^[^ ].*==/{/^uv==/p;/^ /p}' requirements.lock >"$pins"
     quietly "$venv/bin/python" -m pip install -q --require-hashes -r "$pins"
     rm -f "$pins"
-    quietly "$venv/bin/uv" pip install --python "$venv/bin/python" --require-hashes -r requirements.lock
+    if ! logged "$venv/bin/uv" pip install --python "$venv/bin/python" --require-hashes -r requirements.lock; then
+        say "uv could not do it on this machine; pip tries"
+        quietly "$venv/bin/python" -m pip install -q --require-hashes -r requirements.lock
+    fi
     say "installing covey itself"
     quietly "$venv/bin/uv" pip install --python "$venv/bin/python" --no-deps --no-build-isolation --reinstall-package covey -e .
     "$venv/bin/covey" --version >>"$log" 2>&1 || fail "the installed covey does not start; see $log"
