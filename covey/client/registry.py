@@ -1,9 +1,9 @@
 """The typed client of a registry: manifests, blobs in both directions with resume, template views.
 
 Rules: bytes are verified against their digest before a file appears under its name (promise I8); a transfer that is
-cut goes on where it stood, at the next server if need be, and gives up only after several tries in a row that moved
-nothing; memory is constant. Faults: NotFound and Refused carry the registry's text, RemoteError means that no registry
-gave an answer.
+cut goes on where it stood, at the next server if need be, and is given up only when nothing moved for a while
+(`patience_s`: a server may be starting again); memory is constant. Faults: NotFound and Refused carry the registry's
+text, RemoteError means that no registry gave an answer.
 
 Used by agents (fetch by digest), the controller (views, `resolve`), the CLI and registry peers.
 """
@@ -29,15 +29,17 @@ Progress = Callable[[int], None]  # called with the bytes that are done so far
 _READ = 1 << 20
 _PIECE = 512 << 20  # one PATCH: bounds what a killed server loses; a file of one piece is published without a copy
 _WHOLE = 1 << 20  # up to this a blob travels in one POST
-_TRIES = 6  # in a row without any progress
+_PAUSE_S = 0.1  # after a failed try, doubled with each one in a row
+_PAUSE_LIMIT_S = 2.0
 _STALL_S = 30.0  # a peer that sends or takes nothing for so long is left
 
 
 class Registry:
     """One registry, reached by one or several URLs of equal servers."""
 
-    def __init__(self, endpoints: http.Endpoints) -> None:
+    def __init__(self, endpoints: http.Endpoints, *, patience_s: float = 15.0) -> None:
         self._http = endpoints
+        self._patience_s = patience_s
 
     # ---- template views --------------------------------------------------------------------------------------------
 
@@ -130,7 +132,7 @@ class Registry:
         partial = target.with_name(target.name + ".part")
         download = await asyncio.to_thread(_Download, partial, size_bytes)
         try:
-            await _persist(lambda: self._fetch_on(repository, digest, download, progress), lambda: download.offset)
+            await self._persist(lambda: self._fetch_on(repository, digest, download, progress), lambda: download.offset)
             found = download.digest
         finally:
             await asyncio.to_thread(download.close)
@@ -165,7 +167,7 @@ class Registry:
         async def once() -> None:
             await self._upload_on(repository, digest, source, upload, progress)
 
-        await _persist(once, lambda: upload.best)
+        await self._persist(once, lambda: upload.best)
         return True
 
     async def upload_bytes(self, repository: str, content: bytes) -> model.Digest:
@@ -210,6 +212,24 @@ class Registry:
         body = _file_piece(source, start, length, progress)
         answered, _ = await self._call("PATCH", upload.location, data=body, headers=headers, timeout_s=None)
         return answered
+
+    async def _persist(self, attempt: Callable[[], Awaitable[None]], standing: Callable[[], int]) -> None:
+        """Repeat `attempt` over RemoteErrors until it succeeds, or nothing has moved for as long as patience lasts."""
+        loop = asyncio.get_running_loop()
+        pause_s, moved_at = _PAUSE_S, loop.time()
+        while True:
+            before = standing()
+            try:
+                await attempt()
+                return
+            except errors.RemoteError as error:
+                if standing() > before:
+                    pause_s, moved_at = _PAUSE_S, loop.time()
+                final = 400 <= error.status < 500 or error.status == 507
+                if final or loop.time() + pause_s > moved_at + self._patience_s:
+                    raise
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _PAUSE_LIMIT_S)
 
     # ---- calls -----------------------------------------------------------------------------------------------------
 
@@ -317,21 +337,6 @@ def _reveal(partial: Path, target: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-async def _persist(attempt: Callable[[], Awaitable[None]], standing: Callable[[], int]) -> None:
-    """Repeat `attempt` over RemoteErrors until it succeeds, or has moved nothing several times in a row."""
-    tries = 0
-    while True:
-        before = standing()
-        try:
-            await attempt()
-            return
-        except errors.RemoteError as error:
-            tries = 0 if standing() > before else tries + 1
-            if tries >= _TRIES or 400 <= error.status < 500 or error.status == 507:
-                raise
-            await asyncio.sleep(0.1 * 2**tries)
 
 
 async def _file_piece(source: Path, start: int, length: int, progress: Progress | None) -> AsyncIterator[bytes]:

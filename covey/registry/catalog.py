@@ -98,8 +98,9 @@ class Catalog:
 
     async def push(
         self, repository: str, reference: str, content: bytes, media_type: str, *, force: bool
-    ) -> tuple[views.Known, views.Numbered | None]:
-        """Take a manifest: check it, check what it refers to, enter it. The answer to a repetition is the same."""
+    ) -> tuple[views.Known, int | None]:
+        """Take a manifest: check it, check what it refers to, enter it. What it is, and the version number if it became
+        one of a template's. The answer to a repetition is the same."""
         digest = oci.digest_of(content)
         tag = "" if oci.valid_digest(reference) else reference
         if not tag and reference != digest:
@@ -117,8 +118,9 @@ class Catalog:
         failpoint.reach("registry.manifest.stored")
         if release is not None and tag:
             await self._hold_name(release.name, repository)
-        fold = await self._enter(repository, decide)
-        return known, next((version for version in fold.versions if version.tag == tag), None)
+        fold, entry = await self._enter(repository, decide)
+        number = entry.version if entry is not None else _number_of(fold, tag)
+        return known, None if number < 0 else number
 
     def _examine(self, content: bytes, digest: model.Digest, media_type: str) -> tuple[oci.Manifest, views.Known]:
         try:
@@ -205,15 +207,13 @@ class Catalog:
 
     async def _enter(
         self, repository: str, decide: Callable[[views.Repository], views.Entry | None]
-    ) -> views.Repository:
-        """Decide on the newest fold until an entry is in, or none is needed; the fold that contains it."""
+    ) -> tuple[views.Repository, views.Entry | None]:
+        """Decide on the newest fold until an entry is in, or none is needed. The fold decided on, and the entry."""
         while True:
             fold = await self.repository(repository)
             entry = decide(fold)
-            if entry is None:
-                return fold
-            if await self.logs.append(repository, fold.count, msgspec.json.encode(entry)):
-                return await self.repository(repository)
+            if entry is None or await self.logs.append(repository, fold.count, msgspec.json.encode(entry)):
+                return fold, entry
 
     # ---- names of templates ----------------------------------------------------------------------------------------
 
@@ -254,6 +254,10 @@ class Catalog:
 
     def _now_s(self) -> int:
         return self._world.wall_ns() // 10**9
+
+
+def _number_of(repository: views.Repository, tag: str) -> int:
+    return next((version.number for version in repository.versions if version.tag == tag), -1)
 
 
 def check_template_name(name: str) -> None:

@@ -81,7 +81,7 @@ class ContentApi:
         name, reference = call.params["name"], call.params["reference"]
         media_type = call.headers.get("Content-Type", "").partition(";")[0].strip()
         force = "true" in (call.headers.get(oci.FORCE_HEADER, "").lower(), call.query.get("force", "").lower())
-        known, version = await self._catalog.push(name, reference, await call.read(), media_type, force=force)
+        known, number = await self._catalog.push(name, reference, await call.read(), media_type, force=force)
         headers = {
             "Location": f"/v2/{name}/manifests/{known.digest}",
             "Docker-Content-Digest": known.digest,
@@ -89,8 +89,8 @@ class ContentApi:
         }
         if known.subject:
             headers["OCI-Subject"] = known.subject
-        if version is not None:
-            headers[oci.VERSION_HEADER] = str(version.number)
+        if number is not None:
+            headers[oci.VERSION_HEADER] = str(number)
         return web.Response(status=201, headers=headers)
 
     async def delete_manifest(self, call: serve.Call) -> web.Response:

@@ -30,14 +30,12 @@ class Storage(NamedTuple):
 
 @pytest.fixture(params=["disk"])
 def storage(tmp_path: Path) -> Iterator[Storage]:
-    opened = (
-        [disk.Disk(tmp_path, world.System()) for _ in range(2)],
-        [journal.Journal(tmp_path, world.System()) for _ in range(2)],
-    )
-    yield Storage(opened[0][0], opened[1][0], opened[0][1], opened[1][1], tmp_path)
+    one, two = (disk.Disk(tmp_path, world.System()) for _ in range(2))
+    log_one, log_two = (journal.Journal(tmp_path, world.System()) for _ in range(2))
+    yield Storage(one, log_one, two, log_two, tmp_path)
     failpoint.arm("")
-    for place in (*opened[0], *opened[1]):
-        place.close()
+    for close in (one.close, two.close, log_one.close, log_two.close):
+        close()
 
 
 async def chunks(*pieces: bytes, cut: bool = False) -> AsyncIterator[bytes]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import aiohttp
 
-from covey import failpoint, model, world
+from covey import failpoint, model, observe, world
 from covey.client import http, oci
 from covey.client import registry as client
 from covey.registry import service
@@ -131,10 +131,10 @@ async def serving(base: Path, *, reserved_bytes: int = 0, grace_s: float = 2.0) 
 
 
 @contextlib.asynccontextmanager
-async def talking(*servers: Server) -> AsyncIterator[client.Registry]:
-    """The client under test."""
+async def talking(*servers: Server, patience_s: float = 15.0) -> AsyncIterator[client.Registry]:
+    """The client under test. Little patience: for a server that will not come back."""
     async with http.Endpoints([server.url for server in servers]) as endpoints:
-        yield client.Registry(endpoints)
+        yield client.Registry(endpoints, patience_s=patience_s)
 
 
 class Process(Server):
@@ -178,6 +178,7 @@ async def process(base: Path, *, failpoints: str = "", grace_s: float = 2.0, por
 
 async def _main(base: Path, port: int, grace_s: float) -> None:
     """What `process` runs: says its port, serves until SIGTERM."""
+    observe.configure(level="warning")
     registry = service.Registry(service.Config(base_path=base, port=port, grace_s=grace_s), world.System())
     await registry.start()
     stopping = asyncio.Event()
