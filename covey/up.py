@@ -49,7 +49,7 @@ async def run(
     """Start everything, print where it listens, keep it running until SIGTERM or Ctrl-C, stop it in order."""
     with _sole_user(chosen.data_dir):
         binary = etcd_binary(chosen.etcd_binary) if etcd else ""
-        where = _places(chosen, etcd=etcd, registry=registry)
+        where = places(chosen, etcd=etcd, registry=registry)
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -222,7 +222,7 @@ def _outward_ip() -> str:
         return str(probe.getsockname()[0])
 
 
-def _places(chosen: settings.Standalone, *, etcd: bool, registry: bool) -> Where:
+def places(chosen: settings.Standalone, *, etcd: bool, registry: bool) -> Where:
     """Check the ports that were asked for and pick the others. Raises SettingError naming a taken one."""
     file = chosen.data_dir / "ports.json"
     kept = _read_ports(file)

@@ -72,7 +72,7 @@ def leave(
     controllers = background.saved(where).get("COVEY_CONTROLLER", "")
     chosen = settings.client(os.environ, {"CONTROLLER": controllers or None})
     try:
-        asyncio.run(_sign_off(chosen.controllers, me, force=force))
+        asyncio.run(_sign_off(chosen.controllers, where, force=force))
     except errors.RemoteError as error:
         if not force:
             raise errors.RemoteError(f"{error}; --force leaves without telling the controllers") from error
@@ -133,15 +133,16 @@ async def _registries(controllers: Sequence[str]) -> list[str]:
     return [url.strip() for url in address.split(",") if url.strip()]
 
 
-async def _sign_off(controllers: Sequence[str], me: "identity.Identity", *, force: bool) -> None:
+async def _sign_off(controllers: Sequence[str], data_dir: Path, *, force: bool) -> None:
     """Tell the cloud that this node leaves. One that was removed before (410) has nothing to tell."""
-    from covey import wire
+    from covey import world
+    from covey.agent import identity, session
     from covey.client import http
 
-    headers = {"Authorization": f"Covey {me.node}.{me.counter}.{me.secret}"}
+    clock = world.System()
     async with http.Endpoints(controllers) as cloud:
         try:
-            await cloud.ask("POST", "/agent/v1/leave", type(None), wire.Leave(force=force), headers=headers)
+            await session.Session(identity.File(background.folder(data_dir), clock), cloud, clock).leave(force=force)
         except errors.RemoteError as error:
             if error.status != 410:
                 raise

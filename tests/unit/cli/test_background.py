@@ -1,0 +1,57 @@
+"""The agent's saved settings, its lock, and the mark of an operator's join."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from covey import errors
+from covey.cli import background
+
+
+def test_settings_come_back_as_they_were(tmp_path: Path) -> None:
+    variables = {
+        "COVEY_NODE_NAME": 'a "quoted" \\ name with $HOME and # sign',
+        "COVEY_CONTROLLER": "http://a:1,http://b:2",
+    }
+    file = background.save(tmp_path, variables)
+    assert background.saved(tmp_path) == variables
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    background.save(tmp_path, {"COVEY_NODE_NAME": "b"})
+    assert background.saved(tmp_path) == {"COVEY_NODE_NAME": "b"}
+
+
+def test_nothing_saved(tmp_path: Path) -> None:
+    assert background.saved(tmp_path) == {}
+
+
+def test_a_line_break_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(errors.SettingError, match="line break"):
+        background.save(tmp_path, {"COVEY_NODE_NAME": "a\nCOVEY_HYPERVISOR=x"})
+    assert background.saved(tmp_path) == {}
+
+
+def test_one_agent_per_data_directory(tmp_path: Path) -> None:
+    assert background.running_pid(tmp_path) == 0
+    with background.running_agent(tmp_path):
+        assert background.running_pid(tmp_path) == os.getpid()
+        with (
+            pytest.raises(errors.SettingError, match=f"runs on .* already .process {os.getpid()}."),
+            background.running_agent(tmp_path),
+        ):
+            pass
+    assert background.running_pid(tmp_path) == 0  # what is written in the file counts only while the lock is held
+
+
+def test_an_operators_wish_counts_once(tmp_path: Path) -> None:
+    """(safety S7)"""
+    background.save(tmp_path, {})
+    assert not background.take_explicit(tmp_path)
+    background.mark_explicit(tmp_path)
+    assert background.take_explicit(tmp_path)
+    assert not background.take_explicit(tmp_path)
+
+
+def test_stopping_what_does_not_run(tmp_path: Path) -> None:
+    assert not background.stop(tmp_path)
