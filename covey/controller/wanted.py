@@ -9,7 +9,6 @@ An answer carries no verb for a VM that nobody wants: silence is never an order.
 """
 
 import hashlib
-import string
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -30,10 +29,6 @@ _VERBS: Mapping[State, Verb] = {
 }
 
 
-_PREFIX = "mgmtManaged-"  # VM names begin like the product's, which people's scripts look for
-_NAME = "$template_name-$ts"
-
-
 class NodeWants(NamedTuple):
     """`tag` is the same as long as there is nothing new to do. That a placement was acknowledged or launched is no
     news to its node, so it does not change the tag; who asks with another tag is told everything."""
@@ -49,7 +44,7 @@ def for_node(snapshot: view.Snapshot, node: str) -> NodeWants:
         instance = kept.noun
         verb = _VERBS.get(instance.state)
         if verb is not None and instance.claimed and (instance.id, instance.epoch) not in wants:
-            wants[instance.id, instance.epoch] = _want(snapshot, instance, verb)
+            wants[instance.id, instance.epoch] = _want(instance, verb)
     wanted = tuple(wants[key] for key in sorted(wants))
     return NodeWants(wanted, _tag(wanted))
 
@@ -62,7 +57,7 @@ def _orders(snapshot: view.Snapshot, node: str) -> Iterable[wire.Wanted]:
         )
 
 
-def _want(snapshot: view.Snapshot, instance: model.Instance, verb: Verb) -> wire.Wanted:
+def _want(instance: model.Instance, verb: Verb) -> wire.Wanted:
     if verb == Verb.DESTROY:
         return wire.Wanted(
             instance=instance.id,
@@ -78,25 +73,8 @@ def _want(snapshot: view.Snapshot, instance: model.Instance, verb: Verb) -> wire
         verb=verb,
         launched=instance.launched,
         spec=instance.spec,
-        vm_name=vm_name(snapshot, instance),
         acknowledged=instance.acknowledged,
     )
-
-
-def vm_name(snapshot: view.Snapshot, instance: model.Instance) -> str:
-    """The instance's name template expanded; the same at every call."""
-    node, session = snapshot.node(instance.node), snapshot.session(instance.node)
-    node_name = (node.noun.name if node else "") or (session.noun.facts.name if session else "")
-    values = {
-        "template_name": instance.spec.template_name,
-        "template_id": instance.spec.template,
-        "instance_id": instance.id,
-        "node_id": instance.node,
-        "node_name": node_name,
-        "tag": instance.spec.tag,
-        "ts": str(instance.created_ns),
-    }
-    return _PREFIX + string.Template(instance.spec.name_template or _NAME).safe_substitute(values)
 
 
 def _tag(wanted: tuple[wire.Wanted, ...]) -> str:

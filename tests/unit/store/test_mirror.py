@@ -1,0 +1,186 @@
+"""The mirror shows every write answered before, or says that it cannot (safety S20, S21, S22, S25)."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+from covey import errors, model, wire
+from covey.store import base, mirror, schema
+from tests.support import cloud, flaky, nouns
+
+
+@contextlib.asynccontextmanager
+async def mirrored(c: cloud.Cloud) -> AsyncIterator[tuple[mirror.Mirror, flaky.Flaky]]:
+    """A mirror behind weather of its own; the writer has fine weather."""
+    weather = flaky.Flaky(c.store)
+    copy = mirror.Mirror(weather, c.world)
+    task = asyncio.create_task(copy.run())
+    try:
+        yield copy, weather
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(condition: object, limit_s: float = 10.0) -> None:
+    async with asyncio.timeout(limit_s):
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0.01)
+
+
+async def test_a_read_shows_every_write_answered_before_it() -> None:
+    """Promise I6, with a watch that is slower than the writer."""
+    async with cloud.running() as c, mirrored(c) as (copy, weather):
+        weather.watch_delay_s = 0.02
+        for _ in range(10):
+            (id,) = await c.create()
+            assert (await copy.fresh()).instance(id) is not None
+
+
+async def test_requests_share_a_read_but_never_one_sent_before_they_came() -> None:
+    """Safety S21."""
+    async with cloud.running() as c, mirrored(c) as (copy, weather):
+        await copy.fresh()
+        weather.delay = lambda: 0.05  # the first read is on its way for 0.1 s
+        early = asyncio.create_task(copy.fresh())
+        await asyncio.sleep(0.07)
+        (id,) = await c.create()
+        late = [asyncio.create_task(copy.fresh()) for _ in range(20)]
+        await early
+        assert all(snapshot.instance(id) is not None for snapshot in await asyncio.gather(*late))
+
+
+async def test_a_late_watch_is_not_waited_for_long() -> None:
+    """Safety S21: after 300 ms the answer comes from the store directly."""
+    async with cloud.running() as c, mirrored(c) as (copy, weather):
+        await copy.fresh()
+        weather.watch_delay_s = 30
+        (id,) = await c.create()
+        began = c.world.boot_ns()
+        assert (await copy.fresh()).instance(id) is not None
+        assert 0.25e9 < c.world.boot_ns() - began < 2e9
+        assert copy.snapshot().instance(id) is None, "the copy itself is still late"
+
+
+async def test_cut_off_from_the_store_there_is_no_answer() -> None:
+    """Promise I10: never an answer from an older view; red within 2 s (safety S25)."""
+    async with cloud.running() as c, mirrored(c) as (copy, weather):
+        await copy.fresh()
+        assert copy.ready
+        weather.partition(True)
+        with pytest.raises(errors.Unavailable):
+            await copy.fresh()
+        began = c.world.boot_ns()
+        await until(lambda: not copy.ready)
+        assert c.world.boot_ns() - began < 2.2e9
+        weather.partition(False)
+        await until(lambda: copy.ready)
+
+
+async def test_a_watch_that_stands_still_turns_red_and_is_opened_again() -> None:
+    """Safety S21: the reads go on, the watch does not."""
+    async with cloud.running() as c, mirrored(c) as (copy, weather):
+        await copy.fresh()
+        weather.watch_delay_s = 3600
+        (id,) = await c.create()
+        await until(lambda: copy.lag_ns > 1e9)
+        weather.watch_delay_s = 0
+        await until(lambda: copy.snapshot().instance(id) is not None)
+        assert copy.ready
+
+
+async def test_doubt_after_a_freeze() -> None:
+    """Safety S24: nothing that was proved before the process was frozen counts after it."""
+    async with cloud.running() as c, mirrored(c) as (copy, _):
+        await copy.fresh()
+        copy.doubt()
+        assert not copy.ready
+        await copy.fresh()
+        assert copy.ready
+
+
+async def test_a_compaction_under_the_watch_is_survived() -> None:
+    """Safety S20: list again at one revision, and nothing deleted meanwhile stays."""
+    async with cloud.running() as c, mirrored(c) as (copy, weather):
+        gone, stays = await c.create(2)
+        await copy.fresh()
+        weather.partition(True)
+        await c.store.commit(base.Txn((), (base.Delete(schema.instance(gone)),)))
+        (new,) = await c.create()
+        revision = (await c.look()).revision
+        await c.store.compact(revision)
+        weather.partition(False)
+        await until(lambda: copy.revision >= revision)
+        snapshot = copy.snapshot()
+        assert {kept.noun.id for kept in snapshot.instances()} == {stays, new}
+
+
+async def test_a_snapshot_never_changes() -> None:
+    async with cloud.running() as c, mirrored(c) as (copy, _):
+        (id,) = await c.create()
+        before = await copy.fresh()
+        revision = before.revision
+        await c.terminate(id)
+        for _ in range(50):
+            await c.create()
+        after = await copy.fresh()
+        kept, now = before.instance(id), after.instance(id)
+        assert kept is not None
+        assert now is not None
+        assert (kept.noun.state, now.noun.state) == (model.State.SCHEDULING, model.State.TERMINATED)
+        assert (before.instance_count(), before.revision, before.waiting_count()) == (1, revision, 1)
+        assert (after.instance_count(), after.waiting_count()) == (51, 50)
+
+
+async def test_seen_revisions() -> None:
+    """Safety S18, S22."""
+    async with cloud.running() as c, mirrored(c) as (copy, _):
+        now = await copy.fresh()
+        assert (await copy.at_least(wire.Seen())).revision >= now.revision
+        assert (await copy.at_least(wire.Seen(history=now.history, revision=now.revision))).revision >= now.revision
+        with pytest.raises(mirror.Foreign, match="future"):
+            await copy.at_least(wire.Seen(history=now.history, revision=now.revision + 1000))
+        with pytest.raises(mirror.Foreign, match="history"):
+            await copy.at_least(wire.Seen(history="another", revision=1))
+
+
+async def test_only_the_node_concerned_is_woken() -> None:
+    async with cloud.running() as c, mirrored(c) as (copy, _):
+        mine, other = await c.join(), await c.join()
+        after = (await copy.fresh()).revision
+        mine_changed = asyncio.create_task(copy.node_changed(mine, after))
+        other_changed = asyncio.create_task(copy.node_changed(other, after))
+        await c.create(homes=[mine])
+        await asyncio.wait_for(mine_changed, 5)
+        await copy.fresh()
+        assert not other_changed.done()
+        other_changed.cancel()
+        await asyncio.gather(other_changed, return_exceptions=True)
+
+
+async def test_a_broken_value_is_absent_and_named() -> None:
+    async with cloud.running() as c, mirrored(c) as (copy, _):
+        (id,) = await c.create()
+        await c.store.commit(base.Txn((), (base.Put(schema.instance(id), b"no JSON"),)))
+        snapshot = await copy.fresh()
+        assert snapshot.instance(id) is None
+        assert list(copy.broken) == [schema.instance(id)]
+
+
+async def test_indexes_follow_every_change() -> None:
+    async with cloud.running() as c, mirrored(c) as (copy, _):
+        node = await c.join(facts=nouns.facts(slots=10))
+        ids = await c.create(3, script=model.Script(key="s"))
+        await c.place(node, *ids[:2])
+        await c.terminate(ids[2])
+        await c.say(node, 1, ("stray", 1))
+        live, listed = await copy.fresh(), await c.look()
+        for snapshot in (live, listed):
+            assert {kept.noun.id for kept in snapshot.instances_on(node)} == set(ids[:2])
+            assert {kept.noun.id for kept in snapshot.unacknowledged()} == set(ids[:2])
+            assert [kept.noun.id for kept in snapshot.in_state(model.State.TERMINATED)] == [ids[2]]
+            assert snapshot.waiting_count() == 0
+            assert snapshot.script_users("s") == 3
+            assert snapshot.history == live.history
