@@ -22,7 +22,7 @@ from covey import errors
 from covey.store import base
 from tests.support import etcd as etcd_server
 
-BREATH_S = 0.004  # between two attempts of a writer
+BREATH_S = 0.004  # between two attempts of a writer, some times over
 
 
 class End(StrEnum):
@@ -106,7 +106,7 @@ class Load:
         self.first_revision = made.revision + 1
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(self._watch())
-            writing = [group.create_task(self._write(key, made.revision)) for key in keys]
+            writing = [group.create_task(self._write(key, made.revision, pace)) for pace, key in enumerate(keys, 1)]
             await asyncio.sleep(1)  # a quiet time before the trouble
             yield self
             self._stopping = True
@@ -153,7 +153,8 @@ class Load:
                 wrong.append(attempt)
         return wrong
 
-    async def _write(self, key: str, believed: int) -> None:
+    async def _write(self, key: str, believed: int, pace: int) -> None:
+        """Attempt after attempt; writers of different pace keep out of step, so that some are always under way."""
         number = 0
         while not self._stopping:
             number += 1
@@ -161,7 +162,7 @@ class Load:
             attempt = await self._attempt(base.Txn((base.unchanged(key, believed),), (base.Put(key, value),)), value)
             self.attempts.append(attempt)
             believed = attempt.revision if attempt.end is End.APPLIED else await self._look(key)
-            await asyncio.sleep(BREATH_S * (number % 4))  # out of step with the others
+            await asyncio.sleep(BREATH_S * (pace * number % 5))
 
     async def _attempt(self, txn: base.Txn, value: bytes) -> Attempt:
         try:
