@@ -22,6 +22,7 @@ from covey.store import codec, commit, commit_instances, commit_nodes, commit_re
 _REPORT_LIMIT_BYTES = 16 * serve.MIB
 _PIECE_BYTES = 500_000  # of a report, that goes into one transaction
 _PIECE_ITEMS = 20
+_PAUSE_S = 0.05
 _STALE = "this session is not the newest of its node: join again"
 _GONE = "the node was removed from the cloud"
 
@@ -150,6 +151,8 @@ class AgentApi:
     async def _park(self, node: model.NodeId, revision: int, until_ns: int) -> None:
         """Until the node's wanted state may have changed, time is up, or the alarm is raised."""
         left_s = (until_ns - self._writer.world.boot_ns()) / 1e9
+        if self._alarm.is_set():  # about to be lowered: this controller is ready again
+            await asyncio.sleep(_PAUSE_S)
         waits = {
             asyncio.ensure_future(self._mirror.node_changed(node, revision)),
             asyncio.ensure_future(self._alarm.wait()),

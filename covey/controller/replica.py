@@ -174,13 +174,13 @@ class Replica:
 
     async def _look_after_health(self) -> None:
         """Note which nodes are there, and raise the alarm for parked polls while this controller is red."""
-        was = ""
+        was = self._entering
         while True:
             trouble = self._trouble_of_agents()
             if bool(trouble) != self._alarm.is_set():
                 (self._alarm.set if trouble else self._alarm.clear)()
-            if bool(trouble) != bool(was) and not self._entering:
-                log.warning("not ready" if trouble else "ready again", why=trouble or was)
+            if bool(trouble) != bool(was):
+                log.warning("not ready", why=trouble) if trouble else log.info("ready", before=was)
             was = trouble
             if not trouble:
                 self._presence.look(self._mirror.snapshot())

@@ -22,6 +22,7 @@ _TEXT_LIMIT = 1024
 _METADATA_LIMIT_BYTES = 4096
 _FORWARDS_LIMIT = 64
 _REQUEST_LIMIT_BYTES = 1_000_000  # of all instances together: an etcd request holds 1.5 MB
+_INSTANCE_BYTES = 1000  # of an instance and its birth without what the request brings
 _TIMEOUT_LIMIT_S = 24 * 3600
 _VCPU_LIMIT = 1024
 _VRAM_LIMIT_MB = 16 << 20
@@ -206,7 +207,8 @@ def spec(request: StartRequest, pin: oci.Resolved, script_key: str) -> model.Spe
 
 def check_size(spec: model.Spec, metadata: Metadata | None, count: int) -> None:
     """All instances of a request are written in one transaction, which has a limit."""
-    each = len(msgspec.json.encode(spec)) + len(msgspec.json.encode(metadata or {})) + 512
+    twice = (spec.external_id, spec.name)  # in the instance beside its spec, because PUT may change them
+    each = sum(len(msgspec.json.encode(part)) for part in (spec, twice, metadata or {})) + _INSTANCE_BYTES
     if each * count > _REQUEST_LIMIT_BYTES:
         most = _REQUEST_LIMIT_BYTES // each
         raise errors.Refused(f"count: {count} instances with so much data are too many at once; at most {most}")
