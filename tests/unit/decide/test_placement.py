@@ -8,26 +8,24 @@ from covey import model
 from covey.decide import placement
 from tests.support import nouns
 
-Place = placement.Place
 Reason = placement.Reason
-Wait = placement.Wait
 host = nouns.host
 instance = nouns.instance
 spec = nouns.spec
 IMAGE = spec().digest
 
 
-def placed(plan: list[Place | Wait]) -> dict[str, str]:
-    return {item.instance: item.node for item in plan if isinstance(item, Place)}
+def placed(plan: list[placement.Place | placement.Wait]) -> dict[str, str]:
+    return {item.instance: item.node for item in plan if isinstance(item, placement.Place)}
 
 
-def reasons(plan: list[Place | Wait]) -> list[Reason]:
-    return [item.reason for item in plan if isinstance(item, Wait)]
+def reasons(plan: list[placement.Place | placement.Wait]) -> list[Reason]:
+    return [item.reason for item in plan if isinstance(item, placement.Wait)]
 
 
 def test_a_free_node_takes_it() -> None:
     one = instance()
-    assert placement.plan([one], [host("a")]) == [Place(one.id, model.NodeId("a"))]
+    assert placement.plan([one], [host("a")]) == [placement.Place(one.id, model.NodeId("a"))]
 
 
 def test_claims_count_whatever_they_are_for() -> None:
@@ -83,13 +81,13 @@ def test_every_instance_left_waiting_has_a_reason(
 ) -> None:
     plan = placement.plan([instance(spec=wanted)], nodes)
     assert reasons(plan) == [reason]
-    assert isinstance(plan[0], Wait)
+    assert isinstance(plan[0], placement.Wait)
     assert plan[0].text.startswith("Waiting: ")
 
 
 def test_the_text_tells_of_all_nodes() -> None:
     (wait,) = placement.plan([instance()], [host(held=2), host(held=2), host(drain=True)])
-    assert isinstance(wait, Wait)
+    assert isinstance(wait, placement.Wait)
     assert wait.text == "Waiting: all nodes that could take it are full (of 3 nodes: 2 full, 1 draining)"
 
 
