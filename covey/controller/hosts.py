@@ -54,7 +54,7 @@ class Homes:
 
     def __init__(self, world: world.World) -> None:
         self._world = world
-        self._hosts: list[placement.Host] = []
+        self._rooms: dict[str, tuple[tuple[object, ...], placement.Room]] = {}  # node -> (what it rests on, room)
         self._at_ns = 0
         self._in_use: dict[str, int | None] = {}  # node -> revision that the mirror must show first; None: not known
         self.silent: frozenset[str] = frozenset()  # kept up to date by the loop
@@ -66,13 +66,12 @@ class Homes:
         nodes: list[model.NodeId] = []
         if count <= _BORN_TOGETHER:
             waiting = (kept.noun for kept in snapshot.waiting())
-            known = self._known_hosts(snapshot)
-            for id in placement.candidates_for_new(spec, known, waiting, self._in_use):
+            for room in placement.candidates_for_new(spec, self._known(snapshot), waiting, self._in_use):
                 if len(nodes) == count:
                     break
-                found = host(snapshot, id, self.silent)
+                found = host(snapshot, room.host.id, self.silent)
                 if found is not None and placement.fits(found, spec):
-                    nodes.append(id)
+                    nodes.append(found.id)
         if len(nodes) < count:
             nodes = []
         self._in_use.update(dict.fromkeys(nodes))
@@ -87,12 +86,33 @@ class Homes:
         for node in [node for node, until in self._in_use.items() if until is not None and until <= revision]:
             del self._in_use[node]
 
-    def _known_hosts(self, snapshot: view.Snapshot) -> list[placement.Host]:
+    def _known(self, snapshot: view.Snapshot) -> Iterator[placement.Room]:
+        """The nodes' rooms, a moment old; only those of nodes that have changed are worked out anew."""
         now_ns = self._world.boot_ns()
         if now_ns - self._at_ns > _REFRESH_NS:
-            self._hosts = list(hosts(snapshot, self.silent))
             self._at_ns = now_ns
-        return self._hosts
+            before, self._rooms = self._rooms, {}
+            for kept in snapshot.nodes():
+                id = kept.noun.id
+                rests_on = (kept, *_parts(snapshot, id), id in self.silent)
+                known = before.get(id)
+                if known is None or any(new is not old for new, old in zip(rests_on, known[0], strict=True)):
+                    found = host(snapshot, id, self.silent)
+                    known = None if found is None else (rests_on, placement.room(found))
+                if known is not None:
+                    self._rooms[id] = known
+        return (room for _, room in self._rooms.values())
+
+
+def _parts(snapshot: view.Snapshot, id: str) -> tuple[object, ...]:
+    """What a node's room rests on; the snapshot hands out the very same objects as long as they are unchanged."""
+    return (
+        snapshot.session(id),
+        snapshot.ledger(id),
+        snapshot.word(id),
+        snapshot.alive(id),
+        snapshot.orders_key(id),
+    )
 
 
 class Reservation:

@@ -40,11 +40,14 @@ class NodeWants(NamedTuple):
 def for_node(snapshot: view.Snapshot, node: str) -> NodeWants:
     """Everything `node` shall see to, ordered by instance and epoch."""
     wants = {(order.instance, order.epoch): order for order in _orders(snapshot, node)}
-    for kept in snapshot.instances_on(node):
-        instance = kept.noun
-        verb = _VERBS.get(instance.state)
-        if verb is not None and instance.claimed and (instance.id, instance.epoch) not in wants:
-            wants[instance.id, instance.epoch] = _want(instance, verb)
+    ledger = snapshot.ledger(node)
+    for claim in ledger.noun.claims if ledger is not None else ():
+        kept = snapshot.instance(claim.instance)
+        if kept is None or kept.noun.node != node or kept.noun.epoch != claim.epoch:
+            continue  # what nobody wants is ordered away in its time, never by silence
+        verb = _VERBS.get(kept.noun.state)
+        if verb is not None and (claim.instance, claim.epoch) not in wants:
+            wants[claim.instance, claim.epoch] = _want(kept.noun, verb)
     wanted = tuple(wants[key] for key in sorted(wants))
     return NodeWants(wanted, _tag(wanted))
 

@@ -267,20 +267,20 @@ _SHORT = {
 
 
 def candidates_for_new(
-    spec: model.Spec, hosts: Iterable[Host], waiting: Iterable[model.Instance], taken: Collection[str]
-) -> list[model.NodeId]:
+    spec: model.Spec, rooms: Iterable[Room], waiting: Iterable[model.Instance], taken: Collection[str]
+) -> list[Room]:
     """Nodes for an instance that is about to be born, best first, to create and place it in one transaction; none
     when it should rather queue: because no node fits, or because one that waits already could take what there is.
     `taken`: nodes that another start of this process is using at this moment."""
     if any(_competes(other, spec) for other in waiting):
         return []
-    weights: list[tuple[int, float, str]] = []
-    for host in hosts:
-        if host.id not in taken and _verdict(host, spec.arch, spec.node) is None:
-            left = room(host)
-            if left.fits(spec):
-                weights.append((_missing(host, spec.digest), left.load(), host.id))
-    return [model.NodeId(id) for _, _, id in sorted(weights)]
+    fitting = [
+        room
+        for room in rooms
+        if room.fits(spec) and room.host.id not in taken and _verdict(room.host, spec.arch, spec.node) is None
+    ]
+    fitting.sort(key=lambda room: (_missing(room.host, spec.digest), room.load(), room.host.id))
+    return fitting
 
 
 def fits(host: Host, spec: model.Spec) -> bool:

@@ -119,7 +119,7 @@ class Snapshot:
         return len(self._instances) if state is None else len(self._by_state[state])
 
     def instances_on(self, node: str) -> Iterator[codec.Kept[model.Instance]]:
-        """Those whose `node` is this one, whatever their state."""
+        """Those whose `node` is this one, but for Terminated ones."""
         return self._known(self._on_node.get(node) or ())
 
     def in_state(self, state: model.State) -> Iterator[codec.Kept[model.Instance]]:
@@ -169,6 +169,10 @@ class Snapshot:
 
     def orders_on(self, node: str) -> Iterator[codec.Kept[model.Order]]:
         return iter((self._orders.get(node) or {}).values())
+
+    def orders_key(self, node: str) -> object:
+        """The same object as long as the node's orders are the same."""
+        return self._orders.get(node)
 
     def removed(self, node: str) -> codec.Kept[schema.Removed] | None:
         return self._removed.get(node)
@@ -260,13 +264,14 @@ class Draft(Snapshot):
         self.touched.add(old.node)
         if new is None or new.state != old.state:
             self._by_state[old.state].drop(id)
-        if old.node and (new is None or new.node != old.node):
-            rest = dict(self._on_node.get(old.node) or {})
+        place = _place(old)
+        if place and (new is None or _place(new) != place):
+            rest = dict(self._on_node.get(place) or {})
             rest.pop(id, None)
             if rest:
-                self._on_node.put(old.node, rest)
+                self._on_node.put(place, rest)
             else:
-                self._on_node.drop(old.node)
+                self._on_node.drop(place)
         if old.waiting and not (new and new.waiting):
             self._waiting.drop(id)
         if _unacknowledged(old) and not (new and _unacknowledged(new)):
@@ -284,8 +289,9 @@ class Draft(Snapshot):
         self.touched.add(new.node)
         if old is None or old.state != new.state:
             self._by_state[new.state].put(id, None)
-        if new.node and (old is None or old.node != new.node):
-            self._on_node.put(new.node, {**(self._on_node.get(new.node) or {}), id: None})
+        place = _place(new)
+        if place and (old is None or _place(old) != place):
+            self._on_node.put(place, {**(self._on_node.get(place) or {}), id: None})
         if new.waiting:
             self._waiting.put(id, None)
         if _unacknowledged(new):
@@ -311,6 +317,11 @@ class Draft(Snapshot):
         rest = {nonce: created for nonce, created in self._nonces.items() if nonce != id}
         self._nonces = rest if kv is None else {**rest, id: kv.create_revision}
         self.history = max(self._nonces, key=self._nonces.__getitem__, default="")
+
+
+def _place(instance: model.Instance) -> str:
+    """The node under which an instance is listed."""
+    return "" if instance.state == model.State.TERMINATED else instance.node
 
 
 def _unacknowledged(instance: model.Instance) -> bool:

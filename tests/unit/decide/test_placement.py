@@ -151,16 +151,17 @@ def test_a_large_queue_is_planned_quickly() -> None:
     assert time.process_time() - began < 0.5
 
 
+def candidates(wanted: model.Spec, nodes: list[placement.Host], *waiting: model.Instance, taken: str = "") -> list[str]:
+    rooms = [placement.room(node) for node in nodes]
+    return [room.host.id for room in placement.candidates_for_new(wanted, rooms, waiting, {taken})]
+
+
 def test_a_new_instance_does_not_overtake() -> None:
     nodes = [host("a")]
-    candidates = placement.candidates_for_new
-    assert candidates(spec(), nodes, [], ()) == ["a"]
-    assert candidates(spec(), nodes, [instance()], ()) == []
-    assert candidates(spec(priority=1), nodes, [instance()], ()) == ["a"]
-    assert candidates(spec(), nodes, [instance(spec=spec(arch=model.Arch.ARM64))], ()) == ["a"]
-    assert candidates(spec(node="a"), nodes, [instance(spec=spec(node="b"))], ()) == ["a"]
-    assert candidates(spec(), nodes, [], {"a"}) == []
-    assert candidates(spec(), [host("b", held=2), host("c", images=frozenset({IMAGE})), host("d")], [], ()) == [
-        "c",
-        "d",
-    ]
+    assert candidates(spec(), nodes) == ["a"]
+    assert candidates(spec(), nodes, instance()) == []
+    assert candidates(spec(priority=1), nodes, instance()) == ["a"]
+    assert candidates(spec(), nodes, instance(spec=spec(arch=model.Arch.ARM64))) == ["a"]
+    assert candidates(spec(node="a"), nodes, instance(spec=spec(node="b"))) == ["a"]
+    assert candidates(spec(), nodes, taken="a") == []
+    assert candidates(spec(), [host("b", held=2), host("c", images=frozenset({IMAGE})), host("d")]) == ["c", "d"]
