@@ -229,7 +229,7 @@ async def opened(running: cloud.Cloud) -> AsyncIterator[tuple[etcd.Etcd, Api, Wa
 
 
 async def measure(running: cloud.Cloud, options: argparse.Namespace) -> tuple[float, list[Row]]:
-    (template,) = (item["id"] for item in cloud.body(running.registry + "/registry/vm") if item["name"] == "bench")
+    (template,) = (item["id"] for item in cloud.body(running.registry + "/registry/v2/vm") if item["name"] == "bench")
     async with opened(running) as (store, api, watcher):
         raw = await raw_rate(store, 128, options.seconds / 2)
         rows = [await one_at_a_time(api, watcher, template, options.singles)]
