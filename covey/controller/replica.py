@@ -8,6 +8,7 @@ Everything ambient is made here and handed down: the store, the clock, the setti
 """
 
 import asyncio
+import functools
 import pathlib
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -32,6 +33,7 @@ from covey.store import base, commit, commit_cloud, etcd, etcd_endpoints, mirror
 
 _LEASE_S = 15  # of this controller's announcement
 _RETRY_S = 1.0
+_SLOW_S = 2.0  # a store that has not answered at start by then is worth a line
 _LOOK_S = 0.2  # how often health is looked at: parked polls are answered this soon after turning red
 _NS = 1_000_000_000
 
@@ -111,6 +113,15 @@ class Replica:
     async def _enter(self) -> None:
         """Take part in the cloud as soon as the store lets us: said once when it does not, once when it does."""
         where = ",".join(self._chosen.etcd_endpoints)
+        self._entering = f"etcd at {where} has not answered yet"
+        say = functools.partial(log.warning, "etcd has not answered yet; waiting for it", endpoints=where)
+        slow = asyncio.get_running_loop().call_later(_SLOW_S, say)  # one request may take much longer
+        try:
+            await self._enter_when_possible(where)
+        finally:
+            slow.cancel()
+
+    async def _enter_when_possible(self, where: str) -> None:
         said = False
         while True:
             try:
