@@ -130,27 +130,19 @@ class Call:
         """The body as `kind`, whatever the Content-Type. Raises Fault 400 that names the field."""
         return parse(await self.read(), kind)
 
-    async def chunks(self, size_bytes: int = MIB) -> AsyncIterator[bytes]:
-        """The body piece by piece, for streaming to disk; at most `size_bytes` each. Raises Cut when the server goes
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body piece by piece as it came from the socket, for streaming to disk. Raises Cut when the server goes
         down, ConnectionError when the client has gone."""
-        cutting = asyncio.ensure_future(self._server.cutting.wait())
+        content = self.request.content
         try:
             while True:
-                reading = asyncio.ensure_future(self.request.content.read(size_bytes))
-                try:
-                    await asyncio.wait({reading, cutting}, return_when=asyncio.FIRST_COMPLETED)
-                    if not reading.done():
-                        raise answer.Cut("the server goes down")
-                    chunk = reading.result()
-                except (aiohttp.ClientError, asyncio.IncompleteReadError) as error:
-                    raise ConnectionResetError(str(error)) from error
-                finally:
-                    reading.cancel()
-                if not chunk:
+                chunk, _ = await self._server.until_cut(content.readchunk())  # what arrived, without a copy
+                if chunk:
+                    yield chunk
+                elif content.at_eof():
                     return
-                yield chunk
-        finally:
-            cutting.cancel()
+        except (aiohttp.ClientError, asyncio.IncompleteReadError) as error:
+            raise ConnectionResetError(str(error)) from error
 
 
 def parse(raw: bytes, kind: type[T]) -> T:
@@ -290,6 +282,7 @@ class Server:
         self._load = 0  # requests in flight that count as load
         self._in_flight = 0
         self._idle = asyncio.Event()
+        self._reads: set[asyncio.Timeout] = set()  # of uploads, waiting for bytes
         self._beaten_ns = world.boot_ns()
         self._shaken_until_ns = 0
         self._web: _WebServer | None = None
@@ -318,6 +311,8 @@ class Server:
             self._listener.close()
         await self._wait_idle(grace_s * _CUT_SHARE)
         self.cutting.set()
+        for scope in self._reads:
+            scope.reschedule(loop.time())
         await self._wait_idle(end - loop.time())
         while self._unsent_bytes() and loop.time() < end:
             await asyncio.sleep(0.01)
@@ -327,6 +322,18 @@ class Server:
         if self._beating is not None:
             self._beating.cancel()
         return broken
+
+    async def until_cut(self, reading: Awaitable[T]) -> T:
+        """What `reading` brings, or Cut when uploads are to end. No task for each read: uploads have thousands."""
+        try:
+            async with asyncio.timeout(0.0 if self.cutting.is_set() else None) as scope:
+                self._reads.add(scope)
+                try:
+                    return await reading
+                finally:
+                    self._reads.discard(scope)
+        except TimeoutError as error:
+            raise answer.Cut("the server goes down") from error
 
     async def _wait_idle(self, limit_s: float) -> None:
         if self._in_flight and limit_s > 0:

@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -165,15 +165,17 @@ class Disk:
     async def _receive(self, part: "_Writing", chunks: AsyncIterator[bytes]) -> None:
         """Bytes from the network to the thread, one batch being written while the next one gathers."""
         writing: asyncio.Future[None] | None = None
-        batch = bytearray()
+        batch: list[bytes] = []
+        size = 0
         try:
             async for chunk in chunks:
-                batch += chunk
-                if len(batch) < _BATCH:
+                batch.append(chunk)
+                size += len(chunk)
+                if size < _BATCH:
                     continue
                 if writing is not None:
                     await writing
-                writing, batch = asyncio.ensure_future(self._run(part.add, batch)), bytearray()
+                writing, batch, size = asyncio.ensure_future(self._run(part.add, batch)), [], 0
         finally:
             if writing is not None:
                 await writing
@@ -278,12 +280,14 @@ class _Writing:
     def open(self) -> None:
         self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
 
-    def add(self, batch: bytearray) -> None:
-        self._room(len(batch))
+    def add(self, batch: Sequence[bytes]) -> None:
+        size = sum(map(len, batch))
+        self._room(size)
         failpoint.reach("registry.part.write")
-        durable.write_all(self._handle, batch)
-        self.sha256.update(batch)
-        self.size_bytes += len(batch)
+        durable.write_all(self._handle, *batch)
+        for piece in batch:
+            self.sha256.update(piece)
+        self.size_bytes += size
 
     def seal(self, *, fsync: bool) -> None:
         """Durable and closed: from here on nobody can write to this inode."""

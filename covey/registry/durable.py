@@ -9,6 +9,9 @@ import errno
 import os
 from pathlib import Path
 
+Bytes = bytes | bytearray | memoryview
+
+_IOV_LIMIT = 1024  # Linux and macOS take no more pieces in one call
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -46,11 +49,15 @@ def write_new(path: Path, content: bytes, *, fsync: bool) -> None:
         os.close(handle)
 
 
-def write_all(handle: int, content: bytes | bytearray | memoryview) -> None:
-    """Write everything, however often the system takes less."""
-    view = memoryview(content)
-    while view:
-        view = view[os.write(handle, view) :]
+def write_all(handle: int, *pieces: Bytes) -> None:
+    """Write all pieces without joining them, however often the system takes less."""
+    views = [memoryview(piece) for piece in pieces if piece]
+    while views:
+        taken = os.writev(handle, views[:_IOV_LIMIT])
+        while views and taken >= len(views[0]):
+            taken -= len(views.pop(0))
+        if taken:
+            views[0] = views[0][taken:]
 
 
 def link_new(source: Path, target: Path, *, fsync: bool) -> bool:
