@@ -177,7 +177,7 @@ class Leave(model.Noun, frozen=True, kw_only=True):
 
 
 class Envelope(msgspec.Struct, kw_only=True, omit_defaults=False):
-    """Every answer of every server (api-contract: status, message, body)."""
+    """Every answer of every server (status, message, body)."""
 
     status: str = "OK"
     message: str = ""

@@ -1,4 +1,4 @@
-"""/api/v1/node and /api/v1/group (api-contract §3.7, §3.8, §6)."""
+"""/api/v1/node and /api/v1/group (docs/reference/api.md)."""
 
 from collections.abc import Sequence
 from typing import Any

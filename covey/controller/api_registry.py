@@ -1,4 +1,4 @@
-"""/api/v1/registry/…: templates and disk space as the registry has them now (api-contract §3.9, §3.10)."""
+"""/api/v1/registry/…: templates and disk space as the registry has them now (docs/reference/api.md)."""
 
 from collections.abc import Sequence
 

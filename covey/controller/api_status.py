@@ -1,4 +1,4 @@
-"""/livez, /readyz and /api/v1/status (api-contract §3.1, §3.14; safety S25)."""
+"""/livez, /readyz and /api/v1/status (safety S25)."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""/api/v1/vm: start, list, show, update, terminate (api-contract §3.2–3.6).
+"""/api/v1/vm: start, list, show, update, terminate (docs/reference/api.md).
 
 Reads wait for a snapshot that shows everything answered before (promise I6); writes are one guarded transaction each
 and harmless when repeated (promise I7). A start is answered as soon as it is stored: nothing here waits for a node.

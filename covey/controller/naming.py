@@ -1,4 +1,4 @@
-"""Names of VMs from ``name_template`` (api-contract §5.5). Pure: the same instance has the same name at every poll."""
+"""Names of VMs from ``name_template``. Pure: the same instance has the same name at every poll."""
 
 import re
 

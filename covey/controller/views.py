@@ -1,6 +1,6 @@
 """How nouns look in the API: the one serializer of instances and the one of nodes. Pure.
 
-Clients are strict and each one differently, so the rules are kept here and nowhere else (api-contract §3.3–3.8):
+Clients are strict and each one differently, so the rules are kept here and nowhere else:
 
 * A value that is empty is left out, never null: a null ``external_id``, ``message`` or ``vminfo`` breaks whole lists.
 * ``external_id`` and ``instance_id`` stand in the wrapper and in the inner object.

@@ -16,6 +16,7 @@ FORBIDDEN = {
     r"ian\.org|npm"
     r"js\.org|snapshot\.deb"
     r"ian)",
+    "a page that is not in this repository": r"api-cont" r"ract|test-bench\.m" r"d\b|stack\.m" r"d\b|qemu\.m" r"d\b",
     "a left-over of a merge": r"^(<<<<" r"<<<|>>>>" r">>>) ",
 }
 UNCHECKED = {"LICENSE", "requirements.lock"}

@@ -1,4 +1,4 @@
-"""Support: decoders as strict as all clients together (api-contract §3.3–3.10, §11.1).
+"""Support: decoders as strict as all clients together.
 
 A Go decoder fails the whole answer on one field of a wrong type; a Java one on one null, one missing key, or one key
 twice. Both rules are checked on every value here.

@@ -1,4 +1,4 @@
-"""An instance's whole life over HTTP, as an agent drives it and as clients see it (api-contract §11.1, §11.6)."""
+"""An instance's whole life over HTTP, as an agent drives it and as clients see it."""
 
 import asyncio
 import base64

@@ -1,4 +1,4 @@
-"""The composition root: a store that is away and comes back, a frozen process, stopping, and odd requests end to end."""
+"""The composition root: a store that is away and comes back, a frozen process, stopping, odd requests end to end."""
 
 import asyncio
 import json
@@ -199,7 +199,7 @@ async def test_unreadable_values_are_told_and_harm_nothing_else() -> None:
         assert troubles == ["1 keys hold values that cannot be read, for example /covey/instance/broken"]
 
 
-# ---- requests as odd clients write them, end to end (api-contract §11.2)
+# ---- requests as odd clients write them, end to end
 
 
 async def raw(port: int, *lines: str, body: bytes = b"") -> tuple[int, dict[str, Any]]:
