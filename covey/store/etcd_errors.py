@@ -30,6 +30,7 @@ _NEVER_SENT = (
     "etcdserver: no leader",  # answered by the interceptor that our `hasleader` header asks for
     "etcdserver: not capable",  # a cluster that is still starting
     "etcdserver: too many requests",  # refused before proposing
+    "etcdserver: unhealthy cluster",  # refused before proposing: a change of membership must wait
 )
 _LOGIN_AGAIN = ("etcdserver: invalid auth token", "etcdserver: revision of auth store is old")
 _LAST_WORD = frozenset(
