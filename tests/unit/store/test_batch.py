@@ -1,0 +1,238 @@
+"""Group commit (safety S23), rule by rule, over a store that writes down what it is sent."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from covey import errors
+from covey.store import base, batch, limits
+
+
+class Recorder:
+    """The store behind the queue: answers when it is let, and refuses or loses what it is told to."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[str]] = []
+        self.budgets_s: list[float] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.fault: Callable[[Sequence[str]], errors.StoreError | None] = lambda names: None
+
+    async def __call__(self, txns: Sequence[base.Txn], timeout_s: float) -> list[base.Outcome]:
+        names = [name_of(txn) for txn in txns]
+        self.sent.append(names)
+        self.budgets_s.append(timeout_s)
+        await self.gate.wait()
+        if fault := self.fault(names):
+            raise fault
+        return [base.Outcome(True, len(self.sent)) for _ in txns]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.ns = 0
+
+    def now_ns(self) -> int:
+        return self.ns
+
+
+def name_of(txn: base.Txn) -> str:
+    return txn.then[0].key
+
+
+def write(key: str, *, reads: Sequence[str] = (), size: int = 0, more: int = 0) -> base.Txn:
+    puts = (base.Put(key, b"x" * size), *(base.Put(f"{key}+{n}", b"") for n in range(more)))
+    return base.Txn(tuple(base.absent(name) for name in reads), puts)
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def batcher(recorder: Recorder, clock: Clock) -> batch.Batcher:
+    return batch.Batcher(recorder, now_ns=clock.now_ns, timeout_s=10, attempt_s=2, in_flight=2)
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def commit_all(batcher: batch.Batcher, *txns: base.Txn) -> list[base.Outcome | BaseException]:
+    return await asyncio.gather(*map(batcher.commit, txns), return_exceptions=True)
+
+
+async def test_what_is_ready_at_once_travels_together(batcher: batch.Batcher, recorder: Recorder) -> None:
+    await commit_all(batcher, write("a"), write("b"), write("c"))
+    assert recorder.sent == [["a", "b", "c"]]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param(write("a"), write("a"), id="both write a key"),
+        pytest.param(write("a"), write("b", reads=["a"]), id="the second compares what the first writes"),
+        pytest.param(write("a", reads=["b"]), write("b"), id="the first compares what the second writes"),
+        pytest.param(
+            write("a"), base.Txn((), (base.Put("b", b""),), (base.Get("a"),)), id="the second reads it when it fails"
+        ),
+        pytest.param(write("a/1"), base.Txn((), (base.Delete("a/", "a0"),)), id="a range deletes it"),
+        pytest.param(base.Txn((), (base.Delete("a/", "a0"),)), write("b", reads=["a/1"]), id="a range it compares"),
+    ],
+)
+async def test_conflicting_ones_do_not(
+    batcher: batch.Batcher, recorder: Recorder, first: base.Txn, second: base.Txn
+) -> None:
+    await commit_all(batcher, first, second)
+    assert recorder.sent == [[name_of(first)], [name_of(second)]]
+
+
+async def test_two_may_read_the_same(batcher: batch.Batcher, recorder: Recorder) -> None:
+    await commit_all(batcher, write("a", reads=["format"]), write("b", reads=["format"]))
+    assert recorder.sent == [["a", "b"]]
+
+
+async def test_nothing_overtakes_what_it_conflicts_with(batcher: batch.Batcher, recorder: Recorder) -> None:
+    """`c` fits the first batch but for `b`, which waits before it and reads it."""
+    await commit_all(batcher, write("a"), write("b", reads=["a", "c"]), write("c"), write("d"))
+    assert recorder.sent == [["a", "d"], ["b"], ["c"]]
+
+
+async def test_what_is_under_way_is_not_overtaken_either(batcher: batch.Batcher, recorder: Recorder) -> None:
+    recorder.gate.clear()
+    first = asyncio.create_task(batcher.commit(write("a")))
+    await settle()
+    later = asyncio.create_task(commit_all(batcher, write("a"), write("b")))
+    await settle()
+    assert recorder.sent == [["a"], ["b"]]
+    recorder.gate.set()
+    await asyncio.gather(first, later)
+    assert recorder.sent == [["a"], ["b"], ["a"]]
+
+
+async def test_no_more_than_agreed_are_under_way(batcher: batch.Batcher, recorder: Recorder) -> None:
+    recorder.gate.clear()
+    tasks = []
+    for name in "abcd":
+        tasks.append(asyncio.create_task(batcher.commit(write(name))))
+        await settle()
+    assert recorder.sent == [["a"], ["b"]]
+    recorder.gate.set()
+    await asyncio.gather(*tasks)
+    assert recorder.sent == [["a"], ["b"], ["c", "d"]]
+
+
+async def test_a_batch_keeps_to_what_etcd_takes(batcher: batch.Batcher, recorder: Recorder) -> None:
+    """etcd counts the batch's members and the widest of them together."""
+    await commit_all(batcher, *(write(f"{n:03}", more=27) for n in range(150)))
+    assert [len(names) for names in recorder.sent] == [100, 50]
+
+
+async def test_a_batch_keeps_to_the_size_of_a_request(batcher: batch.Batcher, recorder: Recorder) -> None:
+    await commit_all(batcher, *(write(f"{n}", size=400_000) for n in range(7)))
+    assert [len(names) for names in recorder.sent] == [3, 3, 1]
+
+
+async def test_a_large_one_travels_alone(batcher: batch.Batcher, recorder: Recorder) -> None:
+    await commit_all(batcher, write("a"), write("large", more=limits.MAX_OPS), write("b"))
+    assert recorder.sent == [["a"], ["large"], ["b"]]
+
+
+async def test_a_lost_reply_is_unsure_for_each(batcher: batch.Batcher, recorder: Recorder) -> None:
+    recorder.fault = lambda names: errors.Unsure("lost")
+    ends = await commit_all(batcher, write("a"), write("b"))
+    assert [type(end) for end in ends] == [errors.Unsure, errors.Unsure]
+    assert ends[0] is not ends[1], "one exception in two tasks would mix their tracebacks"
+    assert recorder.sent == [["a", "b"]], "and it is not sent again"
+
+
+async def test_unavailable_is_so_for_each(batcher: batch.Batcher, recorder: Recorder) -> None:
+    recorder.fault = lambda names: errors.Unavailable("nobody there")
+    ends = await commit_all(batcher, write("a"), write("b"))
+    assert [type(end) for end in ends] == [errors.Unavailable, errors.Unavailable]
+    assert len(recorder.sent) == 1
+
+
+@pytest.mark.parametrize("fault", [errors.Rejected, errors.NoSpace])
+async def test_a_refused_batch_is_split_until_the_guilty_is_alone(
+    batcher: batch.Batcher, recorder: Recorder, fault: type[errors.StoreError]
+) -> None:
+    recorder.fault = lambda names: fault("no") if "5" in names else None
+    ends = await commit_all(batcher, *(write(str(n)) for n in range(8)))
+    assert [n for n, end in enumerate(ends) if isinstance(end, fault)] == [5]
+    assert all(isinstance(end, base.Outcome) for n, end in enumerate(ends) if n != 5)
+    assert sum("5" in names for names in recorder.sent) == 4, "8, 4, 2, 1"
+
+
+async def test_a_part_that_is_lost_after_a_split_is_unsure(batcher: batch.Batcher, recorder: Recorder) -> None:
+    def fault(names: Sequence[str]) -> errors.StoreError | None:
+        return errors.Rejected("no") if "0" in names else errors.Unsure("lost") if "3" in names else None
+
+    recorder.fault = fault
+    ends = await commit_all(batcher, *(write(str(n)) for n in range(4)))
+    assert [type(end) for end in ends] == [errors.Rejected, base.Outcome, errors.Unsure, errors.Unsure]
+
+
+async def test_who_is_cancelled_while_waiting_is_not_sent(batcher: batch.Batcher, recorder: Recorder) -> None:
+    tasks = [asyncio.create_task(batcher.commit(write(name))) for name in "abc"]
+    await asyncio.sleep(0)
+    tasks[1].cancel()
+    await asyncio.wait(tasks)
+    assert recorder.sent == [["a", "c"]]
+
+
+async def test_who_waits_too_long_is_certainly_not_applied(
+    batcher: batch.Batcher, recorder: Recorder, clock: Clock
+) -> None:
+    recorder.gate.clear()
+    first = asyncio.create_task(batcher.commit(write("a")))
+    await settle()
+    second = asyncio.create_task(batcher.commit(write("a")))
+    await settle()
+    clock.ns += 11 * 10**9
+    recorder.gate.set()
+    await first
+    with pytest.raises(errors.Unavailable):
+        await second
+    assert recorder.sent == [["a"]]
+
+
+async def test_what_waited_long_still_gets_one_attempt(
+    batcher: batch.Batcher, recorder: Recorder, clock: Clock
+) -> None:
+    recorder.gate.clear()
+    tasks = [asyncio.create_task(batcher.commit(write("a"))) for _ in range(2)]
+    await settle()
+    clock.ns += 9 * 10**9
+    recorder.gate.set()
+    await asyncio.gather(*tasks)
+    assert recorder.budgets_s == [10, 2]
+
+
+async def test_closing_tells_the_truth(batcher: batch.Batcher, recorder: Recorder) -> None:
+    recorder.gate.clear()
+    flying = asyncio.create_task(batcher.commit(write("a")))
+    await settle()
+    waiting = asyncio.create_task(batcher.commit(write("a")))
+    await settle()
+    await batcher.close()
+    with pytest.raises(errors.Unsure):
+        await flying
+    with pytest.raises(errors.Unavailable):
+        await waiting
+    with pytest.raises(errors.Unavailable):
+        await batcher.commit(write("b"))
+
+
+async def test_what_no_store_takes_is_not_sent_at_all(batcher: batch.Batcher, recorder: Recorder) -> None:
+    ends = await commit_all(batcher, write("a", size=2_000_000), write("b"))
+    assert isinstance(ends[0], errors.Rejected) and isinstance(ends[1], base.Outcome)
+    assert recorder.sent == [["b"]]

@@ -1,0 +1,124 @@
+"""Addresses as people write them, what errors mean, and which member is asked."""
+
+import grpc
+import grpc.aio
+import pytest
+
+from covey import errors, world
+from covey.store import etcd_endpoints, etcd_errors
+from covey.store.etcd_errors import Verdict
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["a:1"], [("a:1", False)]),
+        (["a"], [("a:2379", False)]),
+        (["http://a:1,https://b", " c:3 "], [("a:1", False), ("b:2379", True), ("c:3", False)]),
+        (["https://a:1/"], [("a:1", True)]),
+        (["[::1]:5", "http://[::1]"], [("[::1]:5", False), ("[::1]:2379", False)]),
+        (["a:1,a:1,"], [("a:1", False)]),
+    ],
+)
+def test_addresses(given: list[str], expected: list[tuple[str, bool]]) -> None:
+    assert etcd_endpoints.parse(given, secure=False) == expected
+
+
+def test_without_a_scheme_tls_decides() -> None:
+    assert etcd_endpoints.parse(["a:1", "http://b:1"], secure=True) == [("a:1", True), ("b:1", False)]
+
+
+@pytest.mark.parametrize("given", [[], [""], ["a:b"], ["a:0"], ["a:99999"], ["ftp://a"], ["http://a/path"], [":1"]])
+def test_what_is_no_address(given: list[str]) -> None:
+    with pytest.raises(errors.SettingError):
+        etcd_endpoints.parse(given, secure=False)
+
+
+CODES = grpc.StatusCode
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "verdict"),
+    [
+        (CODES.UNAVAILABLE, "failed to connect to all addresses; last error: refused", Verdict.ELSEWHERE),
+        (CODES.UNAVAILABLE, "etcdserver: no leader", Verdict.ELSEWHERE),
+        (CODES.RESOURCE_EXHAUSTED, "etcdserver: too many requests", Verdict.ELSEWHERE),
+        (CODES.UNAVAILABLE, "Socket closed", Verdict.LOST),
+        (CODES.UNAVAILABLE, "etcdserver: request timed out", Verdict.LOST),
+        (CODES.UNAVAILABLE, "etcdserver: leader changed", Verdict.LOST),
+        (CODES.UNAVAILABLE, "etcdserver: server stopped", Verdict.LOST),
+        (CODES.DEADLINE_EXCEEDED, "Deadline Exceeded", Verdict.LOST),
+        (CODES.UNKNOWN, "raft: stopped", Verdict.LOST),
+        (CODES.INTERNAL, "", Verdict.LOST),
+        (CODES.CANCELLED, "", Verdict.LOST),
+        (CODES.UNAUTHENTICATED, "etcdserver: invalid auth token", Verdict.LOGIN),
+        (CODES.INVALID_ARGUMENT, "etcdserver: revision of auth store is old", Verdict.LOGIN),
+    ],
+)
+def test_what_an_error_says_of_a_write(code: grpc.StatusCode, text: str, verdict: Verdict) -> None:
+    assert etcd_errors.judge(fault(code, text)) is verdict
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "raised"),
+    [
+        (CODES.NOT_FOUND, "etcdserver: requested lease not found", errors.Rejected),
+        (CODES.INVALID_ARGUMENT, "etcdserver: request is too large", errors.Rejected),
+        (CODES.RESOURCE_EXHAUSTED, "grpc: received message larger than max", errors.Rejected),
+        (CODES.PERMISSION_DENIED, "etcdserver: permission denied", errors.Rejected),
+        (CODES.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded", errors.NoSpace),
+    ],
+)
+def test_the_last_word_of_a_server(code: grpc.StatusCode, text: str, raised: type[errors.StoreError]) -> None:
+    with pytest.raises(raised, match=text):
+        etcd_errors.judge(fault(code, text))
+
+
+def fault(code: grpc.StatusCode, text: str) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details=text)
+
+
+class Still(world.System):
+    """A world whose clock is moved by hand and whose chance is always the same."""
+
+    ns = 10**12
+
+    def boot_ns(self) -> int:
+        return self.ns
+
+    def token(self) -> str:
+        return "0123456789abcdef"
+
+
+def test_the_present_member_is_kept_until_it_fails_and_not_left_again() -> None:
+    still = Still()
+    pool = etcd_endpoints.Pool(["a,b,c"], world=still, attempt_s=2, timeout_s=10)
+    first = pool.pick()
+    assert pool.pick() is first
+    pool.avoid(first, "it failed")
+    second = pool.pick()
+    assert second is not first
+    still.ns += int(etcd_endpoints.AVOID_S * 2e9)
+    assert pool.pick() is second, "a member that hung may hang still: nobody goes back without need"
+
+
+def test_when_all_have_failed_the_one_that_failed_first_is_tried() -> None:
+    still = Still()
+    pool = etcd_endpoints.Pool(["a,b,c"], world=still, attempt_s=2, timeout_s=10)
+    failed = []
+    for _ in range(3):
+        failed.append(pool.pick())
+        pool.avoid(failed[-1], "it failed")
+        still.ns += 10**6
+    assert len(set(map(id, failed))) == 3
+    assert pool.all_avoided()
+    assert pool.pick() is failed[0]
+
+
+def test_a_watch_looks_elsewhere_without_moving_the_others() -> None:
+    pool = etcd_endpoints.Pool(["a,b"], world=Still(), attempt_s=2, timeout_s=10)
+    present = pool.pick()
+    assert pool.pick(other_than=present) is not present
+    assert pool.pick() is present
+    alone = etcd_endpoints.Pool(["a"], world=Still(), attempt_s=2, timeout_s=10)
+    assert alone.pick(other_than=alone.pick()) is alone.pick()
