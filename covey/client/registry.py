@@ -28,10 +28,10 @@ Progress = Callable[[int], None]  # called with the bytes that are done so far
 
 _READ = 1 << 20
 _PIECE = 512 << 20  # one PATCH: bounds what a killed server loses; a file of one piece is published without a copy
-_WHOLE = 1 << 20  # up to this a blob travels in one POST
 _PAUSE_S = 0.1  # after a failed try, doubled with each one in a row
 _PAUSE_LIMIT_S = 2.0
 _STALL_S = 30.0  # a peer that sends or takes nothing for so long is left
+_SLOW_DISK = 20e6  # bytes/s that a server can at least make durable
 
 
 class Registry:
@@ -195,7 +195,8 @@ class Registry:
                 upload.uncertain = True
                 upload.stands(await self._send_piece(source, upload, progress))
             upload.uncertain = True
-            await self._call("PUT", f"{upload.location}?" + _query(digest=digest), timeout_s=None)
+            finish = f"{upload.location}?" + _query(digest=digest)
+            await self._call("PUT", finish, work_s=upload.size_bytes / _SLOW_DISK)
         except errors.NotFound:
             location = await self._begin(repository, digest)
             if location is not None:
@@ -209,9 +210,18 @@ class Registry:
             "Content-Length": str(length),
             "Content-Range": f"{start}-{start + length - 1}",
         }
-        body = _file_piece(source, start, length, progress)
-        answered, _ = await self._call("PATCH", upload.location, data=body, headers=headers, timeout_s=None)
-        return answered
+        stall_s = _STALL_S + length / _SLOW_DISK  # at the end the server makes the piece durable
+        loop = asyncio.get_running_loop()
+        with self._limit(f"PATCH {upload.location}", stall_s) as limit:
+
+            def moved(done: int) -> None:
+                limit.reschedule(loop.time() + stall_s)
+                if progress is not None:
+                    progress(start + done)
+
+            body = _file_piece(source, start, length, moved)
+            async with limit, self._open("PATCH", upload.location, data=body, headers=headers) as answer:
+                return answer.headers
 
     async def _persist(self, attempt: Callable[[], Awaitable[None]], standing: Callable[[], int]) -> None:
         """Repeat `attempt` over RemoteErrors until it succeeds, or nothing has moved for as long as patience lasts."""
@@ -234,47 +244,61 @@ class Registry:
     # ---- calls -----------------------------------------------------------------------------------------------------
 
     async def _call(
-        self,
-        method: str,
-        path: str,
-        *,
-        data: Any = None,
-        headers: Mapping[str, str] = {},
-        timeout_s: float | None = 30.0,
+        self, method: str, path: str, *, data: bytes | None = None, headers: Mapping[str, str] = {}, work_s: float = 0.0
     ) -> tuple[Mapping[str, str], bytes]:
-        """One call that succeeds: the answer's headers and body."""
+        """One call that may be repeated and succeeds in the end: the answer's headers and body. `work_s` is what the
+        server may need for it beside an ordinary answer."""
+        answers: list[tuple[Mapping[str, str], bytes]] = []
+
+        async def once() -> None:
+            with self._limit(f"{method} {path}", _STALL_S + work_s) as limit:
+                async with limit, self._open(method, path, data=data, headers=headers) as answer:
+                    with _as_remote(answer.url):
+                        answers.append((answer.headers, await answer.read()))
+
+        await self._persist(once, lambda: 0)
+        return answers[-1]
+
+    @contextlib.contextmanager
+    def _limit(self, what: str, limit_s: float) -> Iterator[asyncio.Timeout]:
+        """A deadline whose passing is the fault of the server that was asked: it is left for a while."""
         try:
-            async with asyncio.timeout(timeout_s), self._open(method, path, data=data, headers=headers) as answer:
-                with _as_remote(answer.url):
-                    return answer.headers, await answer.read()
+            yield asyncio.timeout(limit_s)
         except TimeoutError as error:
-            raise errors.RemoteError(f"{method} {path}: no answer in {timeout_s} s") from error
+            self._http.mark_bad(self._http.pick())
+            raise errors.RemoteError(f"{what}: nothing moved for {limit_s:.0f} s") from error
 
     @contextlib.asynccontextmanager
     async def _open(
         self, method: str, path: str, *, data: Any = None, headers: Mapping[str, str] = {}
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """One request, at the next server when one cannot be reached. An error status is raised as our own fault."""
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=2.0, sock_read=_STALL_S)
+        """One request, at the next server when one cannot be reached or is going down. An error status is raised as
+        our own fault. The caller sees to it that it ends: only a silent download is left by itself."""
+        stall_s = _STALL_S if method == "GET" else None
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=2.0, sock_read=stall_s)
         failures: list[str] = []
         for _ in self._http.urls:
             url = self._http.pick()
+            body = io.BytesIO(data) if isinstance(data, bytes) else data  # aiohttp sends a stream in pieces
             try:
-                body = io.BytesIO(data) if isinstance(data, bytes) else data  # aiohttp sends a stream in pieces
                 answer = await self._http.session.request(
                     method, url + path, data=body, headers=dict(headers), timeout=timeout
                 )
             except (aiohttp.ClientError, OSError) as error:
                 self._http.mark_bad(url)
                 failures.append(f"{url}: {type(error).__name__}{f' {error}' if str(error) else ''}")
-                if data is not None and not isinstance(data, bytes):
-                    break  # a stream that was begun cannot be sent again
-                continue
-            async with answer:
-                if answer.status >= 400:
-                    raise await _fault(answer, self._http)
-                yield answer
-                return
+            else:
+                async with answer:
+                    if answer.status < 400:
+                        yield answer
+                        return
+                    fault = await _fault(answer)
+                if answer.status != 503:
+                    raise fault
+                self._http.mark_bad(url)
+                failures.append(f"{url}: {fault}")
+            if body is not None and not isinstance(data, bytes):
+                break  # a stream that was begun cannot be sent again
         raise errors.RemoteError("; ".join(failures))
 
 
@@ -339,7 +363,7 @@ def _reveal(partial: Path, target: Path) -> None:
         os.close(folder)
 
 
-async def _file_piece(source: Path, start: int, length: int, progress: Progress | None) -> AsyncIterator[bytes]:
+async def _file_piece(source: Path, start: int, length: int, moved: Progress) -> AsyncIterator[bytes]:
     """Bytes of a file as a request's body."""
     stream = await asyncio.to_thread(source.open, "rb", buffering=0)
     try:
@@ -351,13 +375,12 @@ async def _file_piece(source: Path, start: int, length: int, progress: Progress 
                 raise errors.Refused(f"{source} became shorter while it was uploaded")
             yield chunk
             done += len(chunk)
-            if progress is not None:
-                progress(start + done)
+            moved(done)
     finally:
         stream.close()
 
 
-async def _fault(answer: aiohttp.ClientResponse, endpoints: http.Endpoints) -> errors.CoveyError:
+async def _fault(answer: aiohttp.ClientResponse) -> errors.CoveyError:
     """An error answer as our own fault, with the registry's text."""
     text = f"HTTP {answer.status}"
     with contextlib.suppress(aiohttp.ClientError, OSError, msgspec.MsgspecError, LookupError, TypeError):
@@ -366,8 +389,6 @@ async def _fault(answer: aiohttp.ClientResponse, endpoints: http.Endpoints) -> e
         return errors.NotFound(text)
     if answer.status in (400, 405, 409, 413):
         return errors.Refused(text)
-    if answer.status == 503:
-        endpoints.mark_bad(str(answer.url.origin()))
     return errors.RemoteError(text, answer.status)
 
 
