@@ -14,6 +14,7 @@ grpc must not be forked: start processes before the first call, or with an exec 
 """
 
 import asyncio
+import contextlib
 import os
 import zlib
 from collections.abc import Sequence
@@ -292,6 +293,13 @@ class Pool:
                     await row.failed(endpoint, error, ())
                 else:
                     return
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait; ends with CancelledError when the store is closed meanwhile."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.closed.wait()
+                raise asyncio.CancelledError
 
     async def close(self) -> None:
         self.closed.set()

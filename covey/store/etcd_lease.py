@@ -42,13 +42,14 @@ class Lease:
             try:
                 answered_s = (await renew(self._pool, [self.id], timeout_s=left_s))[self.id]
             except errors.Unavailable:
+                await self._pool.sleep(etcd_endpoints.PAUSES_S[0])
                 continue
             if answered_s <= 0:
                 self._gone = True
                 break
             if not self.lost:  # an answer that comes after the end extends nothing
                 self._ends_ns = max(self._ends_ns, sent_ns + int(answered_s * 1e9))
-                await asyncio.sleep(self.ttl_s / 3)
+                await self._pool.sleep(self.ttl_s / 3)
         raise errors.LeaseLost(f"lease {self.id:x} is lost")
 
     async def revoke(self) -> None:

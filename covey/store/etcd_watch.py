@@ -204,11 +204,12 @@ async def oldest_revision(pool: etcd_endpoints.Pool) -> int:
         endpoint, _ = await row.next()
         stream = Stream(pool, endpoint, pool.attempt_s)
         try:
-            await stream.open(base.EVERYTHING, base.EVERYTHING, 1)
-            await stream.events()  # etcd confirms a watch first and refuses it then
+            async with asyncio.timeout(pool.attempt_s):
+                await stream.open(base.EVERYTHING, base.EVERYTHING, 1)
+                await stream.events()  # etcd confirms a watch first and refuses it then
         except errors.Compacted as compacted:
             return compacted.revision
-        except _Ended:
+        except (_Ended, TimeoutError):
             row.hung(endpoint)
         except grpc.aio.AioRpcError as error:
             await row.failed(endpoint, error, stream.metadata)

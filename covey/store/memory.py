@@ -15,6 +15,7 @@ ends what is due; a timer does the same when nobody calls, so that watchers lear
 
 import asyncio
 import bisect
+import contextlib
 import heapq
 import itertools
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -95,11 +96,11 @@ class Memory:
         await self._turn()
         if ttl_s <= 0:
             raise errors.Rejected("a lease lives at least one second")
-        return Lease(self._data, self._data.grant(ttl_s), ttl_s)
+        return Lease(self, self._data.grant(ttl_s), ttl_s)
 
     async def renew(self, leases: Sequence[int]) -> dict[int, float]:
         await self._turn()
-        return {id: self._data.renew(id) for id in leases}
+        return {id: self.renew_nowait(id) for id in leases}
 
     async def compact(self, revision: int) -> None:
         await self._turn()
@@ -114,6 +115,22 @@ class Memory:
     def end_lease(self, id: int) -> None:
         """End somebody's lease and delete its keys, as an operator may; no part of `base.Store`."""
         self._data.revoke(id)
+
+    def renew_nowait(self, id: int) -> float:
+        """Keep one lease alive: seconds left; no part of `base.Store`."""
+        return self._data.renew(id)
+
+    def lives(self, id: int) -> bool:
+        """Whether a lease is not over; no part of `base.Store`."""
+        self._data.expire()
+        return id in self._data.leases
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait; ends with CancelledError when this client is closed meanwhile."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._closed.wait()
+                raise asyncio.CancelledError
 
     async def _turn(self) -> None:
         """What every call begins with: let others run, as a call over the network does, and end what is due."""
@@ -131,23 +148,22 @@ class Memory:
 class Lease:
     """A lease on memory; a `base.Lease`. Clock and store are one, so it is lost exactly when the store has ended it."""
 
-    def __init__(self, data: "Data", id: int, ttl_s: int) -> None:
+    def __init__(self, client: Memory, id: int, ttl_s: int) -> None:
         self.id = id
         self.ttl_s = float(ttl_s)
-        self._data = data
+        self._client = client
 
     @property
     def lost(self) -> bool:
-        self._data.expire()
-        return self.id not in self._data.leases
+        return not self._client.lives(self.id)
 
     async def keep_alive(self) -> None:
-        while self._data.renew(self.id):
-            await asyncio.sleep(self.ttl_s / 3)
-        raise errors.LeaseLost(f"lease {self.id:x} is gone")
+        while self._client.renew_nowait(self.id):
+            await self._client.sleep(self.ttl_s / 3)
+        raise errors.LeaseLost(f"lease {self.id:x} is lost")
 
     async def revoke(self) -> None:
-        self._data.revoke(self.id)
+        self._client.end_lease(self.id)
 
 
 @dataclass

@@ -472,6 +472,16 @@ class TestLeases:
         assert await get(store, bench.key("a")) is not None
         assert await get(store, bench.key("b")) is None
 
+    async def test_closing_the_store_ends_the_keeping(self, bench: Bench) -> None:
+        store = bench.client()
+        lease = await store.grant(30)
+        keeping = asyncio.create_task(lease.keep_alive())
+        await bench.client().renew([lease.id])
+        await store.close()
+        async with asyncio.timeout(20):
+            with pytest.raises(asyncio.CancelledError):
+                await keeping
+
     async def test_no_lease_without_time(self, store: base.Store) -> None:
         with pytest.raises(errors.Rejected):
             await store.grant(0)
