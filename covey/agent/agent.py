@@ -1,0 +1,276 @@
+"""The agent: what a node shall run (wanted) → what to do next (convergence) → verbs → reports.
+
+    join ─► poll wanted ─► one worker per instance ─► hypervisor's verbs
+                                    │ says
+    look now and then ─► word ─► outbox ─► reports, heartbeats
+
+Rules: a fault of one VM, of one call or of one controller ends nothing here. VMs do not depend on the agent: when it
+ends, by SIGTERM or kill -9, they run on, and the next agent on the same data directory adopts them from its records and
+from what the hypervisor shows. Absence from an answer is never an order (safety S2). Several agents may run in one
+process, so nothing is global.
+"""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from covey import errors, model, observe, wire, world
+from covey.agent import host, hypervisor, identity, images, look, parts, records, reports, session, verbs, worker
+from covey.client import http
+
+_PAUSE_S = 0.2
+_PAUSE_LIMIT_S = 3.0
+_REFUSED_PAUSE_S = 5.0
+_POLL_GRACE_S = 5.0
+_LOOK_LEAST_S = 0.1
+_FACTS_S = 60.0
+
+_log = observe.log("agent")
+
+
+class Config(model.Noun, frozen=True, kw_only=True):
+    """One node. `data_dir` empty: nothing survives this process (synthetic nodes in numbers)."""
+
+    data_dir: str = ""
+    name: str = ""  # "": the host's
+    ip: str = ""  # "": as the hypervisor's facts say; "" there too: as the controller sees it
+    max_vms: int = 0  # 0: judged by the host
+    explicit: bool = False  # an operator typed `covey join`
+    limits: parts.Limits = parts.Limits()
+
+
+class Agent:
+    """One node's agent. `use` tells how busy processors and memory are."""
+
+    def __init__(
+        self,
+        config: Config,
+        clock: world.World,
+        driver: hypervisor.Hypervisor,
+        cache: images.Images,
+        endpoints: http.Endpoints,
+        *,
+        use: Callable[[], tuple[float, float]] = host.idle,
+    ) -> None:
+        data = Path(config.data_dir) if config.data_dir else None
+        self._config = config
+        self._clock = clock
+        self._driver = driver
+        self._images = cache
+        self._use = use
+        self._records = records.Records(data)
+        self._records.load(clock.wall_ns())
+        self.session = session.Session(identity.File(data, clock), endpoints, clock)
+        self.session.acted_on(self._records.newest_seen(self.session.seen.history))
+        self._outbox = reports.Outbox(self.session, clock, self._word)
+        self._look = look.Look(driver)
+        self._ip = config.ip
+        self._parts = parts.Parts(
+            clock=clock,
+            driver=driver,
+            images=cache,
+            records=self._records,
+            session=self.session,
+            outbox=self._outbox,
+            look=self._look,
+            limits=config.limits,
+            changed=self.wake,
+            host_ip=lambda: self._ip,
+        )
+        self._workers: dict[model.InstanceId, worker.Worker] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._found: look.Found = {}
+        self._changed = asyncio.Event()
+        self._tag = ""
+        self._explicit = config.explicit
+        self._trouble = ""
+        self._outbox.on_settled = self._wake_worker
+
+    def wake(self) -> None:
+        """A VM may have changed by itself: the hypervisor's `Wake`."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """For ever; end it by cancelling. VMs run on."""
+        for record in self._records.all():
+            self._images.pin(verbs.holder_of(record.key), record.spec.digest)
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                for record in self._records.all():
+                    self._worker(record.instance)
+                group.create_task(self._polling())
+                group.create_task(self._outbox.run())
+                group.create_task(self._watching())
+        finally:
+            self._group = None
+
+    # ---- join and poll ---------------------------------------------------------------------------------------------
+
+    async def _polling(self) -> None:
+        pause_s = _PAUSE_S
+        while True:
+            try:
+                if self.session.standing in (session.Standing.OUTSIDE, session.Standing.STALE):
+                    await self._join()
+                await self._ask()
+                pause_s = _PAUSE_S
+                continue
+            except session.SessionLost:
+                if self.session.standing is session.Standing.REMOVED:
+                    pause_s = _REFUSED_PAUSE_S
+                self._wake_all()
+            except errors.Refused as error:
+                _log.error("the cloud refuses this node", error=str(error))
+                pause_s = _REFUSED_PAUSE_S
+            except errors.HypervisorError as error:
+                if not self.session.node:
+                    raise  # never was a node: the operator is looking on
+                _log.error("this host cannot run VMs now", error=str(error))
+                pause_s = _REFUSED_PAUSE_S
+            except errors.RemoteError as error:
+                _log.warning("no controller answers", error=str(error))
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _PAUSE_LIMIT_S)
+
+    async def _join(self) -> None:
+        facts = await self._facts()
+        joined = await self.session.join(facts, explicit=self._explicit)
+        self._explicit = False
+        self._ip = self._ip or facts.ip
+        self._tag = ""
+        self._outbox.begin()
+        self._images.from_registries(joined.registries)
+        self._wake_all()
+        _log.info("joined", node=joined.node, session=joined.session, name=joined.name)
+
+    async def _facts(self) -> model.Facts:
+        facts = await self._driver.facts()
+        return msgspec.structs.replace(
+            facts,
+            name=self._config.name or facts.name,
+            ip=self._config.ip or facts.ip,
+            slots=self._config.max_vms or facts.slots,
+        )
+
+    async def _ask(self) -> None:
+        """One long poll, and what follows from it."""
+        standing = self.session
+        ask = wire.Ask(
+            seen=standing.seen,
+            messages=standing.count(),
+            tag=self._tag if not standing.hold else "",
+            wait_s=wire.POLL_LIMIT_S,
+        )
+        answer = await standing.call("wanted", wire.WantedState, ask, timeout_s=wire.POLL_LIMIT_S + _POLL_GRACE_S)
+        standing.heartbeat_s = answer.heartbeat_s
+        if answer.hold:
+            if not standing.hold:
+                _log.warning("on hold: the store's history is not the one this node knows")
+            standing.hold = True
+            await asyncio.sleep(answer.heartbeat_s)
+            return
+        if not standing.learn(answer.seen):
+            return  # an answer from an older view than one seen since: ask again
+        if standing.hold:
+            standing.hold = False
+            self._wake_all()
+        self._tag = answer.tag
+        self._apply(answer)
+
+    def _apply(self, answer: wire.WantedState) -> None:
+        wants: dict[model.InstanceId, list[wire.Wanted]] = {}
+        for want in answer.wanted:
+            wants.setdefault(want.instance, []).append(want)
+        for instance in wants.keys() | self._workers.keys():
+            self._worker(instance).told(tuple(wants.get(instance, ())), answer.seen)
+
+    # ---- workers ---------------------------------------------------------------------------------------------------
+
+    def _worker(self, instance: model.InstanceId) -> worker.Worker:
+        known = self._workers.get(instance)
+        if known is None:
+            known = self._workers[instance] = worker.Worker(self._parts, instance)
+            if self._group is not None:
+                self._group.create_task(self._working(known))
+        return known
+
+    async def _working(self, one: worker.Worker) -> None:
+        """A worker that stumbles over a fault of ours is logged and goes on: the other VMs must not suffer."""
+        while True:
+            try:
+                await one.run()
+                break
+            except Exception:
+                _log.exception("a worker stumbled; it begins again", instance=one.instance)
+                await asyncio.sleep(_REFUSED_PAUSE_S)
+        del self._workers[one.instance]
+
+    def _wake_worker(self, instance: model.InstanceId) -> None:
+        one = self._workers.get(instance)
+        if one is not None:
+            one.wake()
+
+    def _wake_all(self) -> None:
+        for one in self._workers.values():
+            one.wake()
+
+    # ---- what runs here --------------------------------------------------------------------------------------------
+
+    async def _watching(self) -> None:
+        """Look at the VMs when told that something changed, and once a heartbeat; wake whom it concerns."""
+        checked_ns = self._clock.boot_ns()
+        while True:
+            self._changed.clear()
+            try:
+                checked_s = (self._clock.boot_ns() - checked_ns) / 1e9
+                if checked_s > (_FACTS_S if not self._trouble else self.session.heartbeat_s):
+                    checked_ns = self._clock.boot_ns()
+                    await self._driver.facts()
+                    self._trouble = ""
+                self._notice(await self._look.fresh())
+            except errors.HypervisorError as error:
+                self._trouble = str(error)
+            self._outbox.changed()
+            await asyncio.sleep(_LOOK_LEAST_S)
+            try:
+                async with asyncio.timeout(self.session.heartbeat_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    def _notice(self, found: look.Found) -> None:
+        before, self._found = self._found, found
+        for key in before.keys() | found.keys():
+            if before.get(key) != found.get(key):
+                self._wake_worker(key[0])
+
+    def _word(self) -> model.Word:
+        """How the node is now. VMs of another cloud are counted, never named (safety S12)."""
+        own = [vm for vm in self._found.values() if vm.cloud == self.session.cloud]
+        cpu, ram = self._use()
+        free = self._images.free_bytes()
+        return model.Word(
+            node=self.session.node,
+            session=self.session.counter,
+            messages=0,
+            at_ns=self._clock.wall_ns(),
+            vms=tuple(
+                model.VmSeen(
+                    instance=vm.instance,
+                    epoch=vm.epoch,
+                    running=vm.phase is hypervisor.Phase.RUNNING,
+                    cloud=vm.cloud,
+                )
+                for vm in sorted(own, key=lambda vm: (vm.instance, vm.epoch))
+            ),
+            images=self._images.held(),
+            free_disk_bytes=max(free, 0),
+            image_bytes=self._images.size_bytes(),
+            cpu_util=cpu,
+            ram_util=ram,
+            foreign_vms=len(self._found) - len(own),
+            trouble=self._trouble or ("the disk is full" if free <= 0 else ""),
+        )

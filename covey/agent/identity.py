@@ -1,0 +1,66 @@
+"""Who this node is, on disk: its id, session, secrets, and the newest view at its last join (safety S7, S18).
+
+A session's secret is durable before it is sent. After a crash, or an answer that never came, nobody knows which of
+the secrets sent since is the current one; so all of them are kept until one has surely been taken.
+"""
+
+from pathlib import Path
+
+import msgspec
+
+from covey import model, wire, world
+from covey.agent import durable
+
+_KEPT = 16  # secrets of joins whose answer was lost
+
+
+class Identity(model.Noun, frozen=True, kw_only=True):
+    """`host_key` is drawn once per data directory: another host with the same node id is refused by it."""
+
+    host_key: str
+    node: model.NodeId = model.NOWHERE
+    cloud: str = ""
+    counter: int = 0
+    secret: str = ""  # of the session that surely was
+    offered: tuple[str, ...] = ()  # sent since, newest first: one of them may be the current one
+    seen: wire.Seen = wire.Seen()
+
+
+class File:
+    """The identity file; without a directory it lives in memory."""
+
+    def __init__(self, data: Path | None, clock: world.World) -> None:
+        self._path = None if data is None else data / "node.json"
+        known = None if self._path is None else durable.read(self._path, Identity)
+        self.now = known or Identity(host_key=clock.secret())
+
+    def write(self, identity: Identity) -> None:
+        """Durable when it returns."""
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o711)
+            durable.write(self._path, identity)
+        self.now = identity
+
+    def pend(self, secret: str) -> tuple[str, ...]:
+        """Make `secret` durable before it is offered; the secrets that may be the current one, likeliest first."""
+        before = tuple(other for other in self.now.offered if other != secret)[: _KEPT - 1]
+        self.write(msgspec.structs.replace(self.now, offered=(secret, *before)))
+        repeated = (self.now.secret,) if self.now.secret else ()
+        return (*before, *repeated)
+
+    def remember(self, seen: wire.Seen) -> None:
+        self.write(msgspec.structs.replace(self.now, seen=seen))
+
+    def joined(self, answer: wire.Joined, secret: str, seen: wire.Seen) -> None:
+        """The session has begun: its secret is the one to show from now on."""
+        self.write(
+            msgspec.structs.replace(
+                self.now,
+                node=answer.node,
+                cloud=answer.cloud,
+                counter=answer.session,
+                secret=secret,
+                offered=(),
+                seen=seen,
+            )
+        )

@@ -1,0 +1,324 @@
+"""The local image cache: templates on this node's disk, their layers shared, verified, pinned and evicted.
+
+    images/                       0711: a hypervisor's own user passes through, and lists nothing
+    ├── layers/<hex>              a whole, verified blob, 0444, named by its sha256; shared by all templates
+    ├── incoming/<hex>[.part]     being fetched; continued after a cut or a kill
+    └── manifests/<hex>.json      Kept: a template whose layers are all here; its mtime is its last use
+
+Rules: a layer appears under its name only when whole and verified by digest (promise I8). Several VMs that want one
+layer at once share one download. What a VM uses is pinned by the VM's name; after a restart the agent pins again from
+its records. When space is short, layers of no template go first, then templates by least use; a reserve stays free.
+"""
+
+import asyncio
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from covey import errors, failpoint, model, observe
+from covey.agent import durable, hypervisor
+from covey.client import oci, registry
+
+RESERVE_BYTES = 1 << 30
+_log = observe.log("images")
+_ROLES = {oci.KERNEL: "kernel", oci.INITRD: "initrd", oci.NVRAM: "nvram", oci.STATE: "state"}
+
+Progress = Callable[[float], None]  # called with the fraction that is here, 0 to 1
+
+
+class Source(Protocol):
+    """Where templates come from: `client.registry.Registry`, or a fake."""
+
+    async def manifest(self, repository: str, reference: str) -> tuple[oci.Manifest, model.Digest, bytes]: ...
+
+    async def content(self, repository: str, digest: str) -> bytes: ...
+
+    async def fetch(
+        self, repository: str, digest: str, size_bytes: int, target: Path, *, progress: registry.Progress | None = None
+    ) -> None: ...
+
+
+class NoRoom(errors.CoveyError):
+    """The template does not fit on this node's disk, even without all that could be evicted."""
+
+
+class Images(Protocol):
+    """What the agent needs of a cache. Holders are VMs' names."""
+
+    async def get(
+        self, holder: str, template: model.TemplateId, digest: model.Digest, progress: Progress
+    ) -> hypervisor.Image:
+        """The template on local disk, pinned for `holder`. Raises NoRoom, OSError (disk full), RemoteError, Refused."""
+        ...
+
+    def pin(self, holder: str, digest: model.Digest) -> None: ...
+
+    def release(self, holder: str) -> None: ...
+
+    def held(self) -> tuple[model.Digest, ...]:
+        """Templates that are wholly here, sorted."""
+        ...
+
+    def size_bytes(self) -> int: ...
+
+    def free_bytes(self) -> int:
+        """What new layers may still take, the reserve left out."""
+        ...
+
+    def from_registries(self, urls: tuple[str, ...]) -> None:
+        """Where this node pulls from, as the cloud says when it joins."""
+        ...
+
+
+class Layer(model.Noun, frozen=True, kw_only=True):
+    """One blob of a template. `role` is empty for a disk layer, else what the file is for."""
+
+    digest: str
+    size_bytes: int
+    role: str = ""
+
+
+class Kept(model.Noun, frozen=True, kw_only=True):
+    """A template that is wholly here."""
+
+    digest: model.Digest
+    layers: tuple[Layer, ...]
+    config: dict[str, str | int | bool] = {}
+
+
+class _Download:
+    """One layer on its way, and how many wait for it."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.done_bytes = 0
+        self.waiting = 0
+        self.task: asyncio.Task[None] | None = None
+
+
+class Cache:
+    """The cache on disk. `connect` makes a source from the registries' URLs."""
+
+    def __init__(
+        self, root: Path, connect: Callable[[tuple[str, ...]], Source], *, reserve_bytes: int = RESERVE_BYTES
+    ) -> None:
+        self._root = root
+        self._layers, self._incoming, self._manifests = root / "layers", root / "incoming", root / "manifests"
+        self._connect = connect
+        self._source: Source | None = None
+        self._urls: tuple[str, ...] = ()
+        self._reserve_bytes = reserve_bytes
+        self._kept: dict[model.Digest, Kept] = {}
+        self._pins: dict[str, model.Digest] = {}
+        self._wanted: dict[str, tuple[str, ...]] = {}  # holder -> layers it is fetching: not to be evicted
+        self._downloads: dict[str, _Download] = {}
+        self._load()
+
+    def _load(self) -> None:
+        for directory, mode in ((self._root, 0o711), (self._layers, 0o711), (self._incoming, 0o700)):
+            directory.mkdir(parents=True, exist_ok=True)
+            directory.chmod(mode)
+        self._manifests.mkdir(exist_ok=True)
+        durable.sweep(self._manifests)
+        for path in self._manifests.glob("*.json"):
+            kept = durable.read(path, Kept)
+            if kept is not None and all(self._has(layer) for layer in kept.layers):
+                self._kept[kept.digest] = kept
+            else:
+                path.unlink(missing_ok=True)
+
+    def from_registries(self, urls: tuple[str, ...]) -> None:
+        if urls and urls != self._urls:
+            self._urls, self._source = urls, self._connect(urls)
+
+    async def get(
+        self, holder: str, template: model.TemplateId, digest: model.Digest, progress: Progress
+    ) -> hypervisor.Image:
+        self._pins[holder] = digest
+        kept = self._kept.get(digest)
+        if kept is None or not all(self._has(layer) for layer in kept.layers):
+            kept = await self._fetch(holder, f"templates/{template}", digest, progress)
+        os.utime(self._manifest_path(digest))
+        return self._image(kept)
+
+    def pin(self, holder: str, digest: model.Digest) -> None:
+        self._pins[holder] = digest
+
+    def release(self, holder: str) -> None:
+        self._pins.pop(holder, None)
+
+    def held(self) -> tuple[model.Digest, ...]:
+        return tuple(sorted(self._kept))
+
+    def size_bytes(self) -> int:
+        return sum({layer.digest: layer.size_bytes for kept in self._kept.values() for layer in kept.layers}.values())
+
+    def free_bytes(self) -> int:
+        coming = sum(download.size_bytes - download.done_bytes for download in self._downloads.values())
+        return shutil.disk_usage(self._root).free - self._reserve_bytes - coming
+
+    # ---- fetching --------------------------------------------------------------------------------------------------
+
+    async def _fetch(self, holder: str, repository: str, digest: model.Digest, progress: Progress) -> Kept:
+        if self._source is None:
+            raise errors.RemoteError("no registry is known to this node")
+        manifest, _, _ = await self._source.manifest(repository, digest)
+        kept = Kept(digest=digest, layers=_layers_of(manifest), config=await self._config(repository, manifest))
+        self._wanted[holder] = tuple(layer.digest for layer in kept.layers)
+        try:
+            missing = list({layer.digest: layer for layer in kept.layers if not self._has(layer)}.values())
+            self._make_room(missing)
+            for layer in missing:
+                await self._fetch_layer(repository, layer, lambda: progress(self._fraction(kept)))
+        finally:
+            del self._wanted[holder]
+        failpoint.reach("agent.image.whole")
+        durable.write(self._manifest_path(digest), kept, mode=0o644)
+        self._kept[digest] = kept
+        return kept
+
+    async def _config(self, repository: str, manifest: oci.Manifest) -> dict[str, str | int | bool]:
+        if self._source is None or manifest.config is None:
+            return {}
+        content = await self._source.content(repository, manifest.config.digest)
+        try:
+            config = msgspec.json.decode(content, type=oci.TemplateConfig)
+        except msgspec.MsgspecError as error:
+            raise errors.Refused(f"the template's configuration cannot be read: {error}") from error
+        return {**config.vm, "arch": str(config.arch)}
+
+    async def _fetch_layer(self, repository: str, layer: Layer, moved: Callable[[], None]) -> None:
+        """Join the layer's download, or begin it; the last one to leave an unfinished download ends it."""
+        if self._has(layer):
+            return
+        download = self._downloads.get(layer.digest)
+        if download is None:
+            download = self._downloads[layer.digest] = _Download(layer.size_bytes)
+            download.task = asyncio.create_task(self._download(repository, layer, download))
+        task = download.task
+        assert task is not None  # noqa: S101 (set where the download was made)
+        download.waiting += 1
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=0.5)
+                moved()
+            task.result()
+        finally:
+            download.waiting -= 1
+            if download.waiting == 0 and not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+
+    async def _download(self, repository: str, layer: Layer, download: _Download) -> None:
+        def moved(done_bytes: int) -> None:
+            download.done_bytes = done_bytes
+
+        incoming = self._incoming / _hex(layer.digest)
+        try:
+            if self._source is None:
+                raise errors.RemoteError("no registry is known to this node")
+            await self._source.fetch(repository, layer.digest, layer.size_bytes, incoming, progress=moved)
+            failpoint.reach("agent.image.layer")
+            await asyncio.to_thread(self._reveal, incoming, self._path(layer.digest))
+            _log.info("a layer arrived", digest=layer.digest, size_bytes=layer.size_bytes)
+        finally:
+            del self._downloads[layer.digest]
+
+    def _reveal(self, incoming: Path, path: Path) -> None:
+        incoming.chmod(0o444)
+        incoming.rename(path)
+        durable.sync_directory(self._layers)
+
+    def _fraction(self, kept: Kept) -> float:
+        total = sum(layer.size_bytes for layer in kept.layers) or 1
+        here = sum(layer.size_bytes for layer in kept.layers if self._has(layer))
+        coming = sum(
+            self._downloads[layer.digest].done_bytes for layer in kept.layers if layer.digest in self._downloads
+        )
+        return min((here + coming) / total, 1.0)
+
+    # ---- room ------------------------------------------------------------------------------------------------------
+
+    def _make_room(self, missing: list[Layer]) -> None:
+        """Evict until `missing` fits beside the reserve and what is on its way. Raises NoRoom, and evicts nothing
+        then that a smaller wish would not have cost."""
+        need = sum(
+            layer.size_bytes - self._partial_bytes(layer) for layer in missing if layer.digest not in self._downloads
+        )
+        for evict in self._evictions():
+            if self.free_bytes() >= need:
+                return
+            evict()
+        free = self.free_bytes()
+        if free < need:
+            raise NoRoom(f"the disk of this node is full: the template needs {need} bytes, {max(free, 0)} are free")
+
+    def _evictions(self) -> Iterator[Callable[[], None]]:
+        """What may go, least useful first."""
+        loose = {path.name for path in self._layers.iterdir()} - self._used_layers(self._kept)
+        for name in sorted(loose):
+            yield (self._layers / name).unlink
+        in_use = set(self._pins.values())
+        idle = [digest for digest in self._kept if digest not in in_use]
+        for digest in sorted(idle, key=lambda digest: self._manifest_path(digest).stat().st_mtime_ns):
+            yield lambda digest=digest: self._evict(digest)  # type: ignore[misc]
+
+    def _evict(self, digest: model.Digest) -> None:
+        kept = self._kept.pop(digest)
+        durable.remove(self._manifest_path(digest))
+        for name in {_hex(layer.digest) for layer in kept.layers} - self._used_layers(self._kept):
+            (self._layers / name).unlink(missing_ok=True)
+        _log.info("a template was evicted to make room", digest=digest)
+
+    def _used_layers(self, kept: dict[model.Digest, Kept]) -> set[str]:
+        """Names of the layers that a whole template or a fetch under way needs."""
+        used = {_hex(layer.digest) for template in kept.values() for layer in template.layers}
+        return used | {_hex(digest) for wanted in self._wanted.values() for digest in wanted}
+
+    # ---- paths -----------------------------------------------------------------------------------------------------
+
+    def _image(self, kept: Kept) -> hypervisor.Image:
+        return hypervisor.Image(
+            digest=kept.digest,
+            layers=tuple(str(self._path(layer.digest)) for layer in kept.layers if not layer.role),
+            config=kept.config,
+            files={layer.role: str(self._path(layer.digest)) for layer in kept.layers if layer.role},
+        )
+
+    def _has(self, layer: Layer) -> bool:
+        try:
+            return self._path(layer.digest).stat().st_size == layer.size_bytes
+        except FileNotFoundError:
+            return False
+
+    def _partial_bytes(self, layer: Layer) -> int:
+        try:
+            return (self._incoming / (_hex(layer.digest) + ".part")).stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def _path(self, digest: str) -> Path:
+        return self._layers / _hex(digest)
+
+    def _manifest_path(self, digest: str) -> Path:
+        return self._manifests / f"{_hex(digest)}.json"
+
+
+def _hex(digest: str) -> str:
+    if not oci.valid_digest(digest):
+        raise errors.Refused(f"{digest!r} is no digest")
+    return digest.removeprefix("sha256:")
+
+
+def _layers_of(manifest: oci.Manifest) -> tuple[Layer, ...]:
+    return tuple(Layer(digest=item.digest, size_bytes=item.size, role=_role(item)) for item in manifest.layers)
+
+
+def _role(item: oci.Descriptor) -> str:
+    if item.media_type.startswith(oci.DISK_PREFIX):
+        return ""
+    return _ROLES.get(item.media_type) or item.title or item.digest

@@ -1,0 +1,162 @@
+"""What an agent must still know after a crash: a record per VM, and tombstones.
+
+    <data>/
+    ├── lock                             flock: one agent per data directory (kept by `lock`)
+    ├── node.json                        who this node is (agent.identity)
+    ├── records/<instance>.<epoch>.json  Record: written before each act that could not be guessed afterwards
+    ├── tombstones/<instance>.json       Tombstone: ordered destroyed; kept 30 days (safety S19)
+    ├── vms/                             the hypervisor's
+    └── images/                          the image cache's (agent.images)
+
+A record carries the history and revision of the answer it acts on, so both are on disk before the act (safety S2).
+A record is removed after its VM is; a tombstone outlives both. Without a directory all of it is kept in memory: for
+synthetic nodes that need not survive.
+"""
+
+import fcntl
+import os
+from pathlib import Path
+
+from covey import errors, model, observe, wire
+from covey.agent import durable
+from covey.decide import convergence
+
+TOMBSTONES_KEPT_NS = 30 * 24 * 3600 * 1_000_000_000
+
+_log = observe.log("agent")
+Key = tuple[model.InstanceId, int]  # (instance, epoch)
+
+
+class Record(model.Noun, frozen=True, kw_only=True):
+    """One VM, as far as it came. `script` is the text that travelled with the launch, base64."""
+
+    instance: model.InstanceId
+    epoch: int
+    cloud: str
+    seen: wire.Seen
+    spec: model.Spec
+    vm_name: str = ""
+    stage: convergence.Stage = convergence.Stage.ACCEPTED
+    script: str = ""
+    script_ended: bool = False
+    launched_ns: int = 0  # world.boot_ns at the start, for deadlines counted from launch (safety S9)
+    after: convergence.After = convergence.After.KEEP
+    message: str = ""
+    vm: model.VmInfo | None = None
+    result: model.ScriptResult | None = None
+    stdout: str = ""
+    stderr: str = ""
+
+    @property
+    def key(self) -> Key:
+        return (self.instance, self.epoch)
+
+
+class Tombstone(model.Noun, frozen=True, kw_only=True):
+    """This epoch of the instance, and every older one, was ordered destroyed: nothing of it starts again."""
+
+    instance: model.InstanceId
+    epoch: int
+    decision: model.Decision
+    seen: wire.Seen
+    at_ns: int
+
+    def grave(self) -> convergence.Grave:
+        return convergence.Grave(instance=self.instance, epoch=self.epoch, decision=self.decision)
+
+
+class Records:
+    """All records and tombstones of one node, in memory and, given a directory, on disk."""
+
+    def __init__(self, data: Path | None) -> None:
+        self._records_dir = None if data is None else data / "records"
+        self._tombstones_dir = None if data is None else data / "tombstones"
+        self._records: dict[Key, Record] = {}
+        self._tombstones: dict[model.InstanceId, Tombstone] = {}
+
+    def load(self, now_ns: int) -> None:
+        """Read everything back; forget tombstones older than 30 days."""
+        if self._records_dir is None or self._tombstones_dir is None:
+            return
+        for directory in (self._records_dir, self._tombstones_dir):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            durable.sweep(directory)
+        for path in sorted(self._records_dir.glob("*.json")):
+            record = durable.read(path, Record)
+            if record is not None:
+                self._records[record.key] = record
+        for path in sorted(self._tombstones_dir.glob("*.json")):
+            tombstone = durable.read(path, Tombstone)
+            if tombstone is not None and tombstone.at_ns + TOMBSTONES_KEPT_NS < now_ns:
+                durable.remove(path)
+            elif tombstone is not None:
+                self._tombstones[tombstone.instance] = tombstone
+
+    def save(self, record: Record) -> None:
+        """Durable when it returns."""
+        if self._records_dir is not None:
+            durable.write(self._records_dir / f"{record.instance}.{record.epoch}.json", record)
+        self._records[record.key] = record
+
+    def save_if_possible(self, record: Record) -> None:
+        """For what must be told whether or not the disk takes it: a full disk is no excuse."""
+        try:
+            self.save(record)
+        except OSError as error:
+            self._records[record.key] = record
+            _log.error("a record could not be written", instance=record.instance, error=str(error))
+
+    def forget(self, key: Key) -> None:
+        """The VM is gone and nobody asks for it any more. Harmless when unknown."""
+        if self._records.pop(key, None) is not None and self._records_dir is not None:
+            durable.remove(self._records_dir / f"{key[0]}.{key[1]}.json")
+
+    def bury(self, tombstone: Tombstone) -> None:
+        """Durable when it returns; an older order never replaces a newer one.
+
+        On a full disk it is kept in memory: destroying is what makes room, and the control plane grants no launch to
+        what it ordered destroyed."""
+        known = self._tombstones.get(tombstone.instance)
+        if known is not None and known.epoch >= tombstone.epoch:
+            return
+        self._tombstones[tombstone.instance] = tombstone
+        if self._tombstones_dir is not None:
+            try:
+                durable.write(self._tombstones_dir / f"{tombstone.instance}.json", tombstone)
+            except OSError as error:
+                _log.error("a tombstone could not be written", instance=tombstone.instance, error=str(error))
+
+    def get(self, key: Key) -> Record | None:
+        return self._records.get(key)
+
+    def of(self, instance: model.InstanceId) -> list[Record]:
+        return [record for (owner, _), record in self._records.items() if owner == instance]
+
+    def all(self) -> list[Record]:
+        return list(self._records.values())
+
+    def tombstone(self, instance: model.InstanceId) -> Tombstone | None:
+        return self._tombstones.get(instance)
+
+    def tombstones(self) -> list[Tombstone]:
+        return list(self._tombstones.values())
+
+    def newest_seen(self, history: str) -> int:
+        """The highest revision of `history` that any act of this node rests on."""
+        acts = [record.seen for record in self._records.values()]
+        acts += [tombstone.seen for tombstone in self._tombstones.values()]
+        return max((seen.revision for seen in acts if seen.history == history), default=0)
+
+
+def lock(data: Path) -> int:
+    """Take the data directory for this process; the descriptor holds it until closed or the process ends.
+
+    Two agents on one directory would each believe that nobody else starts its VMs. Raises SettingError."""
+    data.mkdir(parents=True, exist_ok=True, mode=0o711)
+    descriptor = os.open(data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise errors.SettingError(f"DATA_DIR {data} is in use by another agent; stop it or name another one") from error
+    return descriptor

@@ -1,0 +1,173 @@
+"""What the agent has to say, said until it is settled (safety S3, S10, S26).
+
+Each fact is an item with a sequence number within (session, instance, epoch); it is sent again until the answer lists
+it as settled, so a lost reply costs a repeat and nothing else. A new session says everything anew: `said` is empty
+then, and convergence draws the facts from the records. Progress is the exception: only the newest counts, at most one
+a second per VM. The node's word travels along when VMs or capacity changed, or every 60 s. When nothing was sent for
+`heartbeat_s`, an empty report keeps the lease alive.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from covey import errors, model, observe, wire, world
+from covey.agent import records, session
+
+_PROGRESS_NS = 1_000_000_000
+_PROGRESS_STEP = 0.01
+_WORD_NS = 60_000_000_000
+_WORD_LEAST_NS = 1_000_000_000
+_ITEMS = 100  # per report
+_BYTES = 2_000_000  # of output per report
+_RETRY_S = 0.25
+_RETRY_LIMIT_S = 2.0
+
+_log = observe.log("agent")
+Said = wire.ReportEvent
+
+
+class Outbox:
+    """All unsettled items of one node, and the loop that sends them. `word` says how the node is now."""
+
+    def __init__(self, standing: session.Session, clock: world.World, word: Callable[[], model.Word]) -> None:
+        self._session = standing
+        self._clock = clock
+        self._word = word
+        self._items: list[wire.Item] = []
+        self._sequence: dict[records.Key, int] = {}
+        self._said: dict[records.Key, set[Said]] = {}
+        self._progress: dict[records.Key, tuple[int, float]] = {}  # when, and how much, was said last
+        self._woken = asyncio.Event()
+        self._last_word: model.Word | None = None
+        self._word_ns = 0
+        self.on_settled: Callable[[model.InstanceId], None] = lambda _: None
+
+    def say(self, key: records.Key, event: Said, **fields: Any) -> None:
+        """Queue one fact."""
+        if event is not Said.PROGRESS:
+            self._said.setdefault(key, set()).add(event)
+        if event not in (Said.ACKNOWLEDGED, Said.INFO):
+            self._items = [item for item in self._items if not _overtaken(item, key)]
+        sequence = self._sequence[key] = self._sequence.get(key, 0) + 1
+        self._items.append(wire.Item(instance=key[0], epoch=key[1], seq=sequence, event=event, **fields))
+        self._woken.set()
+
+    def progress(self, key: records.Key, fraction: float) -> None:
+        """Say how far a preparation is, if that is news and not too soon."""
+        at_ns, before = self._progress.get(key, (0, 0.0))
+        now_ns = self._clock.boot_ns()
+        if now_ns - at_ns >= _PROGRESS_NS and fraction - before >= _PROGRESS_STEP:
+            self._progress[key] = (now_ns, fraction)
+            self.say(key, Said.PROGRESS, progress=fraction)
+
+    def said(self, key: records.Key) -> tuple[Said, ...]:
+        return tuple(sorted(self._said.get(key, ())))
+
+    def waits_for(self, instance: model.InstanceId) -> bool:
+        """Whether something about the instance is not settled yet."""
+        return any(item.instance == instance for item in self._items)
+
+    def forget(self, key: records.Key) -> None:
+        """Nothing more will be said of it. Its sequence numbers go on, should it come back."""
+        self._said.pop(key, None)
+        self._progress.pop(key, None)
+
+    def begin(self) -> None:
+        """A new session: everything is said again."""
+        self._items.clear()
+        self._sequence.clear()
+        self._said.clear()
+        self._progress.clear()
+        self._last_word = None
+        self._woken.set()
+
+    def changed(self) -> None:
+        """VMs or capacity may have changed: see whether the word has."""
+        self._woken.set()
+
+    async def run(self) -> None:
+        """Send what there is, for ever."""
+        pause_s = _RETRY_S
+        while True:
+            await self._session.good.wait()
+            try:
+                settled = await self._turn()
+            except session.SessionLost:
+                continue
+            except (errors.RemoteError, errors.Refused) as error:
+                _log.info("a report was not taken; it is sent again", error=str(error))
+                settled = False
+            pause_s = _RETRY_S if settled else min(2 * pause_s, _RETRY_LIMIT_S)
+            if not settled:
+                await asyncio.sleep(pause_s)
+
+    async def _turn(self) -> bool:
+        """Wait until something is to be sent, and send it. False when something remained unsettled."""
+        self._woken.clear()
+        word = self._due_word()
+        if not self._items and word is None:
+            silent_s = (self._clock.boot_ns() - self._session.sent_ns) / 1e9
+            if silent_s < self._session.heartbeat_s:
+                try:
+                    async with asyncio.timeout(self._pause_s(silent_s)):
+                        await self._woken.wait()
+                except TimeoutError:
+                    pass
+                return True
+        return await self._send(self._batch(), word)
+
+    def _pause_s(self, silent_s: float) -> float:
+        """Until the next heartbeat, or until a word that was held back may be sent."""
+        until_s = self._session.heartbeat_s - silent_s
+        return min(until_s, _WORD_LEAST_NS / 1e9) if self._stale_word() else until_s
+
+    async def _send(self, batch: Sequence[wire.Item], word: model.Word | None) -> bool:
+        number = self._session.count()
+        if word is not None:
+            word = msgspec.structs.replace(word, messages=number)
+        report = wire.Report(seen=self._session.seen, messages=number, items=tuple(batch), word=word)
+        answer = await self._session.call("report", wire.Reported, report)
+        self._session.learn(answer.seen)
+        if word is not None:
+            self._last_word, self._word_ns = _figureless(word), self._clock.boot_ns()
+        settled = [batch[index] for index in answer.settled if 0 <= index < len(batch)]
+        done = {id(item) for item in settled}
+        self._items = [item for item in self._items if id(item) not in done]
+        for instance in {item.instance for item in settled}:
+            self.on_settled(instance)
+        return len(settled) == len(batch)
+
+    def _batch(self) -> list[wire.Item]:
+        """The oldest items that fit one report, in their order."""
+        batch: list[wire.Item] = []
+        size = 0
+        for item in self._items[:_ITEMS]:
+            size += len(item.stdout) + len(item.stderr)
+            if batch and size > _BYTES:
+                break
+            batch.append(item)
+        return batch
+
+    def _stale_word(self) -> bool:
+        return self._last_word is None or _figureless(self._word()) != self._last_word
+
+    def _due_word(self) -> model.Word | None:
+        """The node's word, when it is news or 60 s old."""
+        age_ns = self._clock.boot_ns() - self._word_ns
+        if self._last_word is not None and age_ns < _WORD_LEAST_NS:
+            return None
+        return self._word() if age_ns >= _WORD_NS or self._stale_word() else None
+
+
+def _overtaken(item: wire.Item, key: records.Key) -> bool:
+    return item.event is Said.PROGRESS and (item.instance, item.epoch) == key
+
+
+def _figureless(word: model.Word) -> model.Word:
+    """The word without the figures that change all the time: those alone are worth no write (safety S26)."""
+    return msgspec.structs.replace(
+        word, messages=0, at_ns=0, free_disk_bytes=0, image_bytes=0, cpu_util=0.0, ram_util=0.0
+    )

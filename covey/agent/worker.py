@@ -1,0 +1,348 @@
+"""One worker per instance: it alone calls the hypervisor's verbs for the instance's VMs, one after the other.
+
+A turn: look at what is there, let `decide.convergence` name the next step, do it, look again. An order to destroy is
+entered as a durable tombstone by `told` before anything else happens; it cancels the step under way, the worker waits
+for that step to end, and only then removes the VM and says `gone` (safety S6).
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+
+import msgspec
+
+from covey import errors, model, observe, wire
+from covey.agent import hypervisor, parts, records, script, verbs
+from covey.decide import convergence
+
+Body = convergence.Body
+Do = convergence.Do
+Stage = convergence.Stage
+Said = wire.ReportEvent
+
+_BEGINNING = (Do.PREPARE, Do.ASK_LAUNCH, Do.START, Do.FOLLOW)  # what an order to destroy cuts short
+_PAUSE_S = 1.0  # after a step that could not be done
+_ASK_AGAIN_S = 2.0  # after a launch that was not granted
+
+_log = observe.log("agent")
+
+
+class Worker:
+    """`run` it as a task; it ends when nothing of the instance is here, wanted or unsaid."""
+
+    def __init__(self, shared: parts.Parts, instance: model.InstanceId) -> None:
+        self.instance = instance
+        self._parts = shared
+        self._verbs = verbs.Verbs(shared)
+        self._wants: tuple[wire.Wanted, ...] = ()
+        self._seen = wire.Seen()
+        self._woken = asyncio.Event()
+        self._bodies: dict[int, hypervisor.Vm] | None = None  # by epoch; None: look first
+        self._nonces: dict[int, tuple[int, str]] = {}  # epoch -> (session, nonce) of a launch asked for
+        self._grants: dict[int, verbs.Grant] = {}
+        self._step: convergence.Step | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._background: dict[int, asyncio.Task[None]] = {}
+        self._ask_after_ns = 0
+
+    def told(self, wants: tuple[wire.Wanted, ...], seen: wire.Seen) -> None:
+        """A new answer; an order to destroy in it is on disk when this returns. Never called while on hold."""
+        if wants == self._wants:
+            return
+        self._wants, self._seen = wants, seen
+        for want in wants:
+            if want.verb is wire.Verb.DESTROY and want.decision is not None:
+                self._bury(want, want.decision)
+        self.wake()
+
+    def wake(self) -> None:
+        """Something about the instance may have changed."""
+        self._woken.set()
+
+    async def run(self) -> None:
+        try:
+            while True:
+                self._woken.clear()
+                step = await self._next()
+                if step is not None:
+                    await self._carry_out(step)
+                elif self._over():
+                    return
+                else:
+                    await self._rest()
+        finally:
+            await self._end_tasks([*self._background.values(), *([self._task] if self._task else [])])
+
+    async def _rest(self) -> None:
+        """Until something may have changed: told, seen by a look, or, where one must ask oneself, after a while."""
+        waits = self._ask_after_ns > self._parts.clock.boot_ns() or any(_addressless(one) for one in self._here())
+        limit_s = _ASK_AGAIN_S if waits else None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._woken.wait()
+        self._bodies = None
+
+    # ---- deciding --------------------------------------------------------------------------------------------------
+
+    async def _next(self) -> convergence.Step | None:
+        """The first step that does something; None: nothing to do now."""
+        if self._bodies is None:
+            found = await self._parts.look.fresh()
+            self._bodies = {epoch: vm for (owner, epoch), vm in found.items() if owner == self.instance}
+        tombstone = self._parts.records.tombstone(self.instance)
+        self._run_scripts()
+        await self._learn_addresses()
+        steps = convergence.converge(
+            self._wants,
+            self._locals(self._bodies),
+            [] if tombstone is None else [tombstone.grave()],
+            cloud=self._parts.session.cloud,
+            hold=not self._parts.session.may_act,
+        )
+        return next((step for step in steps if step.do is not Do.NOTHING and not self._too_soon(step)), None)
+
+    def _too_soon(self, step: convergence.Step) -> bool:
+        return step.do is Do.ASK_LAUNCH and self._parts.clock.boot_ns() < self._ask_after_ns
+
+    def _locals(self, bodies: Mapping[int, hypervisor.Vm]) -> list[convergence.Local]:
+        known = {record.epoch: record for record in self._parts.records.of(self.instance)}
+        return [
+            self._local(epoch, known.get(epoch), bodies.get(epoch)) for epoch in sorted(known.keys() | bodies.keys())
+        ]
+
+    def _local(self, epoch: int, record: records.Record | None, vm: hypervisor.Vm | None) -> convergence.Local:
+        counter = self._parts.session.counter
+        asked = self._nonces.get(epoch)
+        grant = self._grants.get(epoch)
+        return convergence.Local(
+            instance=self.instance,
+            epoch=epoch,
+            cloud=vm.cloud if vm is not None else record.cloud if record is not None else "",
+            stage=Stage.ACCEPTED if record is None else record.stage,
+            body=Body.ABSENT if vm is None else Body(vm.phase.value),
+            asked=asked is not None and asked[0] == counter,
+            granted=grant is not None and grant.session == counter,
+            after=convergence.After.KEEP if record is None else record.after,
+            said=self._parts.outbox.said((self.instance, epoch)),
+        )
+
+    def _over(self) -> bool:
+        """Nothing wanted, nothing here, nothing unsaid: what is on record is of no use to anybody any more."""
+        if self._wants or self._bodies or self._parts.outbox.waits_for(self.instance):
+            return False
+        if not self._parts.session.may_act:
+            return False
+        for record in self._parts.records.of(self.instance):
+            self._parts.records.forget(record.key)
+            self._parts.outbox.forget(record.key)
+            self._parts.images.release(verbs.holder_of(record.key))
+        return True
+
+    # ---- doing -----------------------------------------------------------------------------------------------------
+
+    async def _carry_out(self, step: convergence.Step) -> None:
+        """One step as a task of its own, so that an order to destroy can cut it short and then wait for its end."""
+        if step.do is not Do.REPORT:
+            _log.info("next step", step=str(step.do), instance=step.instance, epoch=step.epoch, why=step.why)
+        self._step = step
+        self._task = asyncio.create_task(self._do(step))
+        await asyncio.wait({self._task})
+        done, self._task, self._step = self._task, None, None
+        if done.cancelled():
+            self._bodies = None
+            return
+        error = done.exception()
+        if error is None:
+            return
+        self._bodies = None
+        if not isinstance(error, errors.CoveyError | OSError):
+            raise error
+        _log.error(
+            "a step could not be done; it is tried again", step=str(step.do), instance=self.instance, error=str(error)
+        )
+        await asyncio.sleep(_PAUSE_S)
+
+    async def _do(self, step: convergence.Step) -> None:
+        key = (self.instance, step.epoch)
+        if step.do is Do.REPORT and step.event is not None:
+            self._report(key, step.event)
+        elif step.do is Do.DESTROY and step.decision is not None:
+            await self._destroy(key, step.decision)
+        elif step.do is Do.FAIL:
+            self._fail(key, step.why)
+        else:
+            record = self._record(step.epoch)
+            if record is None:
+                raise errors.HypervisorError(f"{step.do}: nothing is known of epoch {step.epoch}")
+            await self._on_record(step.do, record)
+
+    async def _on_record(self, do: Do, record: records.Record) -> None:
+        if do is Do.PREPARE:
+            self._parts.records.save(record)
+            want = self._want(record.epoch)
+            after = await self._verbs.prepare(record, acknowledged=want is not None and want.acknowledged)
+            self._stands(after, Body.PREPARED if after.stage is Stage.ACCEPTED else Body.ABSENT)
+        elif do is Do.ASK_LAUNCH:
+            await self._ask_launch(record)
+        elif do is Do.START:
+            await self._start(record)
+        elif do is Do.FOLLOW:
+            after = await self._verbs.follow(record, self._woken)
+            if after.stage is not Stage.BOOTED:
+                self._bodies = None
+        elif do is Do.STOP:
+            await self._end_script(record.epoch)
+            after = await self._verbs.stop(record)
+            self._bodies = None
+
+    async def _ask_launch(self, record: records.Record) -> None:
+        counter = self._parts.session.counter
+        known = self._nonces.get(record.epoch)
+        nonce = known[1] if known is not None and known[0] == counter else self._parts.clock.token()
+        self._nonces[record.epoch] = (counter, nonce)
+        grant = await self._verbs.ask_launch(record, nonce)
+        if grant is not None:
+            self._grants[record.epoch] = grant
+        else:
+            self._nonces.pop(record.epoch, None)
+            self._ask_after_ns = self._parts.clock.boot_ns() + round(_ASK_AGAIN_S * 1e9)
+
+    async def _start(self, record: records.Record) -> None:
+        grant = self._grants[record.epoch]
+        if not self._verbs.still_fresh(grant):
+            del self._grants[record.epoch]  # asked for again, with the same nonce: the same request
+            return
+        after = await self._verbs.start(record, grant)
+        del self._grants[record.epoch]
+        if after is None:
+            return
+        self._nonces.pop(record.epoch, None)
+        if after.stage is Stage.LAUNCHED:
+            self._stands(after, Body.RUNNING)
+        else:
+            self._bodies = None
+
+    async def _destroy(self, key: records.Key, decision: model.Decision) -> None:
+        await self._end_script(key[1])
+        await self._verbs.destroy(key)
+        _log.info("a VM was destroyed", instance=key[0], epoch=key[1], who=decision.who, why=decision.why)
+        if decision.who != convergence.SCRIPT_HANDLER:
+            self._parts.records.forget(key)
+        if self._bodies is not None:
+            self._bodies.pop(key[1], None)
+        self._parts.outbox.say(key, Said.GONE)
+        self._parts.changed()
+
+    def _fail(self, key: records.Key, why: str) -> None:
+        record = self._record(key[1])
+        vm = (self._bodies or {}).get(key[1])
+        told = f"{why}: {vm.why}" if vm is not None and vm.why else why
+        if record is None:
+            self._parts.outbox.say(key, Said.FAILED, message=told)
+            return
+        info = None if record.vm is None else msgspec.structs.replace(record.vm, status="stopped")
+        record = msgspec.structs.replace(record, stage=Stage.FAILED, message=told, vm=info)
+        self._parts.records.save_if_possible(record)
+
+    def _report(self, key: records.Key, event: Said) -> None:
+        record = self._parts.records.get(key)
+        if event is Said.GONE:
+            self._parts.images.release(verbs.holder_of(key))
+        if record is None or event is Said.GONE:
+            self._parts.outbox.say(key, event)
+            return
+        self._parts.outbox.say(
+            key,
+            event,
+            message=record.message,
+            vm=record.vm,
+            script=record.result,
+            stdout=record.stdout if event is not Said.STOPPED else "",
+            stderr=record.stderr if event is not Said.STOPPED else "",
+        )
+
+    # ---- what is known ---------------------------------------------------------------------------------------------
+
+    def _want(self, epoch: int) -> wire.Wanted | None:
+        return next((want for want in self._wants if want.epoch == epoch), None)
+
+    def _record(self, epoch: int) -> records.Record | None:
+        """The record, or one made of the answer: of a new placement, or of a VM found running whose record is lost."""
+        record = self._parts.records.get((self.instance, epoch))
+        want = self._want(epoch)
+        if record is not None or want is None or want.spec is None:
+            return record
+        found = (self._bodies or {}).get(epoch)
+        return records.Record(
+            instance=self.instance,
+            epoch=epoch,
+            cloud=self._parts.session.cloud,
+            seen=self._seen,
+            spec=want.spec,
+            vm_name=want.vm_name,
+            stage=Stage.LAUNCHED if found is not None and found.phase is hypervisor.Phase.RUNNING else Stage.ACCEPTED,
+        )
+
+    def _stands(self, record: records.Record, body: Body) -> None:
+        """What the step that just ended has made of the VM: saves a look."""
+        if self._bodies is None:
+            return
+        if body is Body.ABSENT:
+            self._bodies.pop(record.epoch, None)
+            return
+        self._bodies[record.epoch] = hypervisor.Vm(
+            instance=record.instance, epoch=record.epoch, phase=hypervisor.Phase(body.value), cloud=record.cloud
+        )
+        self._parts.changed()
+
+    def _bury(self, want: wire.Wanted, decision: model.Decision) -> None:
+        self._parts.records.bury(
+            records.Tombstone(
+                instance=self.instance,
+                epoch=want.epoch,
+                decision=decision,
+                seen=self._seen,
+                at_ns=self._parts.clock.wall_ns(),
+            )
+        )
+        step, task = self._step, self._task
+        if step is not None and task is not None and step.epoch <= want.epoch and step.do in _BEGINNING:
+            task.cancel()
+
+    def _here(self) -> list[records.Record]:
+        """Records of VMs that run."""
+        running = [epoch for epoch, vm in (self._bodies or {}).items() if vm.phase is hypervisor.Phase.RUNNING]
+        return [record for record in self._parts.records.of(self.instance) if record.epoch in running]
+
+    async def _learn_addresses(self) -> None:
+        """A guest may get its address after it booted: that is told when it comes."""
+        for record in filter(_addressless, self._here()):
+            with contextlib.suppress(errors.HypervisorError):
+                vm = await self._parts.driver.info(*record.key)
+                if vm is not None and vm.ip:
+                    self._parts.records.save_if_possible(msgspec.structs.replace(record, vm=vm))
+                    self._parts.outbox.say(record.key, Said.INFO, vm=vm)
+
+    # ---- unmonitored scripts ---------------------------------------------------------------------------------------
+
+    def _run_scripts(self) -> None:
+        """A booted VM's unmonitored script runs beside everything else; after a restart its run is followed again."""
+        for record in self._here():
+            due = record.stage is Stage.BOOTED and script.due_in_background(record)
+            if due and record.epoch not in self._background:
+                self._background[record.epoch] = asyncio.create_task(self._verbs.run_in_background(record))
+
+    async def _end_script(self, epoch: int) -> None:
+        task = self._background.pop(epoch, None)
+        if task is not None:
+            await self._end_tasks([task])
+
+    async def _end_tasks(self, tasks: list[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+def _addressless(record: records.Record) -> bool:
+    return record.stage is Stage.BOOTED and record.vm is not None and not record.vm.ip
