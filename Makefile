@@ -21,8 +21,8 @@ test: setup ## everything CI checks; one part: make test ARGS=unit
 check: setup ## style, types, layers, documentation (no tests)
 	@$(RUN) scripts/test.py check
 
-sim: setup ## the simulated cloud over fresh seeds: make sim SEEDS=500
-	@COVEY_SIM_SEEDS="$(or $(SEEDS),200)" $(RUN) scripts/test.py sim
+sim: setup ## the simulated cloud over fresh seeds: make sim SEEDS=500 (FIRST=7 begins at a certain one)
+	@$(RUN) -m tests.sim --seeds $(or $(SEEDS),200) --first $(or $(FIRST),$$(date +%s))
 
 bench: setup ## starts a second, latency, memory; prints tables: make bench ARGS=--quick
 	@$(RUN) -m bench.starts $(ARGS)
