@@ -80,7 +80,7 @@ def check_layer(
 
 
 def check_chain(layers: Sequence[Path], titles: Sequence[str] = ()) -> Header:
-    """Check layers, base first, and answer with the header of the top one. `titles`: their names, when they are known."""
+    """Check layers, base first; answers with the top one's header. `titles`: the layers' names, when they are known."""
     if not layers:
         raise errors.Refused("disk layers: none given; a template needs at least one qcow2 layer")
     header = None
