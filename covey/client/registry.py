@@ -30,16 +30,17 @@ _READ = 1 << 20
 _PIECE = 512 << 20  # one PATCH: bounds what a killed server loses; a file of one piece is published without a copy
 _PAUSE_S = 0.1  # after a failed try, doubled with each one in a row
 _PAUSE_LIMIT_S = 2.0
-_STALL_S = 30.0  # a peer that sends or takes nothing for so long is left
 _SLOW_DISK = 20e6  # bytes/s that a server can at least make durable
 
 
 class Registry:
     """One registry, reached by one or several URLs of equal servers."""
 
-    def __init__(self, endpoints: http.Endpoints, *, patience_s: float = 15.0) -> None:
+    def __init__(self, endpoints: http.Endpoints, *, patience_s: float = 15.0, stall_s: float = 30.0) -> None:
+        """`stall_s`: a peer that sends or takes nothing for so long is left."""
         self._http = endpoints
         self._patience_s = patience_s
+        self._stall_s = stall_s
 
     # ---- template views --------------------------------------------------------------------------------------------
 
@@ -210,7 +211,7 @@ class Registry:
             "Content-Length": str(length),
             "Content-Range": f"{start}-{start + length - 1}",
         }
-        stall_s = _STALL_S + length / _SLOW_DISK  # at the end the server makes the piece durable
+        stall_s = self._stall_s + length / _SLOW_DISK  # at the end the server makes the piece durable
         loop = asyncio.get_running_loop()
         with self._limit(f"PATCH {upload.location}", stall_s) as limit:
 
@@ -251,7 +252,7 @@ class Registry:
         answers: list[tuple[Mapping[str, str], bytes]] = []
 
         async def once() -> None:
-            with self._limit(f"{method} {path}", _STALL_S + work_s) as limit:
+            with self._limit(f"{method} {path}", self._stall_s + work_s) as limit:
                 async with limit, self._open(method, path, data=data, headers=headers) as answer:
                     with _as_remote(answer.url):
                         answers.append((answer.headers, await answer.read()))
@@ -274,7 +275,7 @@ class Registry:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """One request, at the next server when one cannot be reached or is going down. An error status is raised as
         our own fault. The caller sees to it that it ends: only a silent download is left by itself."""
-        stall_s = _STALL_S if method == "GET" else None
+        stall_s = self._stall_s if method == "GET" else None
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=2.0, sock_read=stall_s)
         failures: list[str] = []
         for _ in self._http.urls:

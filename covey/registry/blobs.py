@@ -1,6 +1,7 @@
 """Where a registry keeps its bytes: two small Protocols, and the layout on disk.
 
     BASE_PATH/
+    ├── format                                   the number of this layout: a server refuses a newer one
     ├── blobs/sha256/<2 hex>/<64 hex>            a finished blob or manifest, read-only, named by its content
     ├── repositories/<name>/
     │   ├── _log/<10 digits>                     numbered entries: push, tag, delete, revert; dense, never rewritten
@@ -30,6 +31,8 @@ from pathlib import Path
 from typing import NewType, Protocol
 
 from covey import errors, model
+
+FORMAT = 1
 
 SessionId = NewType("SessionId", str)  # 32 hexadecimal digits
 

@@ -205,6 +205,18 @@ class Catalog:
 
         await self._enter(repository, decide)
 
+    async def revert(self, template: str, number: int) -> None:
+        """Take back version `number` of a template and all newer ones; with the first one goes the template, for ever.
+        Raises Missing."""
+
+        def decide(fold: views.Repository) -> views.Entry | None:
+            entry = views.decide_revert(fold, number, id=self._world.token(), now_s=self._now_s())
+            if entry is None:
+                raise Missing("Not found")
+            return entry
+
+        await self._enter(oci.repository_of(template), decide)
+
     async def _enter(
         self, repository: str, decide: Callable[[views.Repository], views.Entry | None]
     ) -> tuple[views.Repository, views.Entry | None]:

@@ -22,7 +22,7 @@ from typing import ParamSpec, TypeVar
 
 import msgspec
 
-from covey import failpoint, model, world
+from covey import errors, failpoint, model, world
 from covey.registry import blobs, durable
 
 P = ParamSpec("P")
@@ -53,8 +53,24 @@ class Disk:
         self._blobs = base / "blobs" / "sha256"
         self._uploads = base / "uploads"
         self._aside = base / "aside"
-        for folder in (self._blobs, self._uploads, self._aside):
-            durable.make_dirs(folder, fsync=fsync)
+        try:
+            for folder in (self._blobs, self._uploads, self._aside):
+                durable.make_dirs(folder, fsync=fsync)
+            self._check_format()
+        except OSError as error:
+            raise errors.SettingError(f"BASE_PATH {base} cannot hold a registry: {error.strerror}") from error
+
+    def _check_format(self) -> None:
+        """Mark a new storage with the number of its layout; refuse one that a newer server has raised."""
+        marker, aside = self._base / "format", self._aside / self._world.token()
+        if not marker.exists():
+            durable.write_new(aside, str(blobs.FORMAT).encode(), fsync=self._fsync)
+            durable.link_new(aside, marker, fsync=self._fsync)
+            durable.discard(aside)
+        found = marker.read_text().strip()
+        if found != str(blobs.FORMAT):
+            text = f"BASE_PATH {self._base} has format {found}, this server knows {blobs.FORMAT}; use a newer Covey"
+            raise errors.SettingError(text)
 
     def close(self) -> None:
         self._threads.shutdown(wait=True)

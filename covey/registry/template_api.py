@@ -1,12 +1,14 @@
 """The template views in the API's envelope: what the repositories hold, as the product's clients read it.
 
-    GET  /registry/status                       version, space
-    GET  /registry/vm[?id=]                     [{id: name}, …]; one template with its versions
-    GET  /registry/v2/vm[?id=]                  [template, …]; one template with its versions
-    POST /registry/v2/vm {name}                 the id that holds this name, a fresh one for a new name
-    GET  /registry/vm/info?id=&tag=&version=    one version; neither tag nor version: the newest
-    GET  /registry/disk                         total and free bytes
-    GET  /livez, /readyz                        200; readyz says in its body when the disk is full
+    GET    /registry/status                       version, space
+    GET    /registry/vm[?id=]                     [{id: name}, …]; one template with its versions
+    GET    /registry/v2/vm[?id=]                  [template, …]; one template with its versions
+    POST   /registry/v2/vm {name}                 the id that holds this name, a fresh one for a new name
+    GET    /registry/vm/info?id=&tag=&version=    one version; neither tag nor version: the newest
+    DELETE /registry/vm?id=                       the whole template
+    DELETE /registry/revert?id= {tag, version}    one version and all newer ones; neither: the newest
+    GET    /registry/disk                         total and free bytes
+    GET    /livez, /readyz                        200; readyz says in its body when the disk is full
 
 `id` may be a template's name everywhere. An unknown one is 200 + FAIL ``Not found``; an unknown tag is
 ``No such tag <tag>``, which clients compare.
@@ -14,10 +16,19 @@
 
 from collections.abc import Sequence
 
+import msgspec
+
 import covey
 from covey import errors, model, serve
 from covey.client import oci
 from covey.registry import catalog, views
+
+
+class _Revert(msgspec.Struct):
+    """The body of a revert."""
+
+    tag: str = ""
+    version: int | None = None
 
 
 class TemplateApi:
@@ -33,6 +44,8 @@ class TemplateApi:
             serve.Route("GET", "/registry/v2/vm", self.list_v2),
             serve.Route("POST", "/registry/v2/vm", self.hold_name),
             serve.Route("GET", "/registry/vm/info", self.info),
+            serve.Route("DELETE", "/registry/vm", self.delete),
+            serve.Route("DELETE", "/registry/revert", self.revert),
             serve.Route("GET", "/registry/disk", self.disk),
             serve.Route("GET", "/livez", self.live),
             serve.Route("GET", "/readyz", self.ready),
@@ -79,6 +92,16 @@ class TemplateApi:
             name=found.release.name,
             **{field: getattr(view, field) for field in view.__struct_fields__},
         )
+
+    async def delete(self, call: serve.Call) -> None:
+        template = await self._catalog.template(call.query.get("id", ""))
+        await self._catalog.revert(_id(template), template.versions[0].number)
+
+    async def revert(self, call: serve.Call) -> None:
+        template = await self._catalog.template(call.query.get("id", ""))
+        ask = serve.parse(await call.read() or b"{}", _Revert)
+        found = _pick(template, ask.tag, "" if ask.version is None else str(ask.version))
+        await self._catalog.revert(_id(template), found.number)
 
     async def disk(self, _call: serve.Call) -> oci.DiskView:
         space = await self._catalog.blobs.space()

@@ -131,10 +131,10 @@ async def serving(base: Path, *, reserved_bytes: int = 0, grace_s: float = 2.0) 
 
 
 @contextlib.asynccontextmanager
-async def talking(*servers: Server, patience_s: float = 15.0) -> AsyncIterator[client.Registry]:
+async def talking(*servers: Server, patience_s: float = 15.0, stall_s: float = 30.0) -> AsyncIterator[client.Registry]:
     """The client under test. Little patience: for a server that will not come back."""
     async with http.Endpoints([server.url for server in servers]) as endpoints:
-        yield client.Registry(endpoints, patience_s=patience_s)
+        yield client.Registry(endpoints, patience_s=patience_s, stall_s=stall_s)
 
 
 class Process(Server):

@@ -116,3 +116,22 @@ async def test_the_client_goes_on_when_a_server_dies_under_its_pull(pair: Pair, 
         pulled = await templates.pull_template(remote, "mac", tmp_path / "out", progress=kill_once)
         assert await pair[0].ended() == -signal.SIGKILL
     assert pulled.files[0].read_bytes() == CONTENT * 10
+
+
+async def test_the_client_leaves_a_server_that_is_frozen(pair: Pair, tmp_path: Path) -> None:
+    path = layer(tmp_path, CONTENT * 10)
+    async with registry.talking(*pair, stall_s=1.0) as remote:
+        frozen = False
+
+        def freeze_once(_title: str, done: int, _size: int) -> None:
+            nonlocal frozen
+            if not frozen and done > len(CONTENT):
+                pair[0].send(signal.SIGSTOP)
+                frozen = True
+
+        await templates.push_template(remote, "mac", "v1", [path], arch=model.Arch.AMD64, progress=freeze_once)
+        pair[0].send(signal.SIGCONT)
+        frozen = False
+        pulled = await templates.pull_template(remote, "mac", tmp_path / "out", progress=freeze_once)
+        pair[0].send(signal.SIGCONT)
+    assert pulled.files[0].read_bytes() == CONTENT * 10

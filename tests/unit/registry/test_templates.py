@@ -296,6 +296,52 @@ async def test_a_deleted_template_is_gone_and_its_name_is_free(
     assert (await remote.resolve("mac")).id == second.template
 
 
+async def command(server: registry.Server, path: str, body: object = None) -> str:
+    """DELETE in the envelope: the message, "" when it was done."""
+    content = None if body is None else json.dumps(body).encode()
+    status, _, answer = await server.call("DELETE", path, content)
+    assert status == 200
+    return str(json.loads(answer)["message"])
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [(None, [0, 1]), ({"tag": "v1"}, [0]), ({"version": 1}, [0]), ({"version": 0}, []), ({"tag": "v0"}, [])],
+)
+async def test_revert_takes_a_version_and_all_newer_ones(
+    server: registry.Server, remote: client.Registry, files: Mapping[str, Path], body: object, left: list[int]
+) -> None:
+    for number in range(3):
+        template = (await push(remote, f"v{number}", files["base.img"])).template
+    assert await command(server, f"/registry/revert?id={template}", body) == ""
+    listed = await remote.templates()
+    assert [item.id for item in listed] == ([template] if left else [])
+    if left:
+        assert [version.number for version in (await remote.template("mac")).versions] == left
+        assert (await push(remote, "v9", files["base.img"])).version == 3
+
+
+async def test_a_template_is_deleted_whole(
+    server: registry.Server, remote: client.Registry, files: Mapping[str, Path]
+) -> None:
+    await push(remote, "v0", files["base.img"])
+    template = (await push(remote, "v1", files["more.qcow2"])).template
+    assert await command(server, f"/registry/vm?id={template}") == ""
+    assert await remote.templates() == []
+    assert await command(server, f"/registry/vm?id={template}") == "Not found"
+    assert await command(server, f"/registry/revert?id={template}", {"tag": "v0"}) == "Not found"
+
+
+async def test_what_cannot_be_reverted(
+    server: registry.Server, remote: client.Registry, files: Mapping[str, Path]
+) -> None:
+    template = (await push(remote, "v0", files["base.img"])).template
+    assert await command(server, f"/registry/revert?id={template}", {"tag": "nope"}) == "No such tag nope"
+    assert await command(server, f"/registry/revert?id={template}", {"version": 5}) == "No such version 5"
+    assert await command(server, "/registry/revert") == "Not found"
+    assert len((await remote.template("mac")).versions) == 1
+
+
 async def test_a_new_name_pushed_twice_at_once_is_one_template(
     remote: client.Registry, files: Mapping[str, Path]
 ) -> None:
