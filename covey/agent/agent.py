@@ -34,6 +34,7 @@ class Config(model.Noun, frozen=True, kw_only=True):
     """One node. `data_dir` empty: nothing survives this process (synthetic nodes in numbers)."""
 
     data_dir: str = ""
+    sync: bool = True  # False: what is on disk survives this process, not the host
     name: str = ""  # "": the host's
     ip: str = ""  # "": as the hypervisor's facts say; "" there too: as the controller sees it
     max_vms: int = 0  # 0: judged by the host
@@ -60,7 +61,7 @@ class Agent:
         self._driver = driver
         self._images = cache
         self._use = use
-        self._records = records.Records(data)
+        self._records = records.Records(data, sync=config.sync)
         self._records.load(clock.wall_ns())
         self.session = session.Session(identity.File(data, clock), endpoints, clock)
         self.session.acted_on(self._records.newest_seen(self.session.seen.history))
@@ -91,6 +92,11 @@ class Agent:
     def wake(self) -> None:
         """A VM may have changed by itself: the hypervisor's `Wake`."""
         self._changed.set()
+
+    async def check(self) -> None:
+        """Raises HypervisorError, with the remedy, when this host has never been a node and cannot run VMs."""
+        if not self.session.node:
+            await self._driver.facts()
 
     async def run(self) -> None:
         """For ever; end it by cancelling. VMs run on."""
@@ -126,8 +132,6 @@ class Agent:
                 _log.error("the cloud refuses this node", error=str(error))
                 pause_s = _REFUSED_PAUSE_S
             except errors.HypervisorError as error:
-                if not self.session.node:
-                    raise  # never was a node: the operator is looking on
                 _log.error("this host cannot run VMs now", error=str(error))
                 pause_s = _REFUSED_PAUSE_S
             except errors.RemoteError as error:

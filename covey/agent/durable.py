@@ -18,20 +18,23 @@ T = TypeVar("T")
 _log = observe.log("agent")
 
 
-def write(path: Path, value: msgspec.Struct, *, mode: int = 0o600) -> None:
-    """Replace `path` by `value` as JSON; durable when it returns. Raises OSError (disk full)."""
+def write(path: Path, value: msgspec.Struct, *, mode: int = 0o600, sync: bool = True) -> None:
+    """Replace `path` by `value` as JSON; durable when it returns. Raises OSError (disk full). Without `sync` it
+    survives this process, but not the host."""
     aside = path.with_name(path.name + ".tmp")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(msgspec.json.encode(value))
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         aside.rename(path)
     except OSError:
         aside.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    if sync:
+        sync_directory(path.parent)
 
 
 def read(path: Path, kind: type[T]) -> T | None:
@@ -49,11 +52,12 @@ def read(path: Path, kind: type[T]) -> T | None:
         return None
 
 
-def remove(path: Path) -> None:
+def remove(path: Path, *, sync: bool = True) -> None:
     """Remove `path` durably; harmless when it is not there."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
-        sync_directory(path.parent)
+        if sync:
+            sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:

@@ -1,7 +1,6 @@
 """What an agent must still know after a crash: a record per VM, and tombstones.
 
     <data>/
-    ├── lock                             flock: one agent per data directory (kept by `lock`)
     ├── node.json                        who this node is (agent.identity)
     ├── records/<instance>.<epoch>.json  Record: written before each act that could not be guessed afterwards
     ├── tombstones/<instance>.json       Tombstone: ordered destroyed; kept 30 days (safety S19)
@@ -9,15 +8,14 @@
     └── images/                          the image cache's (agent.images)
 
 A record carries the history and revision of the answer it acts on, so both are on disk before the act (safety S2).
-A record is removed after its VM is; a tombstone outlives both. Without a directory all of it is kept in memory: for
-synthetic nodes that need not survive.
+A record is removed after its VM is; a tombstone outlives both. The caller sees to it that one agent at a time uses a
+directory. Without a directory all is kept in memory, and without `sync` it survives the process but not the host: both
+are for synthetic nodes, whose VMs do no better.
 """
 
-import fcntl
-import os
 from pathlib import Path
 
-from covey import errors, model, observe, wire
+from covey import model, observe, wire
 from covey.agent import durable
 from covey.decide import convergence
 
@@ -68,7 +66,8 @@ class Tombstone(model.Noun, frozen=True, kw_only=True):
 class Records:
     """All records and tombstones of one node, in memory and, given a directory, on disk."""
 
-    def __init__(self, data: Path | None) -> None:
+    def __init__(self, data: Path | None, *, sync: bool = True) -> None:
+        self._sync = sync
         self._records_dir = None if data is None else data / "records"
         self._tombstones_dir = None if data is None else data / "tombstones"
         self._records: dict[Key, Record] = {}
@@ -95,7 +94,7 @@ class Records:
     def save(self, record: Record) -> None:
         """Durable when it returns."""
         if self._records_dir is not None:
-            durable.write(self._records_dir / f"{record.instance}.{record.epoch}.json", record)
+            durable.write(self._records_dir / f"{record.instance}.{record.epoch}.json", record, sync=self._sync)
         self._records[record.key] = record
 
     def save_if_possible(self, record: Record) -> None:
@@ -109,7 +108,7 @@ class Records:
     def forget(self, key: Key) -> None:
         """The VM is gone and nobody asks for it any more. Harmless when unknown."""
         if self._records.pop(key, None) is not None and self._records_dir is not None:
-            durable.remove(self._records_dir / f"{key[0]}.{key[1]}.json")
+            durable.remove(self._records_dir / f"{key[0]}.{key[1]}.json", sync=self._sync)
 
     def bury(self, tombstone: Tombstone) -> None:
         """Durable when it returns; an older order never replaces a newer one.
@@ -122,7 +121,7 @@ class Records:
         self._tombstones[tombstone.instance] = tombstone
         if self._tombstones_dir is not None:
             try:
-                durable.write(self._tombstones_dir / f"{tombstone.instance}.json", tombstone)
+                durable.write(self._tombstones_dir / f"{tombstone.instance}.json", tombstone, sync=self._sync)
             except OSError as error:
                 _log.error("a tombstone could not be written", instance=tombstone.instance, error=str(error))
 
@@ -146,17 +145,3 @@ class Records:
         acts = [record.seen for record in self._records.values()]
         acts += [tombstone.seen for tombstone in self._tombstones.values()]
         return max((seen.revision for seen in acts if seen.history == history), default=0)
-
-
-def lock(data: Path) -> int:
-    """Take the data directory for this process; the descriptor holds it until closed or the process ends.
-
-    Two agents on one directory would each believe that nobody else starts its VMs. Raises SettingError."""
-    data.mkdir(parents=True, exist_ok=True, mode=0o711)
-    descriptor = os.open(data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise errors.SettingError(f"DATA_DIR {data} is in use by another agent; stop it or name another one") from error
-    return descriptor

@@ -1,0 +1,146 @@
+"""The agent program: the composition root of one node, or of many synthetic ones in one process.
+
+    start   take the data directory's parts, begin to join; nothing here waits for a controller
+    ended   the one reason why an agent ends by itself: this host cannot run VMs, and never was a node
+    stop    let go of everything; VMs run on
+
+Below the agent's directory are node.json, records/, tombstones/ (`agent.records`), vms/ (the hypervisor's) and images/;
+of many nodes each has a directory of its own, node-001 and so on.
+"""
+
+import asyncio
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+from covey import errors, settings, world
+from covey.agent import agent, host, hypervisor, images, qemu, synthetic
+from covey.client import http, registry
+
+
+class Program:
+    """start → (work by itself) → stop. `folder` None: nothing is kept (synthetic nodes in numbers)."""
+
+    def __init__(
+        self, chosen: settings.Agent, clock: world.World, folder: Path | None, *, explicit: bool = False
+    ) -> None:
+        self._chosen = chosen
+        self._clock = clock
+        self._folder = folder
+        self._explicit = explicit
+        self._controllers = http.Endpoints(chosen.controllers)
+        self._registries: list[http.Endpoints] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin. Raises SettingError for a directory that cannot be used."""
+        for one in self._agents():
+            self._tasks.append(asyncio.create_task(one.run()))
+
+    async def ended(self) -> None:
+        """Wait until an agent ended by itself, and raise why."""
+        if not self._tasks:
+            return
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        error = done.pop().exception()
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        if error is not None:
+            raise error
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for endpoints in (self._controllers, *self._registries):
+            await endpoints.close()
+
+    # ---- putting together ------------------------------------------------------------------------------------------
+
+    def _agents(self) -> Iterator[agent.Agent]:
+        if not self._chosen.nodes:
+            if self._folder is None:
+                raise errors.SettingError("an agent needs a data directory")
+            yield self._one(self._folder)
+            return
+        width = max(3, len(str(self._chosen.nodes)))
+        for number in range(1, self._chosen.nodes + 1):
+            name = f"{self._chosen.node_name or 'synthetic'}-{number:0{width}}"
+            yield self._one_of_many(name, None if self._folder is None else self._folder / f"node-{number:0{width}}")
+
+    def _one(self, folder: Path) -> agent.Agent:
+        """This host as a node, with templates really pulled."""
+        chosen = self._chosen
+        folder.mkdir(parents=True, exist_ok=True, mode=0o711)
+        wakes = _Wakes()
+        driver: hypervisor.Hypervisor
+        if chosen.hypervisor == "synthetic":
+            driver = synthetic.Synthetic(self._clock, _knobs(chosen), root=folder / "vms", wake=wakes)
+        else:
+            config = qemu.Config(
+                root=folder / "vms",
+                host_ip=chosen.node_ip,
+                node_name=chosen.node_name,
+                slots=chosen.max_vms,
+                accel=chosen.qemu_accel,
+                first_user=chosen.qemu_first_user,
+            )
+            driver = qemu.Qemu(config, self._clock, wake=wakes)
+        cache = images.Cache(folder / "images", self._connect)
+        made = agent.Agent(
+            self._config(chosen.node_name or platform.node(), folder),
+            self._clock,
+            driver,
+            cache,
+            self._controllers,
+            use=host.use,
+        )
+        wakes.agent = made
+        return made
+
+    def _one_of_many(self, name: str, folder: Path | None) -> agent.Agent:
+        """A node that pulls nothing: hundreds of them fit into one process."""
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o711)
+        wakes = _Wakes()
+        vms = None if folder is None else folder / "vms"
+        driver = synthetic.Synthetic(self._clock, _knobs(self._chosen), root=vms, wake=wakes)
+        cache = synthetic.Images(self._chosen.pull_s)
+        made = agent.Agent(self._config(name, folder), self._clock, driver, cache, self._controllers)
+        wakes.agent = made
+        return made
+
+    def _config(self, name: str, folder: Path | None) -> agent.Config:
+        return agent.Config(
+            data_dir="" if folder is None else str(folder),
+            name=name,
+            ip=self._chosen.node_ip,
+            max_vms=self._chosen.max_vms,
+            explicit=self._explicit,
+        )
+
+    def _connect(self, urls: tuple[str, ...]) -> images.Source:
+        endpoints = http.Endpoints(urls, timeout_s=30)
+        self._registries.append(endpoints)
+        return registry.Registry(endpoints)
+
+
+class _Wakes:
+    """A hypervisor is made before the agent that it wakes."""
+
+    def __init__(self) -> None:
+        self.agent: agent.Agent | None = None
+
+    def __call__(self) -> None:
+        if self.agent is not None:
+            self.agent.wake()
+
+
+def _knobs(chosen: settings.Agent) -> synthetic.Knobs:
+    return synthetic.Knobs(
+        boot_s=chosen.boot_s,
+        pull_s=chosen.pull_s,
+        fail_share=chosen.fail_share,
+        hang_share=chosen.hang_share,
+        vanish_share=chosen.vanish_share,
+    )
