@@ -9,8 +9,12 @@ from hypothesis import strategies as st
 from covey import model, wire
 from covey.decide import convergence
 
-Body, Do, Stage, After = convergence.Body, convergence.Do, convergence.Stage, convergence.After
-Said, Verb = wire.ReportEvent, wire.Verb
+Body = convergence.Body
+Do = convergence.Do
+Stage = convergence.Stage
+After = convergence.After
+Said = wire.ReportEvent
+Verb = wire.Verb
 CLOUD = "cloud-1"
 VM = model.InstanceId("vm")
 WHO = model.Decision(who="ann", why="no longer needed")
@@ -212,7 +216,8 @@ def test_nothing_is_destroyed_without_an_order(
         )
         vm = known[one.instance, one.epoch]
         by_script = vm.stage is Stage.FAILED and vm.after is After.DELETE
-        assert (ordered or by_script or vm.stage is Stage.REFUSED and vm.after is After.DELETE) and not hold
+        refused = vm.stage is Stage.REFUSED and vm.after is After.DELETE
+        assert (ordered or by_script or refused) and not hold
         assert vm.cloud == CLOUD
         assert one.decision is not None and one.decision.who and one.decision.why
 
@@ -237,5 +242,5 @@ def test_every_vm_gets_exactly_one_step_with_a_reason(
     steps = convergence.converge(wants, locals_, cloud=CLOUD)
     keys = [(one.instance, one.epoch) for one in steps]
     assert len(set(keys)) == len(keys)
-    assert set(keys) == {(one.instance, one.epoch) for one in [*wants, *locals_]}
+    assert set(keys) == {(one.instance, one.epoch) for one in wants} | {(one.instance, one.epoch) for one in locals_}
     assert all(one.why for one in steps)
