@@ -61,6 +61,7 @@ class Descriptor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     media_type: str
     digest: str
     size: int
+    artifact_type: str = ""
     annotations: dict[str, str] = {}
 
     @property

@@ -142,6 +142,7 @@ class Catalog:
             refers=tuple(dict.fromkeys(model.Digest(reference.digest) for reference in references)),
             subject=manifest.subject.digest if manifest.subject else "",
             artifact_type=manifest.artifact_type or (manifest.config.media_type if manifest.config else ""),
+            annotations=manifest.annotations if manifest.subject else {},
         )
 
     async def _check_references(self, repository: str, manifest: oci.Manifest) -> None:

@@ -34,6 +34,7 @@ class ContentApi:
             serve.Route("PUT", manifest, guard(self.put_manifest), body_limit_bytes=oci.MANIFEST_LIMIT),
             serve.Route("DELETE", manifest, guard(self.delete_manifest)),
             serve.Route("GET", "/v2/{name:path}/tags/list", guard(self.list_tags)),
+            serve.Route("GET", "/v2/{name:path}/referrers/{digest}", guard(self.list_referrers)),
         ]
 
     async def version(self, _call: serve.Call) -> web.Response:
@@ -111,6 +112,27 @@ class ContentApi:
             query = urllib.parse.urlencode({"n": limit, "last": tags[-1] if tags else last})
             headers["Link"] = f'</v2/{name}/tags/list?{query}>; rel="next"'
         return web.Response(body=answer.ascii_json({"name": name, "tags": tags}), headers=headers)
+
+    async def list_referrers(self, call: serve.Call) -> web.Response:
+        """The manifests about one manifest, as an index; an empty one when there are none."""
+        fold = await self._catalog.repository(call.params["name"])
+        wanted = call.query.get("artifactType")
+        found = [
+            oci.Descriptor(
+                media_type=known.media_type,
+                digest=known.digest,
+                size=known.size_bytes,
+                artifact_type=known.artifact_type,
+                annotations=known.annotations,
+            )
+            for known in fold.manifests.values()
+            if known.subject == call.params["digest"] and wanted in (None, known.artifact_type)
+        ]
+        index = {"schemaVersion": 2, "mediaType": oci.OCI_INDEX, "manifests": found}
+        headers = {"Content-Type": oci.OCI_INDEX, "Server": "covey"}
+        if wanted is not None:
+            headers["OCI-Filters-Applied"] = "artifactType"
+        return web.Response(body=answer.ascii_json(index), headers=headers)
 
 
 class _FileOnce(web.FileResponse):

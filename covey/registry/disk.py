@@ -173,7 +173,7 @@ class Disk:
                 await self._run(self._enter, session, start, part)
                 raise
             return await self._run(self._enter, session, start, part)
-        except OSError as error:
+        except (OSError, blobs.DiskFull) as error:
             raise await self._removed(session, error) from error
         finally:
             await asyncio.shield(self._run(part.close))
@@ -223,7 +223,7 @@ class Disk:
         except blobs.WrongDigest:
             await self.abort(session)
             raise
-        except OSError as error:
+        except (OSError, blobs.DiskFull) as error:
             raise await self._removed(session, error) from error
 
     def _finish(self, session: blobs.SessionId, digest: model.Digest) -> blobs.Blob:
@@ -259,9 +259,9 @@ class Disk:
         if _SESSION.fullmatch(session):
             await self._run(shutil.rmtree, self._uploads / session, ignore_errors=True)
 
-    async def _removed(self, session: blobs.SessionId, error: OSError) -> Exception:
+    async def _removed(self, session: blobs.SessionId, error: OSError | blobs.DiskFull) -> Exception:
         """What to raise for a fault of the file system. No room: the session goes, its bytes only stand in the way."""
-        fault = _full_or(error)
+        fault = _full_or(error) if isinstance(error, OSError) else error
         if isinstance(fault, blobs.DiskFull):
             await self.abort(session)
         return fault

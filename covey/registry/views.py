@@ -46,7 +46,8 @@ class Release(model.Noun, frozen=True, kw_only=True):
 
 
 class Known(model.Noun, frozen=True, kw_only=True):
-    """A manifest of a repository. `refers` are the blobs and manifests that it needs."""
+    """A manifest of a repository. `refers` are the blobs and manifests that it needs; `subject` is what it is about
+    (a signature, a bill of materials), and then its annotations are kept for the list of referrers."""
 
     digest: model.Digest
     media_type: str
@@ -54,6 +55,7 @@ class Known(model.Noun, frozen=True, kw_only=True):
     refers: tuple[model.Digest, ...] = ()
     subject: str = ""
     artifact_type: str = ""
+    annotations: dict[str, str] = {}
     release: Release | None = None
 
 

@@ -272,7 +272,11 @@ async def test_a_full_disk_ends_a_push_cleanly_and_pulls_go_on(
 async def test_the_reserve_is_never_given_away(tmp_path: Path) -> None:
     async with registry.serving(tmp_path, reserved_bytes=1 << 60) as server:
         assert (await server.error("POST", f"{SESSIONS}?digest={DIGEST}", LAYER))[:2] == (507, "DISK_FULL")
+        _, headers, _ = await server.call("POST", SESSIONS)
+        assert (await server.error("PATCH", headers["Location"], LAYER))[:2] == (507, "DISK_FULL")
+        assert (await server.error("GET", headers["Location"]))[0] == 404
         assert files(tmp_path) == []
+        assert list((tmp_path / "uploads").iterdir()) == []
         status, _, body = await server.call("GET", "/readyz")
         assert status == 200
         assert "full" in json.loads(body)["body"]["trouble"]

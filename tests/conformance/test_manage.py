@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from covey.client import oci
 from tests.support import registry
 
 TAGS = ["1", "1.0", "B", "_x", "a", "latest", "z9"]
@@ -95,3 +96,29 @@ async def test_a_blob_that_a_manifest_needs_is_not_deleted(server: registry.Serv
     assert digest in message
     await server.call("DELETE", f"/v2/a/manifests/{digest}")
     assert (await server.call("DELETE", f"/v2/a/blobs/{layer}"))[0] == 202
+
+
+async def test_referrers_of_a_manifest_with_and_without_a_filter(server: registry.Server) -> None:
+    digest, manifest = await server.push_image("a", "v1", b"x")
+    subject = registry.descriptor(oci.OCI_MANIFEST, manifest)
+    pushed = {}
+    for kind in ("sbom", "signature"):
+        content = registry.image_manifest(b"{}", artifactType=f"x/{kind}", subject=subject, annotations={"k": kind})
+        pushed[kind] = registry.descriptor(oci.OCI_MANIFEST, content)
+        assert (await server.put_manifest("a", str(pushed[kind]["digest"]), content))[0] == 201
+
+    async def referrers(of: str, query: str = "") -> tuple[list[dict[str, object]], str]:
+        status, headers, body = await server.call("GET", f"/v2/a/referrers/{of}{query}")
+        index = json.loads(body)
+        assert (status, headers["Content-Type"], index["mediaType"]) == (200, oci.OCI_INDEX, oci.OCI_INDEX)
+        return index["manifests"], headers.get("OCI-Filters-Applied", "")
+
+    found, _ = await referrers(digest)
+    expected = [
+        {**pushed[kind], "artifactType": f"x/{kind}", "annotations": {"k": kind}} for kind in ("sbom", "signature")
+    ]
+    assert found == expected
+    assert await referrers(digest, "?artifactType=x/sbom") == (expected[:1], "artifactType")
+    assert await referrers("sha256:" + "0" * 64) == ([], "")
+    await server.call("DELETE", f"/v2/a/manifests/{pushed['sbom']['digest']}")
+    assert (await referrers(digest))[0] == expected[1:]
