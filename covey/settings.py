@@ -11,6 +11,7 @@ Nothing here reads the environment by itself: it arrives as an argument. The row
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -70,12 +71,14 @@ class Agent(_Settings, frozen=True, kw_only=True):
 
     controllers: tuple[str, ...]
     data_dir: Path
+    data_dir_given: bool  # False: the default holds
     hypervisor: str
     node_name: str  # "": the host's
     node_ip: str  # "": found out
     nodes: int  # 0: one ordinary node
     max_vms: int  # 0: judged by the host
-    qemu_user: str
+    qemu_accel: Literal["auto", "kvm", "tcg"]
+    qemu_first_user: int  # 0: a range of this node's own
     boot_s: float
     pull_s: float
     fail_share: float
@@ -176,12 +179,14 @@ def agent(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Agent:
     return Agent(
         controllers=read.urls("CONTROLLER"),
         data_dir=read.data_dir(),
+        data_dir_given=read.find("DATA_DIR") is not None,
         hypervisor=hypervisor,
         node_name=read.text("NODE_NAME"),
         node_ip=read.text("NODE_IP"),
         nodes=nodes,
         max_vms=read.number("MAX_VMS"),
-        qemu_user=read.text("QEMU_USER"),
+        qemu_accel=_accel(read),
+        qemu_first_user=read.number("QEMU_FIRST_USER"),
         boot_s=read.duration("SYNTHETIC_BOOT"),
         pull_s=read.duration("SYNTHETIC_PULL"),
         fail_share=read.share("SYNTHETIC_FAIL"),
@@ -189,6 +194,15 @@ def agent(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Agent:
         vanish_share=read.share("SYNTHETIC_VANISH"),
         **read.common(),
     )
+
+
+def _accel(read: settings_reader.Reader) -> Literal["auto", "kvm", "tcg"]:
+    match read.one_of("QEMU_ACCEL", ("auto", "kvm", "tcg")):
+        case "kvm":
+            return "kvm"
+        case "tcg":
+            return "tcg"
+    return "auto"
 
 
 def standalone(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Standalone:

@@ -233,8 +233,8 @@ def places(chosen: settings.Standalone, *, etcd: bool, registry: bool) -> Where:
             check_free(asked, setting)
             return asked
         port = kept.get(name, 0)
-        if not port or port in picked.values() or not _free(Address(asked.host, port)):
-            port = _free_port(asked.host)
+        while not port or port in picked.values() or not _free(Address(asked.host, port)):
+            port = free_port(asked.host)  # the kernel may give the same one twice
         picked[name] = port
         return Address(asked.host, port)
 
@@ -281,7 +281,7 @@ def _free(address: Address) -> bool:
     return True
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])

@@ -8,12 +8,12 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
 
 import typer
 
 from covey import settings_table
-from covey.cli import flags, out
+from covey.cli import background, flags, out
 
 if TYPE_CHECKING:
     from covey import settings
@@ -27,6 +27,9 @@ class _Program(Protocol):
     async def start(self) -> None: ...
 
     async def stop(self) -> object: ...
+
+
+P = TypeVar("P", bound=_Program)
 
 
 @flags.of(Part.CONTROLLER)
@@ -61,6 +64,25 @@ def registry(flags: flags.Flags) -> None:
         grace_s=chosen.graceful_shutdown_timeout_s,
     )
     _run(lambda: service.Registry(config, world.System()), quick=False)
+
+
+@flags.of(Part.AGENT)
+def agent(flags: flags.Flags) -> None:
+    """Run this host's agent, or many synthetic nodes."""
+    from covey import settings, world
+
+    chosen = settings.agent(os.environ, flags)
+    _begin(chosen)
+    from covey.agent import program
+
+    if chosen.nodes and not chosen.data_dir_given:
+        _run(lambda: program.Program(chosen, world.System(), None), quick=True, ended=program.Program.ended)
+        return
+    with background.running_agent(chosen.data_dir):
+        explicit = background.take_explicit(chosen.data_dir)
+        folder = background.folder(chosen.data_dir)
+        made = program.Program(chosen, world.System(), folder, explicit=explicit)
+        _run(lambda: made, quick=True, ended=program.Program.ended)
 
 
 @flags.of(Part.STANDALONE, without=frozenset({"NODES"}))
@@ -99,8 +121,9 @@ def _begin(chosen: "settings.Controller | settings.Registry | settings.Agent | s
         log.warning(notice)
 
 
-def _run(make: Callable[[], _Program], *, quick: bool) -> None:
-    """Start, wait for a signal, stop. `quick`: on uvloop, which has no sendfile but is faster at small requests."""
+def _run(make: Callable[[], P], *, quick: bool, ended: Callable[[P], Awaitable[None]] | None = None) -> None:
+    """Start, wait for a signal (or until `ended` says that it ended by itself), stop. `quick`: on uvloop, which has no
+    sendfile but is faster at small requests."""
 
     async def main() -> None:
         stop = asyncio.Event()
@@ -109,7 +132,7 @@ def _run(make: Callable[[], _Program], *, quick: bool) -> None:
         program = make()
         try:
             await _unless(program.start(), stop)
-            await stop.wait()
+            await (stop.wait() if ended is None else _unless(ended(program), stop))
         finally:
             await program.stop()
 
@@ -136,5 +159,5 @@ async def _unless(starting: Awaitable[None], stop: asyncio.Event) -> None:
 
 
 def add(app: typer.Typer) -> None:
-    for command in (standalone, up, controller, registry):
+    for command in (standalone, up, controller, registry, agent):
         app.command()(command)
