@@ -99,7 +99,8 @@ class Replica:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for part in (self._writer, self._renewals, self._status, self._templates, self._store):
             await part.close()
-        log.info("the controller has stopped", id=self._id, broken_off=broken)
+        if self._tasks:
+            log.info("the controller has stopped", id=self._id, broken_off=broken)
 
     # ---- live ------------------------------------------------------------------------------------------------------
 
