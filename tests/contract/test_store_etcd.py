@@ -59,6 +59,14 @@ async def first_batch(store: base.Store, key: str, revision: int) -> base.Batch:
         raise AssertionError("the watch ended by itself")
 
 
+@pytest.mark.parametrize("form", ["{0}", "http://{0}", "http://localhost:{1}", "127.0.0.1:1,{0}", " {0} , {0}"])
+async def test_endpoints_as_people_write_them(cluster: etcd_server.Cluster, form: str) -> None:
+    """A name may have several addresses (localhost: IPv6 where nobody listens, and IPv4), a list dead members."""
+    endpoint = form.format(cluster.endpoints[0], cluster.members[0].client_port)
+    async with connected([endpoint], attempt_s=5) as store:
+        assert (await store.commit(put(fresh()))).succeeded
+
+
 class TestLostReplies:
     """Safety S15: what a client may say about a write whose answer did not come."""
 
