@@ -31,7 +31,8 @@ class Disk:
 
     host_key: str
     node: model.NodeId = model.NOWHERE
-    secret: str = ""
+    secret: str = ""  # of the last session known
+    offered: str = ""  # of the session that is being joined, on disk before it is sent (safety S7)
     vms: dict[Vm, str] = field(default_factory=dict)  # prepared | launched | running | ended
     refused: set[Vm] = field(default_factory=set)
     graves: dict[str, int] = field(default_factory=dict)  # instance -> epoch, and every older one
@@ -49,6 +50,7 @@ class Agent:
         choose: Callable[[], replica.Replica],
         on_boot: Callable[[str, Vm], None],
         on_destroy: Callable[[str, Vm, str], None],
+        on_fault: Callable[[BaseException], None],
     ) -> None:
         self.name = name
         self.world = world
@@ -60,6 +62,7 @@ class Agent:
         self._choose = choose
         self._on_boot = on_boot
         self._on_destroy = on_destroy
+        self._on_fault = on_fault
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -69,6 +72,13 @@ class Agent:
         self._busy: dict[Vm, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
         self._tasks = [asyncio.create_task(self._live())]
+        self._tasks[0].add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        """A model that fails must not pass for one that is slow."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._on_fault(error)
 
     async def crash(self) -> None:
         tasks = [*self._tasks, *self._busy.values()]
@@ -91,12 +101,11 @@ class Agent:
             await asyncio.sleep(self.world.chance.uniform(0.1, 1.0))
 
     async def _join(self) -> None:
-        secret = self.world.secret()
-        last, self.disk.secret = self.disk.secret, secret  # on disk before it is sent (safety S7)
+        self.disk.offered = self.disk.offered or self.world.secret()
         ask = wire.Join(
             host_key=self.disk.host_key,
-            secret=secret,
-            last_secret=last,
+            secret=self.disk.offered,
+            last_secret=self.disk.secret,
             node=self.disk.node,
             facts=nouns.facts(name=self.name, slots=self.slots),
         )
@@ -107,6 +116,7 @@ class Agent:
             except replica.Gone:
                 await asyncio.sleep(self.world.chance.uniform(0.1, 1.0))
         self.disk.node = joined.node.noun.id
+        self.disk.secret, self.disk.offered = self.disk.offered, ""
         self._session = joined.session.noun.counter
 
     def _say_again(self) -> None:
@@ -139,7 +149,7 @@ class Agent:
         vm = (str(want.instance), want.epoch)
         if want.verb == Verb.DESTROY:
             self.disk.graves[want.instance] = max(want.epoch, self.disk.graves.get(want.instance, 0))
-            self._work(vm, self._destroy(vm))
+            self._work((vm[0], -1 - vm[1]), self._destroy(vm))  # beside the worker that it will end
         elif self.disk.graves.get(want.instance, -1) >= want.epoch:
             self._say(Said.GONE, vm)
         elif want.verb == Verb.RUN and vm not in self.disk.vms and vm not in self.disk.refused:
@@ -159,6 +169,7 @@ class Agent:
         task = asyncio.create_task(body)
         self._busy[vm] = task
         task.add_done_callback(lambda _: self._busy.pop(vm, None))
+        task.add_done_callback(self._ended)
 
     async def _run(self, vm: Vm) -> None:
         if vm not in self.disk.vms:
@@ -197,10 +208,11 @@ class Agent:
 
     async def _destroy(self, vm: Vm) -> None:
         """This epoch and every older one; `gone` when nothing is left."""
-        older = [other for other in [*self.disk.vms, *self._busy] if other[0] == vm[0] and other[1] <= vm[1]]
+        known = dict.fromkeys([*self.disk.vms, *self._busy])
+        older = [other for other in known if other[0] == vm[0] and 0 <= other[1] <= vm[1]]
         for other in older:
             worker = self._busy.get(other)
-            if worker is not None and worker is not asyncio.current_task():
+            if worker is not None:
                 worker.cancel()
                 await asyncio.gather(worker, return_exceptions=True)
         await asyncio.sleep(self.world.chance.uniform(0.0, 0.5))

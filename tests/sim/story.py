@@ -58,6 +58,7 @@ class Story(clockwork.Story):
     async def __call__(self, world: clockwork.World) -> Told:
         self.world = world
         self.chance = world.chance
+        self._fault: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.store = memory.Memory(world)
         self.replicas = [
             replica.Replica(f"r{n}", world, self.store.client(), self._weather) for n in range(self.replica_count)
@@ -67,7 +68,15 @@ class Story(clockwork.Story):
             one.flaky.late_s = lambda: self.chance.choice((0.05, 1.0, 20.0))
             one.start()
         self.agents = [
-            agent.Agent(f"a{n}", world, self.chance.randint(1, 3), self._choose, self._booted, self._destroyed)
+            agent.Agent(
+                f"a{n}",
+                world,
+                self.chance.randint(1, 3),
+                self._choose,
+                self._booted,
+                self._destroyed,
+                self._failed,
+            )
             for n in range(self.agent_count)
         ]
         watching = asyncio.create_task(self._watch())
@@ -88,11 +97,14 @@ class Story(clockwork.Story):
     async def _until(self, watching: "asyncio.Task[None]", work: Coroutine[None, None, None]) -> None:
         """Do the work, or fail as soon as the watch has seen a promise broken."""
         task = asyncio.ensure_future(work)
-        await asyncio.wait((task, watching), return_when=asyncio.FIRST_COMPLETED)
-        if watching.done():
-            task.cancel()
-            watching.result()
+        done, _ = await asyncio.wait((task, watching, self._fault), return_when=asyncio.FIRST_COMPLETED)
+        for first in done - {task}:
+            first.result()
         task.result()
+
+    def _failed(self, error: BaseException) -> None:
+        if not self._fault.done():
+            self._fault.set_exception(error)
 
     # ---- weather
 
