@@ -53,6 +53,14 @@ class Cloud:
                 stderr=log,
             )
 
+    def pids(self) -> dict[str, int]:
+        """Every process by name, etcd's too."""
+        found = {name: process.pid for name, process in self.processes.items()}
+        for number, member in enumerate(self.members.members, 1):
+            assert member.process is not None
+            found[f"etcd {number}"] = member.process.pid
+        return found
+
     def tail(self, name: str) -> str:
         return (self.directory / f"{name}.log").read_text(errors="replace")[-2000:]
 

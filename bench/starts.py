@@ -15,11 +15,12 @@ when the API shows it, asked every 2 ms, in the case of one at a time.
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ class Row:
     p50_ms: float
     p95_ms: float
     failed: int = 0
+    cpu_ms: dict[str, float] = field(default_factory=dict)  # of each process, per start
 
 
 class Idle(NamedTuple):
@@ -150,7 +152,7 @@ async def raw_rate(store: etcd.Etcd, writers: int, seconds: float) -> float:
     return rate
 
 
-async def one_at_a_time(api: Api, watcher: Watcher, template: str, count: int) -> Row:
+async def one_at_a_time(api: Api, watcher: Watcher, template: str, count: int) -> tuple[Row, int]:
     """POST, then GET every 2 ms until it says Started; nothing else happens meanwhile."""
     times = []
     begun = time.perf_counter()
@@ -164,10 +166,10 @@ async def one_at_a_time(api: Api, watcher: Watcher, template: str, count: int) -
         times.append(time.perf_counter() - started)
         await api.terminate(id)
         await watcher.wait_until(id, "Terminated")
-    return row("one at a time, seen by API", times, time.perf_counter() - begun)
+    return row("one at a time, seen by API", times, time.perf_counter() - begun), len(times)
 
 
-async def closed_loop(api: Api, watcher: Watcher, template: str, submitters: int, seconds: float) -> Row:
+async def closed_loop(api: Api, watcher: Watcher, template: str, submitters: int, seconds: float) -> tuple[Row, int]:
     """Each submitter: POST, wait for Started, terminate, again."""
     times: list[float] = []
     failed = 0
@@ -186,7 +188,7 @@ async def closed_loop(api: Api, watcher: Watcher, template: str, submitters: int
 
     begun = time.perf_counter()
     await asyncio.gather(*(submit() for _ in range(submitters)))
-    return row(f"closed loop, {submitters} submitters", times, time.perf_counter() - begun, failed)
+    return row(f"closed loop, {submitters} submitters", times, time.perf_counter() - begun, failed), len(times)
 
 
 def row(what: str, times: list[float], took_s: float, failed: int = 0) -> Row:
@@ -198,10 +200,7 @@ def row(what: str, times: list[float], took_s: float, failed: int = 0) -> Row:
 
 def idle(running: cloud.Cloud, seconds: float) -> list[Idle]:
     """Each process while nothing is asked of the cloud."""
-    pids = {name: process.pid for name, process in running.processes.items()}
-    for number, member in enumerate(running.members.members, 1):
-        assert member.process is not None
-        pids[f"etcd {number}"] = member.process.pid
+    pids = running.pids()
     before = {name: cloud.cpu_s(pid) for name, pid in pids.items()}
     time.sleep(seconds)
     return [
@@ -232,9 +231,19 @@ async def measure(running: cloud.Cloud, options: argparse.Namespace) -> tuple[fl
     (template,) = (item["id"] for item in cloud.body(running.registry + "/registry/v2/vm") if item["name"] == "bench")
     async with opened(running) as (store, api, watcher):
         raw = await raw_rate(store, 128, options.seconds / 2)
-        rows = [await one_at_a_time(api, watcher, template, options.singles)]
-        rows += [await closed_loop(api, watcher, template, count, options.seconds) for count in options.submitters]
+        rows = [await weighed(running, one_at_a_time(api, watcher, template, options.singles))]
+        for count in options.submitters:
+            rows += [await weighed(running, closed_loop(api, watcher, template, count, options.seconds))]
     return raw, rows
+
+
+async def weighed(running: cloud.Cloud, work: Coroutine[Any, Any, tuple[Row, int]]) -> Row:
+    """The row with the processor time that each process spent per start."""
+    pids = running.pids()
+    before = {name: cloud.cpu_s(pid) for name, pid in pids.items()}
+    line, starts = await work
+    spent = {name: (cloud.cpu_s(pid) - before[name]) * 1000 / max(starts, 1) for name, pid in pids.items()}
+    return dataclasses.replace(line, cpu_ms=spent)
 
 
 def show(options: argparse.Namespace, still: list[Idle], raw: float, rows: list[Row]) -> None:
@@ -245,10 +254,15 @@ def show(options: argparse.Namespace, still: list[Idle], raw: float, rows: list[
         print(f"{name:<16}{rss:>9.1f}{pss:>9.1f}{cpu:>8.1f}")
     print(f"\nGuarded transactions of this etcd, 128 writers at once: {raw:.0f} a second")
     print("\nFrom POST to Started, 0 ms boot")
-    print(f"{'':<28}{'starts/s':>9}{'p50 ms':>9}{'p95 ms':>9}{'of raw':>8}{'failed':>8}")
+    print(f"{'':<28}{'starts/s':>9}{'p50 ms':>9}{'p95 ms':>9}{'raw / it':>10}{'failed':>8}")
     for line in rows:
-        share = f"1/{raw / line.rate:.1f}" if line.rate else "-"
-        print(f"{line.what:<28}{line.rate:>9.1f}{line.p50_ms:>9.1f}{line.p95_ms:>9.1f}{share:>8}{line.failed:>8}")
+        share = f"{raw / line.rate:.0f}" if line.rate else "-"
+        print(f"{line.what:<28}{line.rate:>9.1f}{line.p50_ms:>9.1f}{line.p95_ms:>9.1f}{share:>10}{line.failed:>8}")
+    print("\nProcessor milliseconds per start")
+    names = [name for name in rows[0].cpu_ms if name != "registry"]
+    print(f"{'':<28}" + "".join(f"{name:>14}" for name in names))
+    for line in rows:
+        print(f"{line.what:<28}" + "".join(f"{line.cpu_ms[name]:>14.2f}" for name in names))
 
 
 def main() -> int:
