@@ -305,8 +305,9 @@ def clean(cloud: Cloud, ids: list[str]) -> None:
     claim("no instance is listed", True)
     machines = machines_of(cloud) or [pid for id in ids for pid in processes("qemu-system", id)]
     claim("no VM process is left", not machines, machines)
-    overlays = [path for path in files_below(cloud.node_data) if any(id in path for id in ids)]
-    claim("no overlay and no other file of the instances is left", not overlays, overlays)
+    files = [path for path in files_below(cloud.node_data) if any(id in path for id in ids)]
+    left = [path for path in files if "/tombstones/" not in path]  # a note that they were destroyed, kept 30 days
+    claim("no overlay and no other file of the VMs is left", not left, left)
     etcdctl = shutil.which("etcdctl", path=cloud.env["PATH"])
     if etcdctl is None:
         raise Untrue("etcdctl is not installed: make setup fetches it")

@@ -140,8 +140,9 @@ class Cloud:
 
     def child(self, name: str) -> int:
         """The process id of one of its programs; 0 while there is none."""
+        command = "agent" if name == "nodes" else name
         for pid, line in children(self.program.pid).items():
-            if f"covey {name}" in line or (name == "etcd" and "--data-dir=" in line):
+            if f"covey {command}" in line or (name == "etcd" and "--data-dir=" in line):
                 return pid
         return 0
 
