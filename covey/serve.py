@@ -221,8 +221,8 @@ class _Protocol(web_protocol.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        if self._owner.shaken() and isinstance(transport, asyncio.Transport):
-            transport.abort()
+        if self._owner.shaken() and self.transport is not None:
+            self.transport.abort()
 
     def handle_error(
         self,
@@ -379,7 +379,7 @@ class Server:
             except OSError:  # BlockingIOError: the backlog is empty
                 continue
         for connection in self.connections:
-            if isinstance(connection.transport, asyncio.Transport):
+            if connection.transport is not None:
                 connection.transport.abort()
 
     def shaken(self) -> bool:
@@ -392,11 +392,10 @@ class Server:
         """aiohttp's entry: the answer is sent in here, so that `drain` counts a request until its last byte."""
         self._in_flight += 1
         started_ns = self.world.boot_ns()
-        gaps = self.gaps
         if started_ns - self._beaten_ns > GAP_LIMIT_S * 1e9:
             self._look_for_gap()
         try:
-            if gaps != self.gaps:
+            if request.transport is None or request.transport.is_closing():  # also: read just before a gap was found
                 raise ConnectionResetError("the connection was closed unread")
             response = await self._answer(request)
             if self.draining.is_set():
