@@ -3,8 +3,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check sim bench docs up lock wheel clean
 
-PYTHON_BIN := .venv/bin/python
-RUN := PATH="$(CURDIR)/.venv/bin:$(CURDIR)/.deps/etcd/usr/bin:$$PATH" $(PYTHON_BIN)
+WITH_PATH := PATH="$(CURDIR)/.venv/bin:$(CURDIR)/.deps/etcd/usr/bin:$$PATH"
+RUN := $(WITH_PATH) .venv/bin/python
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -31,7 +31,7 @@ docs: setup ## draws the generated pages of docs/reference from the code
 	@$(RUN) scripts/gen_docs.py
 
 up: setup ## a cloud on this machine with synthetic nodes: make up ARGS="--nodes 100"
-	@.venv/bin/covey up $(ARGS)
+	@$(WITH_PATH) covey up $(ARGS)
 
 lock: ## writes requirements.lock anew from pyproject.toml
 	@$(RUN) -m uv pip compile pyproject.toml --group dev --universal --generate-hashes --no-header -q -o requirements.lock $(ARGS)
