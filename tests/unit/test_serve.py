@@ -5,12 +5,13 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 
 import aiohttp
 import msgspec
 import pytest
+import uvloop
 from aiohttp import web
 
 from covey import answer, errors, serve, world
@@ -344,7 +345,18 @@ async def test_a_taken_port_is_one_clear_line(house: House, http: aiohttp.Client
 # ---- drain -------------------------------------------------------------------------------------------------------
 
 
-async def test_drain_finishes_requests_answers_polls_and_cuts_uploads() -> None:
+def on(loop: Callable[[], asyncio.AbstractEventLoop], scenario: Callable[[], Coroutine[None, None, None]]) -> None:
+    """Controllers run on uvloop, registries on asyncio's own loop: their transports differ."""
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(scenario())
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_drain_finishes_requests_answers_polls_and_cuts_uploads(loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    on(loop, _drain)
+
+
+async def _drain() -> None:
     house = _house()
     async with running(house) as http:
         reader, writer = await asyncio.open_connection("127.0.0.1", house.server.port)
@@ -394,30 +406,37 @@ async def test_an_idle_server_drains_at_once(house: House) -> None:
 # ---- frozen (safety S24) -----------------------------------------------------------------------------------------
 
 
-async def test_after_a_gap_every_connection_is_closed_unread(house: House, http: aiohttp.ClientSession) -> None:
-    address = ("127.0.0.1", house.server.port)
-    idle = socket.create_connection(address)
-    await until(lambda: len(house.server.connections) == 1)
-    waiting = asyncio.create_task(_status(http, "/wait"))
-    await until(lambda: house.seen == ["waiting"])
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_after_a_gap_every_connection_is_closed_unread(loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    on(loop, _gap)
 
-    # From here to the jump the loop does not run: both requests lie in the kernel, one of them in the backlog.
-    idle.sendall(post(b'{"name":"sent while frozen"}'))
-    late = socket.create_connection(address)
-    late.sendall(post(b'{"name":"sent while frozen"}'))
-    house.clock.ahead_ns = 3_000_000_000
 
-    for sock in (idle, late):
-        sock.setblocking(False)
-        with contextlib.suppress(ConnectionResetError):
-            assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 1000), 5) == b""
-        sock.close()
-    with pytest.raises(aiohttp.ClientError):
-        await waiting
-    assert house.seen == ["waiting"]
-    assert [round(gap) for gap in house.gaps] == [3]
-    await until(lambda: not house.server.shaken())
-    assert await _status(http, "/empty") == 200
+async def _gap() -> None:
+    house = _house()
+    async with running(house) as http:
+        address = ("127.0.0.1", house.server.port)
+        idle = socket.create_connection(address)
+        await until(lambda: len(house.server.connections) == 1)
+        waiting = asyncio.create_task(_status(http, "/wait"))
+        await until(lambda: house.seen == ["waiting"])
+
+        # From here to the jump the loop does not run: both requests lie in the kernel, one of them in the backlog.
+        idle.sendall(post(b'{"name":"sent while frozen"}'))
+        late = socket.create_connection(address)
+        late.sendall(post(b'{"name":"sent while frozen"}'))
+        house.clock.ahead_ns = 3_000_000_000
+
+        for sock in (idle, late):
+            sock.setblocking(False)
+            with contextlib.suppress(ConnectionResetError):
+                assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 1000), 5) == b""
+            sock.close()
+        with pytest.raises(aiohttp.ClientError):
+            await waiting
+        assert house.seen == ["waiting"]
+        assert [round(gap) for gap in house.gaps] == [3]
+        await until(lambda: not house.server.shaken())
+        assert await _status(http, "/empty") == 200
 
 
 async def test_a_request_that_slept_through_a_gap_commits_nothing(house: House, http: aiohttp.ClientSession) -> None:
