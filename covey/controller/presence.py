@@ -29,6 +29,7 @@ class Presence:
     def present(self, snapshot: view.Snapshot, node: model.NodeId, timeout_s: float) -> bool:
         """Whether the node was heard of in the last `timeout_s`; one that was never seen alive from here was not."""
         if snapshot.alive(node) is not None:
+            self._seen_ns[node] = self._world.boot_ns()
             return True
         seen_ns = self._seen_ns.get(node)
         if seen_ns is None:
