@@ -106,17 +106,20 @@ class Program:
         vms = None if folder is None else folder / "vms"
         driver = synthetic.Synthetic(self._clock, _knobs(self._chosen), root=vms, wake=wakes)
         cache = synthetic.Images(self._chosen.pull_s)
-        made = agent.Agent(self._config(name, folder), self._clock, driver, cache, self._controllers)
+        # Pretended VMs need not survive the host, and hundreds of nodes in one process must not wait for its disk.
+        config = self._config(name, folder, sync=False)
+        made = agent.Agent(config, self._clock, driver, cache, self._controllers)
         wakes.agent = made
         return made
 
-    def _config(self, name: str, folder: Path | None) -> agent.Config:
+    def _config(self, name: str, folder: Path | None, *, sync: bool = True) -> agent.Config:
         return agent.Config(
             data_dir="" if folder is None else str(folder),
             name=name,
             ip=self._chosen.node_ip,
             max_vms=self._chosen.max_vms,
             explicit=self._explicit,
+            sync=sync,
         )
 
     def _connect(self, urls: tuple[str, ...]) -> images.Source:
