@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import io
 import os
+import threading
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
@@ -323,12 +324,14 @@ class _Upload:
 
 
 class _Download:
-    """A partial file and the hash of what is in it. Blocking: used in worker threads only."""
+    """A partial file and the hash of what is in it. Blocking: used in worker threads only. `close` waits for an `add`
+    whose caller was cancelled, so that the next download of this file finds it at rest."""
 
     def __init__(self, path: Path, size_bytes: int) -> None:
         self.size_bytes = size_bytes
         self.offset = 0
         self._sha256 = hashlib.sha256()
+        self._lock = threading.Lock()
         self._file = path.open("a+b", buffering=0)
         self._file.seek(0)
         while chunk := self._file.read(_READ):
@@ -343,15 +346,17 @@ class _Download:
         return "sha256:" + self._sha256.hexdigest()
 
     def add(self, chunk: bytes) -> None:
-        view = memoryview(chunk)
-        while view:
-            view = view[self._file.write(view) or 0 :]
-        self._sha256.update(chunk)
-        self.offset += len(chunk)
+        with self._lock:
+            view = memoryview(chunk)
+            while view:
+                view = view[self._file.write(view) or 0 :]
+            self._sha256.update(chunk)
+            self.offset += len(chunk)
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._lock:
+            os.fsync(self._file.fileno())
+            self._file.close()
 
 
 def _reveal(partial: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -77,6 +78,15 @@ class Disk:
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args, **kwargs))
+
+    async def _to_the_end(self, work: Callable[[], T]) -> T:
+        """Work whose outcome must be settled when this returns, also when the caller is cancelled meanwhile."""
+        working = asyncio.ensure_future(self._run(work))
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            await asyncio.gather(working, return_exceptions=True)
+            raise
 
     # ---- finished blobs --------------------------------------------------------------------------------------------
 
@@ -170,9 +180,9 @@ class Disk:
             try:
                 await self._receive(part, chunks)
             except blobs.Cut:
-                await self._run(self._enter, session, start, part)
+                await self._to_the_end(lambda: self._enter(session, start, part))
                 raise
-            return await self._run(self._enter, session, start, part)
+            return await self._to_the_end(lambda: self._enter(session, start, part))
         except (OSError, blobs.DiskFull) as error:
             raise await self._removed(session, error) from error
         finally:
@@ -207,13 +217,13 @@ class Disk:
         record = _Part(data=part.path.name, size_bytes=part.size_bytes, sha256=part.sha256.hexdigest())
         folder = self._folder(session)
         aside = folder / f"record.{self._world.token()}"
-        durable.write_new(aside, msgspec.json.encode(record), fsync=self._fsync)
         try:
+            durable.write_new(aside, msgspec.json.encode(record), fsync=self._fsync)
             if not durable.link_new(aside, folder / _record_name(start), fsync=self._fsync):
+                part.kept = False
                 raise blobs.WrongOffset(sum(part.size_bytes for part in self._parts(session)))
         finally:
             durable.discard(aside)
-        part.entered = True
         failpoint.reach("registry.part.entered")
         return start + part.size_bytes
 
@@ -283,42 +293,56 @@ class Disk:
 
 
 class _Writing:
-    """One part while it comes in: an exclusive file, its hash, its size."""
+    """One part while it comes in: an exclusive file, its hash, its size.
+
+    A request that is cancelled leaves its worker thread in the middle of `add`; the lock makes `close` wait for it, or
+    it would go on writing to a number that may be another file's by then.
+    """
 
     def __init__(self, path: Path, room: Callable[[int], None]) -> None:
         self.path = path
         self.sha256 = hashlib.sha256()
         self.size_bytes = 0
-        self.entered = False
+        self.kept = False  # whether its record is in, or may be
         self._room = room
         self._handle = -1
+        self._lock = threading.Lock()
 
     def open(self) -> None:
-        self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+        with self._lock:
+            self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
 
     def add(self, batch: Sequence[bytes]) -> None:
         size = sum(map(len, batch))
         self._room(size)
         failpoint.reach("registry.part.write")
-        durable.write_all(self._handle, *batch)
-        for piece in batch:
-            self.sha256.update(piece)
-        self.size_bytes += size
+        with self._lock:
+            if self._handle < 0:
+                raise blobs.Cut("the upload was ended")
+            durable.write_all(self._handle, *batch)
+            for piece in batch:
+                self.sha256.update(piece)
+            self.size_bytes += size
 
     def seal(self, *, fsync: bool) -> None:
-        """Durable and closed: from here on nobody can write to this inode."""
-        if fsync:
-            os.fsync(self._handle)
-        os.close(self._handle)
-        self._handle = -1
-
-    def close(self) -> None:
-        """Whatever happened: no handle stays open, and bytes that were not recorded do not stay behind."""
-        if self._handle >= 0:
+        """Durable and closed: from here on nobody can write to this inode, and it is the session's."""
+        with self._lock:
+            if self._handle < 0:
+                raise blobs.Cut("the upload was ended")
+            if fsync:
+                os.fsync(self._handle)
             os.close(self._handle)
             self._handle = -1
-        if not self.entered:
-            durable.discard(self.path)
+            self.kept = True
+
+    def close(self) -> None:
+        """Whatever happened: no handle stays open, and bytes that cannot be recorded any more do not stay."""
+        with self._lock:
+            if self._handle >= 0:
+                os.close(self._handle)
+                self._handle = -1
+            if not self.kept:
+                durable.discard(self.path)
 
 
 def _record_name(offset: int) -> str:

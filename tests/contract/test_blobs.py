@@ -243,3 +243,23 @@ async def test_the_time_of_the_last_pull(storage: Storage) -> None:
 def test_the_layout_in_the_docstring_names_what_is_made(storage: Storage) -> None:
     drawn = set(re.findall(r"^ {4}[│ ]*[├└]── (\w+)", blobs.__doc__ or "", re.MULTILINE))
     assert {path.name for path in storage.base.iterdir()} <= drawn
+
+
+async def test_a_cancelled_write_leaves_the_session_whole(storage: Storage) -> None:
+    """Cancelled at any moment: what is recorded has its bytes, and what is not has left nothing."""
+    pieces = [CONTENT[start : start + 100_000] for start in range(0, len(CONTENT), 100_000)] * 4
+    content = b"".join(pieces)
+    for patience in range(12):
+        session = await storage.blobs.begin()
+        write = asyncio.create_task(storage.blobs.write(session, 0, chunks(*pieces)))
+        for _ in range(patience):
+            await asyncio.sleep(0.002)
+        write.cancel()
+        await asyncio.gather(write, return_exceptions=True)
+        offset = await storage.blobs.offset(session)
+        data = [path for path in storage.base.glob(f"uploads/{session}/data.*") if path.stat().st_size]
+        assert len(data) == (offset > 0)
+        await storage.blobs.write(session, offset, chunks(content[offset:]))
+        blob = await storage.blobs.finish(session, oci.digest_of(content))
+        assert blob.size_bytes == len(content)
+        await storage.blobs.abort(session)
