@@ -60,8 +60,8 @@ class Child:
         """Run it and wait until it is ready. Raises SettingError when it ends, or is not ready in time."""
         process = await self._spawn()
         deadline = time.monotonic() + self.program.start_s
-        while not await self.program.ready():
-            if process.returncode is not None:
+        while not await self.program.ready() or process.returncode is not None:
+            if process.returncode is not None:  # somebody else may have answered in its place
                 raise errors.SettingError(f"{self.program.name} {_how(process.returncode)} at its start{self._tail()}")
             if time.monotonic() > deadline:
                 raise errors.SettingError(

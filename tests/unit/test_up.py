@@ -25,10 +25,9 @@ def test_picked_ports_are_kept(tmp_path: Path) -> None:
     assert up.places(chosen(tmp_path), etcd=True, registry=True) == first
 
 
-def test_the_kernel_may_offer_a_port_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_may_offer_a_port_twice(tmp_path: Path) -> None:
     offers = iter([port for port in (up.free_port("127.0.0.1") for _ in range(4)) for _ in range(2)])
-    monkeypatch.setattr(up, "free_port", lambda host: next(offers))
-    where = up.places(chosen(tmp_path), etcd=True, registry=True)
+    where = up.places(chosen(tmp_path), etcd=True, registry=True, offer=lambda host: next(offers))
     assert where.registry is not None
     assert len({where.controller.port, where.registry.port, where.etcd_client, where.etcd_peer}) == 4
 
