@@ -1,4 +1,4 @@
-"""The start script of a VM: when it runs, and what its end means (api-contract: monitored or not)."""
+"""The start script of a VM: when it runs, and what its end means."""
 
 import base64
 
