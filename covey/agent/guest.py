@@ -47,10 +47,11 @@ setsid sh -c 'd=$0; echo $$ >"$d/pid.new"; mv "$d/pid.new" "$d/pid"; cd /
   echo $? >"$d/rc.new"; mv "$d/rc.new" "$d/rc"' "$d" "$@" >/dev/null 2>&1 </dev/null &
 echo "$d"
 """
+# The group as a negative number, without a "--" before it: busybox takes that for a number.
 _KILL = """read p <"$0/pid" || exit 0
-kill -TERM -- -$p 2>/dev/null || exit 0
-i=0; while [ $i -lt 10 ] && kill -0 -- -$p 2>/dev/null; do i=$((i+1)); sleep 0.1 2>/dev/null || sleep 1; done
-kill -KILL -- -$p 2>/dev/null
+kill -TERM -$p 2>/dev/null
+i=0; while [ $i -lt 10 ] && kill -0 -$p 2>/dev/null; do i=$((i+1)); sleep 0.1 2>/dev/null || sleep 1; done
+kill -KILL -$p 2>/dev/null
 exit 0
 """
 _LOOK = """[ -e "$0/rc" ] && exit 0
@@ -193,7 +194,7 @@ class Follower:
         clock = asyncio.get_running_loop().time
         try:
             code = await self._wait(clock() + timeout_s)
-            await self._drain()
+            await self._drain_to_the_end()
             return code
         finally:
             for kept in self._tails.values():
@@ -235,6 +236,18 @@ class Follower:
             return
         raise Interrupted("the start script was interrupted: the guest rebooted, or the script's shell was killed")
 
+    async def _drain_to_the_end(self) -> None:
+        end = asyncio.get_running_loop().time() + _SILENCE_S
+        while True:
+            try:
+                await self._drain()
+                return
+            except qmp.NoAnswer:
+                self._handles.clear()
+                if asyncio.get_running_loop().time() > end:
+                    raise
+            await asyncio.sleep(_POLL_S)
+
     async def _drain(self) -> None:
         """Read what was written since, up to the ends of both streams."""
         for stream in self._tails:
@@ -253,7 +266,7 @@ class Follower:
         return True
 
     async def _read_some(self, stream: str) -> int:
-        answer = await self._guest.call("guest-file-read", handle=self._handles[stream], count=_CHUNK_BYTES)
+        answer = await self._on_handle("guest-file-read", self._handles[stream], count=_CHUNK_BYTES)
         data = _decoded(_convert(answer, Chunk).data)
         self._tails[stream].append(data)
         self._read[stream] += len(data)
@@ -269,8 +282,14 @@ class Follower:
         await self._seek(handle, self._read[stream], 0)
 
     async def _seek(self, handle: int, offset: int, whence: int) -> int:
-        answer = await self._guest.call("guest-file-seek", handle=handle, offset=offset, whence=whence)
+        answer = await self._on_handle("guest-file-seek", handle, offset=offset, whence=whence)
         return _convert(answer, dict[str, int | bool])["position"]
+
+    async def _on_handle(self, command: str, handle: int, **arguments: int) -> Any:
+        try:
+            return await self._guest.call(command, handle=handle, **arguments)
+        except qmp.CommandFailed as fault:  # a guest agent that was restarted knows no handles of its former life
+            raise qmp.NoAnswer(str(fault)) from fault
 
 
 def _convert(value: Any, kind: type[_T]) -> _T:

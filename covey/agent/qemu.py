@@ -143,7 +143,7 @@ class Qemu:
         self._root.mkdir(parents=True, exist_ok=True)
         self._root.chmod(0o711)
         self._check_room()
-        self._machine(plan, place, list(plan.image.layers), restrict=False)  # says now what would be wrong later
+        self._machine(plan, place, _files(plan.image), restrict=False)  # says now what would be wrong later
         user = self._promise_user()
         record = qemu_disk.Record(
             plan=plan,
@@ -232,6 +232,10 @@ class Qemu:
             await _finish(place.remove)
         finally:
             self._busy -= 1
+        self.lower_fence()
+
+    def lower_fence(self) -> None:
+        """Leave nothing in the host's firewall when no VM is left that needs it."""
         if self._fence is not None and not self._busy and next(qemu_disk.places(self._root), None) is None:
             self._fence.remove()
 
@@ -248,8 +252,7 @@ class Qemu:
         opened = [place.lock()]
         try:
             image = record.plan.image
-            files = [os.fspath(path) for path in (*image.layers, *_boot_files(image))]
-            opened += [qemu_disk.open_layer(path) for path in files]
+            opened += [qemu_disk.open_layer(path) for path in _files(image)]
             names = [f"/proc/self/fd/{number}" for number in opened[1:]]
             machine = self._machine(record.plan, place, names, restrict=restrict)
             place.mark_forking()
@@ -453,6 +456,11 @@ class Qemu:
         user = qemu_disk.free_user(self._root, self._users.start, len(self._users), self._promised)
         self._promised.add(user)
         return user
+
+
+def _files(image: hypervisor.Image) -> list[str]:
+    """What QEMU opens of a template: its layers, then kernel and initrd if it brings them."""
+    return [*image.layers, *_boot_files(image)]
 
 
 def _boot_files(image: hypervisor.Image) -> list[str]:
