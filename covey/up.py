@@ -222,6 +222,74 @@ def _outward_ip() -> str:
         return str(probe.getsockname()[0])
 
 
+def free_port(host: str) -> int:
+    """A port that nobody listens on now, of the kernel's choice."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def places(
+    chosen: settings.Standalone, *, etcd: bool, registry: bool, offer: Callable[[str], int] = free_port
+) -> Where:
+    """Check the ports that were asked for and take the others from `offer`. Raises SettingError naming a taken one."""
+    file = chosen.data_dir / "ports.json"
+    kept = _read_ports(file)
+    picked: dict[str, int] = {}
+
+    def settle(name: str, asked: Address, setting: str) -> Address:
+        if asked.port:
+            check_free(asked, setting)
+            return asked
+        port = kept.get(name, 0)
+        while not port or port in picked.values() or not _free(Address(asked.host, port)):
+            port = offer(asked.host)  # the kernel may give the same one twice
+        picked[name] = port
+        return Address(asked.host, port)
+
+    loopback = Address("127.0.0.1", 0)
+    client = peer = ""
+    if etcd:
+        client = ",".join(chosen.listen_client_urls) or f"http://{settle('etcd-client', loopback, '')}"
+        peer = ",".join(chosen.listen_peer_urls) or f"http://{settle('etcd-peer', loopback, '')}"
+    where = Where(
+        controller=settle("controller", chosen.listen, "--listen-addr"),
+        registry=settle("registry", chosen.registry_listen, "--registry-listen-address") if registry else None,
+        etcd_client=client,
+        etcd_peer=peer,
+    )
+    file.write_text(json.dumps({**kept, **picked}))
+    return where
+
+
+def _read_ports(file: Path) -> dict[str, int]:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, int])
+    except (FileNotFoundError, msgspec.MsgspecError):  # a torn file only costs other ports
+        return {}
+
+
+def check_free(address: Address, setting: str) -> None:
+    """Raises SettingError when somebody listens there."""
+    if not _free(address):
+        raise errors.SettingError(f"{address} is taken by another program: stop that, or choose another with {setting}")
+
+
+def _free(address: Address) -> bool:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address.host, address.port))
+        except PermissionError as error:
+            raise errors.SettingError(f"{address}: only root may listen on ports below 1024") from error
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            raise errors.SettingError(f"{address}: cannot listen there: {error.strerror or error}") from error
+    return True
+
+
 @contextlib.contextmanager
 def _sole_user(data_dir: Path) -> Iterator[None]:
     """One service per data directory: the lock is the kernel's and ends with the process."""
