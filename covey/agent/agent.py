@@ -93,13 +93,9 @@ class Agent:
         """A VM may have changed by itself: the hypervisor's `Wake`."""
         self._changed.set()
 
-    async def check(self) -> None:
-        """Raises HypervisorError, with the remedy, when this host has never been a node and cannot run VMs."""
-        if not self.session.node:
-            await self._driver.facts()
-
     async def run(self) -> None:
-        """For ever; end it by cancelling. VMs run on."""
+        """For ever; end it by cancelling. VMs run on. Raises HypervisorError, with the remedy, in a group of one, when
+        this host cannot run VMs and never was a node."""
         for record in self._records.all():
             self._images.pin(verbs.holder_of(record.key), record.spec.digest)
         try:
@@ -117,25 +113,30 @@ class Agent:
 
     async def _polling(self) -> None:
         pause_s = _PAUSE_S
+        complained = ""
         while True:
+            trouble = ""
             try:
                 if self.session.standing in (session.Standing.OUTSIDE, session.Standing.STALE):
                     await self._join()
                 await self._ask()
-                pause_s = _PAUSE_S
-                continue
             except session.SessionLost:
                 if self.session.standing is session.Standing.REMOVED:
                     pause_s = _REFUSED_PAUSE_S
                 self._wake_all()
+                trouble = "this session is no longer good"
             except errors.Refused as error:
-                _log.error("the cloud refuses this node", error=str(error))
-                pause_s = _REFUSED_PAUSE_S
+                trouble, pause_s = f"the cloud refuses this node: {error}", _REFUSED_PAUSE_S
             except errors.HypervisorError as error:
-                _log.error("this host cannot run VMs now", error=str(error))
-                pause_s = _REFUSED_PAUSE_S
+                if not self.session.node:
+                    raise
+                trouble, pause_s = f"this host cannot run VMs now: {error}", _REFUSED_PAUSE_S
             except errors.RemoteError as error:
-                _log.warning("no controller answers", error=str(error))
+                trouble = f"no controller answers: {error}"
+            complained = _complain_once(trouble, complained)
+            if not trouble:
+                pause_s = _PAUSE_S
+                continue
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _PAUSE_LIMIT_S)
 
@@ -278,3 +279,12 @@ class Agent:
             foreign_vms=len(self._found) - len(own),
             trouble=self._trouble or ("the disk is full" if free <= 0 else ""),
         )
+
+
+def _complain_once(trouble: str, before: str) -> str:
+    """One line when a thing goes away, and one when it is back; what was complained of last."""
+    if trouble and not before:
+        _log.warning("out of touch with the cloud; VMs run on", why=trouble)
+    elif before and not trouble:
+        _log.info("in touch with the cloud again")
+    return trouble

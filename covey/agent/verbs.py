@@ -181,6 +181,8 @@ class Verbs:
         vm = None if record.vm is None else msgspec.structs.replace(record.vm, status="stopped")
         record = msgspec.structs.replace(record, stage=stage, vm=vm, after=convergence.After.KEEP)
         self._parts.records.save(record)
+        if stage is Stage.FAILED and vm is not None:
+            self._parts.outbox.say(record.key, wire.ReportEvent.INFO, vm=vm)
         return record
 
     async def destroy(self, key: records.Key) -> None:
