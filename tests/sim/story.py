@@ -22,6 +22,7 @@ from tests.support import flaky, nouns
 State = model.State
 _OVER = (State.TERMINATING, State.TERMINATED)
 _SETTLED_S = 600.0
+_CLOSED_S = 90.0  # after which no start that was given up may live on
 
 
 class Broken(AssertionError):
@@ -42,6 +43,8 @@ class Told:
     forgotten: set[str] = field(default_factory=set)
     epochs: dict[str, int] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
+    held: dict[str, tuple[str, int]] = field(default_factory=dict)  # instance -> where the store says it has a slot
+    ledgers: dict[str, set[tuple[str, int]]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 
 
@@ -240,10 +243,24 @@ class Story(clockwork.Story):
             for change in batch.changes:
                 if change.key.startswith(schema.INSTANCES):
                     self._check_instance(schema.tail(change.key), change.kv)
+                elif change.key.startswith(schema.LEDGERS):
+                    self._note_ledger(schema.tail(change.key), change.kv)
+            self._check_claims()
             self._check_room()
+
+    def _note_ledger(self, node: str, kv: base.Kv | None) -> None:
+        claims = () if kv is None else msgspec.json.decode(kv.value, type=model.Ledger).claims
+        self.told.ledgers[node] = {(claim.instance, claim.epoch) for claim in claims}
+
+    def _check_claims(self) -> None:
+        """Safety S11, S13: an instance that says it holds a slot holds one, at every single revision."""
+        for id, (node, epoch) in self.told.held.items():
+            if (id, epoch) not in self.told.ledgers.get(node, ()):
+                raise Broken(f"S11: {id} in epoch {epoch} lost its claim on {node}")
 
     def _check_instance(self, id: str, kv: base.Kv | None) -> None:
         told = self.told
+        told.held.pop(id, None)
         if kv is None:
             if told.states.pop(id) != State.TERMINATED:
                 raise Broken(f"I1: {id} was forgotten before it was over")
@@ -260,6 +277,8 @@ class Story(clockwork.Story):
             raise Broken(f"the epoch of {id} went back")
         if instance.state == State.ERROR:
             told.failed.add(id)
+        if instance.claimed:
+            told.held[id] = (instance.node, instance.epoch)
         told.states[id] = instance.state
         told.epochs[id] = instance.epoch
 
@@ -277,6 +296,10 @@ class Story(clockwork.Story):
         for node in self.agents:
             node.loss = node.trouble_rate = 0.0
             node.cut = False
+        await asyncio.sleep(_CLOSED_S)
+        for id in self.told.given_up & self.told.states.keys():
+            if self.told.states[id] not in (*_OVER, State.ERROR):
+                raise Broken(f"S15: the start of {id} was given up, and yet it is {self.told.states[id]}")
         deadline = self.world.boot_ns() + int(_SETTLED_S * 1e9)
         while left := self._left():
             if self.world.boot_ns() > deadline:
