@@ -139,7 +139,7 @@ class Guest:
             return None
         chunk = _convert(await self.call("guest-file-read", handle=handle, count=limit), Chunk)
         await self.call("guest-file-close", handle=handle)
-        return _decoded(chunk.data)
+        return decoded(chunk.data)
 
     async def address(self) -> str:
         """The guest's first IPv4 address that leads outside; "" while it has none."""
@@ -165,7 +165,7 @@ async def launch(guest: Guest, job: str, text: str) -> str:
         ) from fault
     except TimeoutError as fault:
         raise qmp.NoAnswer("the guest did not launch the start script in time") from fault
-    directory = _decoded(status.out).decode("utf-8", "replace").strip()
+    directory = decoded(status.out).decode("utf-8", "replace").strip()
     if not directory.endswith(f"/covey-{job}"):
         raise errors.HypervisorError("the guest has no writable place for the start script (/var/tmp, /tmp or /run)")
     return directory
@@ -267,7 +267,7 @@ class Follower:
 
     async def _read_some(self, stream: str) -> int:
         answer = await self._on_handle("guest-file-read", self._handles[stream], count=_CHUNK_BYTES)
-        data = _decoded(_convert(answer, Chunk).data)
+        data = decoded(_convert(answer, Chunk).data)
         self._tails[stream].append(data)
         self._read[stream] += len(data)
         return len(data)
@@ -300,7 +300,8 @@ def _convert(value: Any, kind: type[_T]) -> _T:
         raise errors.HypervisorError(f"the guest agent answered nonsense: {fault}") from fault
 
 
-def _decoded(data: str) -> bytes:
+def decoded(data: str) -> bytes:
+    """Bytes from the guest agent's base64."""
     try:
         return base64.b64decode(data)
     except ValueError as fault:

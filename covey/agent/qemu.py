@@ -239,6 +239,13 @@ class Qemu:
         if self._fence is not None and not self._busy and next(qemu_disk.places(self._root), None) is None:
             self._fence.remove()
 
+    async def console(self, instance: model.InstanceId, epoch: int) -> bytes:
+        """The last 64 KiB of the serial console, for those who wonder why a guest does not come up."""
+        place = self._place(instance, epoch)
+        async with self._live(place).monitor, qmp.Monitor(place.monitor) as monitor:
+            text = await monitor.ask("ringbuf-read", device="console", size=64 << 10)
+        return str(text).encode()
+
     def close(self) -> None:
         """Let go of everything; the VMs run on."""
         for live in self._lives.values():

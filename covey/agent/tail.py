@@ -13,7 +13,7 @@ class Tail:
     def __init__(self, path: Path, kept_bytes: int = KEPT_BYTES) -> None:
         self._path = path
         self._kept_bytes = kept_bytes
-        self._file = path.open("wb+")
+        self._file = path.open("wb+", buffering=0)  # others read it meanwhile
 
     def append(self, data: bytes) -> None:
         self._file.write(data)
@@ -31,7 +31,6 @@ class Tail:
         self._file.close()
 
     def _cut(self) -> None:
-        self._file.flush()
         self._file.seek(-self._kept_bytes, os.SEEK_END)
         kept = self._file.read()
         self.forget()
