@@ -14,6 +14,7 @@ import msgspec
 
 from covey.client import oci
 from covey.controller import api_node, api_status, api_vm, start_request, views
+from covey.registry import template_api
 
 ROOT = Path(__file__).resolve().parent.parent
 Struct = type[msgspec.Struct]
@@ -68,6 +69,11 @@ REGISTRY = {
         "The id that a template's name has, or a fresh one, which the name holds from then on.",
         oci.NameAsk,
         oci.NameHeld,
+    ),
+    ("DELETE", "/registry/vm"): Entry("Delete the template `?id=` with all its versions."),
+    ("DELETE", "/registry/revert"): Entry(
+        "Take back one version of the template `?id=` and all newer ones; neither tag nor version: the newest.",
+        template_api._Revert,  # noqa: SLF001
     ),
     ("GET", "/registry/vm/info"): Entry(
         "One version of the template `?id=`: `&tag=`, `&version=`, or the newest.", None, oci.Resolved
