@@ -73,7 +73,7 @@ REGISTRY = {
     ("DELETE", "/registry/vm"): Entry("Delete the template `?id=` with all its versions."),
     ("DELETE", "/registry/revert"): Entry(
         "Take back one version of the template `?id=` and all newer ones; neither tag nor version: the newest.",
-        template_api._Revert,  # noqa: SLF001
+        template_api._Revert,
     ),
     ("GET", "/registry/vm/info"): Entry(
         "One version of the template `?id=`: `&tag=`, `&version=`, or the newest.", None, oci.Resolved
