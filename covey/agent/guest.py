@@ -18,7 +18,6 @@ import asyncio
 import base64
 import contextlib
 import ipaddress
-import shlex
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -158,7 +157,7 @@ class Guest:
 async def launch(guest: Guest, job: str, text: str) -> str:
     """Launch the job unless it was launched before. Its directory in the guest."""
     try:
-        status = await guest.shell(_LAUNCH, job, *interpreter(text), stdin=text.encode())
+        status = await guest.shell(_LAUNCH, job, *interpreter(text), stdin=text.encode("utf-8", "surrogateescape"))
     except qmp.CommandFailed as fault:
         raise errors.HypervisorError(
             f"the guest agent does not run programs ({fault}): allow guest-exec in the template's qemu-ga settings"
@@ -174,8 +173,8 @@ async def launch(guest: Guest, job: str, text: str) -> str:
 def interpreter(text: str) -> list[str]:
     """What runs the script: its first line's, else sh. Spelled out, as temporary directories are often ``noexec``."""
     first = text.split("\n", 1)[0]
-    if first.startswith("#!") and (words := shlex.split(first[2:], posix=False)):
-        return [words[0], " ".join(words[1:])] if len(words) > 1 else [words[0]]
+    if first.startswith("#!") and (words := first[2:].split(None, 1)):  # one argument at most, as the kernel has it
+        return [word.strip() for word in words]
     return ["/bin/sh"]
 
 
