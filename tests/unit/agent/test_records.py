@@ -1,0 +1,126 @@
+"""Records, tombstones and the node's identity survive a crash; damaged files are set aside."""
+
+from pathlib import Path
+
+import pytest
+
+from covey import model, wire, world
+from covey.agent import durable, identity, records
+from covey.decide import convergence
+from tests.support import nouns
+
+DAY_NS = 24 * 3600 * 1_000_000_000
+SEEN = wire.Seen(history="h", revision=7)
+WHO = model.Decision(who="ann", why="done")
+
+
+def record(epoch: int = 1, instance: str = "vm", **changes: object) -> records.Record:
+    values: dict[str, object] = {"instance": instance, "epoch": epoch, "cloud": "c", "seen": SEEN, "spec": nouns.spec()}
+    return records.Record(**(values | changes))  # type: ignore[arg-type]
+
+
+def tombstone(epoch: int = 1, at_ns: int = 0) -> records.Tombstone:
+    return records.Tombstone(
+        instance=model.InstanceId("vm"), epoch=epoch, decision=WHO, seen=wire.Seen(history="h", revision=9), at_ns=at_ns
+    )
+
+
+def loaded(data: Path | None, now_ns: int = 0) -> records.Records:
+    made = records.Records(data)
+    made.load(now_ns)
+    return made
+
+
+def test_records_and_tombstones_are_read_back(tmp_path: Path) -> None:
+    first = loaded(tmp_path)
+    first.save(record(1, script="c2VjcmV0", stage=convergence.Stage.LAUNCHED))
+    first.save(record(2))
+    first.bury(tombstone(1))
+    second = loaded(tmp_path)
+    assert {one.key for one in second.all()} == {("vm", 1), ("vm", 2)}
+    kept = second.get((model.InstanceId("vm"), 1))
+    assert kept is not None and kept.stage is convergence.Stage.LAUNCHED and kept.script == "c2VjcmV0"
+    assert second.tombstones() == [tombstone(1)]
+    assert second.newest_seen("h") == 9
+    assert second.newest_seen("another history") == 0
+
+
+def test_a_record_is_private_and_its_removal_lasts(tmp_path: Path) -> None:
+    first = loaded(tmp_path)
+    first.save(record())
+    (file,) = (tmp_path / "records").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
+    first.forget(record().key)
+    first.forget(record().key)
+    assert loaded(tmp_path).all() == []
+
+
+def test_an_older_order_never_replaces_a_newer_one(tmp_path: Path) -> None:
+    made = loaded(tmp_path)
+    made.bury(tombstone(3))
+    made.bury(tombstone(2))
+    assert loaded(tmp_path).tombstones() == [tombstone(3)]
+
+
+def test_tombstones_are_kept_30_days(tmp_path: Path) -> None:
+    """Safety S19."""
+    loaded(tmp_path).bury(tombstone(at_ns=DAY_NS))
+    assert loaded(tmp_path, 31 * DAY_NS - 1).tombstones()
+    assert not loaded(tmp_path, 31 * DAY_NS + 1).tombstones()
+    assert not list((tmp_path / "tombstones").iterdir())
+
+
+def test_a_damaged_file_is_set_aside_and_the_others_are_read(tmp_path: Path) -> None:
+    made = loaded(tmp_path)
+    made.save(record(1))
+    made.save(record(2))
+    (tmp_path / "records" / "vm.1.json").write_text('{"instance": "v')
+    (tmp_path / "records" / "vm.3.json.tmp").write_text("torn")
+    assert [one.epoch for one in loaded(tmp_path).all()] == [2]
+    assert {path.name for path in (tmp_path / "records").iterdir()} == {"vm.1.json.corrupt", "vm.2.json"}
+
+
+def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    durable.write(path, record(1))
+    path.with_name("x.json.tmp").mkdir()  # nothing can be written aside
+    with pytest.raises(OSError, match=r"x\.json"):
+        durable.write(path, record(2))
+    assert durable.read(path, records.Record) == record(1)
+
+
+def test_without_a_directory_all_is_in_memory() -> None:
+    made = loaded(None)
+    made.save(record())
+    made.bury(tombstone())
+    assert made.all() and made.tombstones()
+
+
+def test_secrets_are_on_disk_before_they_are_offered(tmp_path: Path) -> None:
+    """Safety S7: after a lost answer, whichever secret the controller knows is known here too."""
+    clock = world.System()
+    first = identity.File(tmp_path, clock)
+    assert first.pend("one") == ()
+    second = identity.File(tmp_path, clock)
+    assert second.now.host_key == first.now.host_key
+    assert second.pend("two") == ("one",)
+    joined = wire.Joined(
+        node=model.NodeId("n"),
+        session=4,
+        cloud="c",
+        seen=SEEN,
+        lease=wire.LeaseTerms(),
+        heartbeat_s=5,
+        registries=(),
+        name="host",
+    )
+    second.joined(joined, "two", SEEN)
+    third = identity.File(tmp_path, clock)
+    assert (third.now.node, third.now.counter, third.now.secret, third.now.seen) == ("n", 4, "two", SEEN)
+    assert third.pend("three") == ("two",)
+    assert identity.File(tmp_path, clock).pend("four") == ("three", "two")
+
+
+def test_the_identity_is_private(tmp_path: Path) -> None:
+    identity.File(tmp_path, world.System()).pend("s")
+    assert (tmp_path / "node.json").stat().st_mode & 0o777 == 0o600
