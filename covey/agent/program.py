@@ -31,9 +31,11 @@ class Program:
         self._controllers = http.Endpoints(chosen.controllers)
         self._registries: list[http.Endpoints] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._ip = ""
 
     async def start(self) -> None:
         """Begin. Raises SettingError for a directory that cannot be used."""
+        self._ip = self._chosen.node_ip or await asyncio.to_thread(host.address_towards, self._chosen.controllers)
         for one in self._agents():
             self._tasks.append(asyncio.create_task(one.run()))
 
@@ -79,7 +81,7 @@ class Program:
         else:
             config = qemu.Config(
                 root=folder / "vms",
-                host_ip=chosen.node_ip,
+                host_ip=self._ip,
                 node_name=chosen.node_name,
                 slots=chosen.max_vms,
                 accel=chosen.qemu_accel,
@@ -116,7 +118,7 @@ class Program:
         return agent.Config(
             data_dir="" if folder is None else str(folder),
             name=name,
-            ip=self._chosen.node_ip,
+            ip=self._ip,
             max_vms=self._chosen.max_vms,
             explicit=self._explicit,
             sync=sync,

@@ -38,12 +38,13 @@ class Config(model.Noun, frozen=True, kw_only=True):
     """How VMs are run on this node."""
 
     root: Path  # the VMs' directories
-    host_ip: str = ""  # this node's address for users; "": found out
+    host_ip: str = ""  # this node's address for users; "": as the controller sees it
     node_name: str = ""  # "": the host's name
     slots: int = 0  # 0: one VM per processor, but at least two
     accel: Literal["auto", "kvm", "tcg"] = "auto"
     binary: str = "qemu-system-x86_64"
     qemu_img: str = "qemu-img"
+    nft: str = "nft"
     vcpu: int = 1  # of templates that do not say
     ram_mb: int = 1024
     vnc: bool = True
@@ -76,7 +77,7 @@ class Qemu:
         self._users = qemu_host.users(self._root, config.first_user, config.users)
         first = self._users.start if self._users else 0
         table = "covey_" + hashlib.sha256(str(self._root).encode()).hexdigest()[:12]
-        self._fence = qemu_net.Fence(table, first, first + len(self._users) - 1) if self._users else None
+        self._fence = qemu_net.Fence(table, first, first + len(self._users) - 1, config.nft) if self._users else None
         self._fence_told = False
 
     # ---- the host --------------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ class Qemu:
         kvm = await asyncio.to_thread(self._kvm)
         return model.Facts(
             name=self._config.node_name or platform.node(),
-            ip=self._config.host_ip or qemu_host.own_address(),
+            ip=self._config.host_ip,
             arch=model.Arch.AMD64,
             hypervisor="qemu",
             cpu_count=cpus,

@@ -1,10 +1,9 @@
-"""What the host offers QEMU: the program, the processor's virtualisation, user ids, an address."""
+"""What the host offers QEMU: the program, the processor's virtualisation, user ids."""
 
 import hashlib
 import os
 import platform
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
@@ -48,13 +47,3 @@ def version(binary: str, qemu_img: str) -> str:
         raise errors.HypervisorError(f"{binary} does not run: {fault}") from fault
     words = said.split()
     return words[3] if len(words) > 3 else said.strip()
-
-
-def own_address() -> str:
-    """The address that leads outside; connecting a datagram socket sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-        except OSError:
-            return "127.0.0.1"
-        return str(probe.getsockname()[0])

@@ -145,9 +145,9 @@ class Store(Protocol):
         create revision. Raises Compacted when `revision` is no longer kept. Retried on other members."""
         ...
 
-    async def commit(self, txn: Txn) -> Outcome:
-        """Apply `txn`, alone or in a batch with others that are ready at the same moment (safety S23).
-        Raises Unavailable, Unsure or Rejected."""
+    async def commit(self, txn: Txn, *, within_s: float | None = None) -> Outcome:
+        """Apply `txn`, alone or in a batch with others that are ready at the same moment (safety S23). Nothing is sent
+        after `within_s` (safety S24). Raises Unavailable, Unsure or Rejected."""
         ...
 
     def watch(self, key: str, end: str, start_revision: int) -> AsyncIterator[Batch]:

@@ -97,14 +97,16 @@ class Batcher:
         self._pumping = False
         self._closed = False
 
-    async def commit(self, txn: base.Txn) -> base.Outcome:
-        """Apply `txn`, in whatever company. Ends within `timeout_s` and one attempt."""
+    async def commit(self, txn: base.Txn, within_s: float | None = None) -> base.Outcome:
+        """Apply `txn`, in whatever company. Nothing is sent after `within_s` (at most `timeout_s`); ends one attempt
+        later at the latest."""
         limits.check(txn)
         if self._closed:
             raise errors.Unavailable("the store is closed")
         loop = asyncio.get_running_loop()
         ops, size = limits.ops(txn), limits.size_bytes(txn)
-        deadline_ns = self._now_ns() + int(self._timeout_s * 1e9)
+        limit_s = self._timeout_s if within_s is None else min(within_s, self._timeout_s)
+        deadline_ns = self._now_ns() + int(limit_s * 1e9)
         waiting = _Waiting(txn, Footprint.of(txn), ops, size, deadline_ns, loop.create_future())
         self._queue.append(waiting)
         self._pump_soon()

@@ -239,10 +239,11 @@ class Writer:
         """
         unsure = False
         while True:
-            if self.world.boot_ns() > until_ns:
+            left_ns = until_ns - self.world.boot_ns()
+            if left_ns < 0:
                 raise errors.Unsure("the store's answer was lost") if unsure else errors.Unavailable("too late")
             try:
-                return await self.store.commit(txn)
+                return await self.store.commit(txn, within_s=left_ns / 1e9)
             except errors.Unsure:
                 unsure = True
             except errors.Unavailable:

@@ -75,8 +75,8 @@ class Etcd:
                     raise
         raise errors.Unavailable("compactions overtake the range again and again")
 
-    async def commit(self, txn: base.Txn) -> base.Outcome:
-        return await self._batcher.commit(txn)
+    async def commit(self, txn: base.Txn, *, within_s: float | None = None) -> base.Outcome:
+        return await self._batcher.commit(txn, within_s)
 
     async def watch(self, key: str, end: str, start_revision: int) -> AsyncIterator[base.Batch]:
         if start_revision <= 0:

@@ -67,7 +67,7 @@ class Memory:
         more = not count_only and len(kvs) < total
         return base.Page(() if count_only else tuple(kvs), revision or data.revision, total, more)
 
-    async def commit(self, txn: base.Txn) -> base.Outcome:
+    async def commit(self, txn: base.Txn, *, within_s: float | None = None) -> base.Outcome:
         limits.check(txn)
         await self._turn()
         return self._data.apply(txn)
@@ -215,10 +215,10 @@ class Data:
 
     def apply(self, txn: base.Txn) -> base.Outcome:
         """The transaction, whole or not at all."""
-        for op in (*txn.then, *txn.otherwise):
+        succeeded = all(self._holds(compare) for compare in txn.compares)
+        for op in txn.then if succeeded else txn.otherwise:  # etcd, too, looks only at the branch that runs
             if isinstance(op, base.Put) and op.lease and op.lease not in self.leases:
                 raise errors.Rejected("requested lease not found")
-        succeeded = all(self._holds(compare) for compare in txn.compares)
         changes: list[base.Change] = []
         got: list[base.Kv | None] = []
         for op in txn.then if succeeded else txn.otherwise:

@@ -230,6 +230,15 @@ class TestRefusals:
             await store.commit(base.Txn((), ops))
         assert await get(store, bench.key("a")) is None
 
+    async def test_only_the_branch_that_runs_needs_its_leases(self, bench: Bench, store: base.Store) -> None:
+        await put(store, (bench.key("a"), b"1"))
+        txn = base.Txn(
+            (base.absent(bench.key("a")),), (base.Put(bench.key("b"), b"", 12345),), (base.Get(bench.key("a")),)
+        )
+        outcome = await store.commit(txn)
+        assert not outcome.succeeded
+        assert outcome.got[0] is not None and outcome.got[0].value == b"1"
+
     async def test_a_revision_to_come(self, bench: Bench, store: base.Store) -> None:
         now = await put(store, (bench.key("a"), b""))
         with pytest.raises(errors.Rejected):

@@ -78,7 +78,7 @@ class Flaky:
         await self._travel()
         return page
 
-    async def commit(self, txn: base.Txn) -> base.Outcome:
+    async def commit(self, txn: base.Txn, *, within_s: float | None = None) -> base.Outcome:
         fate = self.planned.popleft() if self.planned else self.weather()
         self.commits.append(txn)
         await self._travel()
@@ -91,7 +91,7 @@ class Flaky:
             self._zombies.add(task)
             task.add_done_callback(self._zombies.discard)
             raise errors.Unsure("the request is still on its way")
-        outcome = await self.store.commit(txn)
+        outcome = await self.store.commit(txn, within_s=within_s)
         await self._travel()
         if self.cut or fate == Fate.LOST_REPLY:
             raise errors.Unsure("the reply was lost")

@@ -40,9 +40,9 @@ class Away:
         self._check()
         return await self._store.range(key, end, **options)
 
-    async def commit(self, txn: base.Txn) -> base.Outcome:
+    async def commit(self, txn: base.Txn, *, within_s: float | None = None) -> base.Outcome:
         self._check()
-        return await self._store.commit(txn)
+        return await self._store.commit(txn, within_s=within_s)
 
     async def watch(self, key: str, end: str, start_revision: int) -> AsyncIterator[base.Batch]:
         async for batch in self._store.watch(key, end, start_revision):

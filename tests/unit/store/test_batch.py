@@ -205,6 +205,23 @@ async def test_who_waits_too_long_is_certainly_not_applied(
     assert recorder.sent == [["a"]]
 
 
+async def test_nothing_is_sent_for_a_caller_who_asked_too_long_ago(
+    batcher: batch.Batcher, recorder: Recorder, clock: Clock
+) -> None:
+    """(safety S24) The caller's own limit counts, not only the store's."""
+    recorder.gate.clear()
+    first = asyncio.create_task(batcher.commit(write("a")))
+    await settle()
+    second = asyncio.create_task(batcher.commit(write("a"), 1.0))
+    await settle()
+    clock.ns += 2 * 10**9
+    recorder.gate.set()
+    await first
+    with pytest.raises(errors.Unavailable):
+        await second
+    assert recorder.sent == [["a"]]
+
+
 async def test_what_waited_long_still_gets_one_attempt(
     batcher: batch.Batcher, recorder: Recorder, clock: Clock
 ) -> None:
