@@ -1,8 +1,10 @@
 """QEMU as the hypervisor: the eight verbs (`hypervisor.Hypervisor`) on directories, processes and the guest agent.
 
     qemu_disk      what lies on disk, durable marks, the lock
-    qemu_process   command line, fork, finding, killing
+    qemu_machine   the command line
+    qemu_process   fork, finding, killing
     qemu_net       forwarded ports, the fence around the host's loopback
+    qemu_script    the start script
     qmp, guest     talking to QEMU and to the guest
 
 What holds: the lock in the VM's directory is inherited by QEMU, so "it runs" is a fact of the kernel's. This object
@@ -23,15 +25,24 @@ from typing import Literal, TypeVar
 
 import covey
 from covey import errors, failpoint, model, observe, world
-from covey.agent import guest, hypervisor, qemu_disk, qemu_host, qemu_net, qemu_process, qmp, tail
+from covey.agent import (
+    guest,
+    hypervisor,
+    qemu_disk,
+    qemu_host,
+    qemu_machine,
+    qemu_net,
+    qemu_process,
+    qemu_script,
+    qmp,
+    tail,
+)
 
 _T = TypeVar("_T")
 _log = observe.log("qemu")
 
 _UP_S = 30.0  # from the fork to QEMU's first answer
-_NETWORK_S = 120.0  # from the guest agent's first answer to the guest's address
 _KILL_S = 10.0
-_INTERRUPTED = -1
 
 
 class Config(model.Noun, frozen=True, kw_only=True):
@@ -144,7 +155,7 @@ class Qemu:
         self._root.mkdir(parents=True, exist_ok=True)
         self._root.chmod(0o711)
         self._check_room()
-        self._machine(plan, place, _files(plan.image), restrict=False)  # says now what would be wrong later
+        self._machine(plan, place, qemu_machine.files(plan.image), restrict=False)  # says now what would be wrong later
         user = self._promise_user()
         record = qemu_disk.Record(
             plan=plan,
@@ -197,7 +208,8 @@ class Qemu:
         if pidfd is None:
             raise errors.HypervisorError(_why_ended(place))
         try:
-            return await _unless_ended(pidfd, place, self._run(place, job))
+            live = self._live(place)
+            return await _unless_ended(pidfd, place, qemu_script.run(place, live.guest, job, self._world))
         finally:
             os.close(pidfd)
 
@@ -260,13 +272,13 @@ class Qemu:
         opened = [place.lock()]
         try:
             image = record.plan.image
-            opened += [qemu_disk.open_layer(path) for path in _files(image)]
+            opened += [qemu_disk.open_layer(path) for path in qemu_machine.files(image)]
             names = [f"/proc/self/fd/{number}" for number in opened[1:]]
             machine = self._machine(record.plan, place, names, restrict=restrict)
             place.mark_forking()
             failpoint.reach("qemu.forking")
             pidfd = qemu_process.fork(
-                qemu_process.command(machine),
+                qemu_machine.command(machine),
                 directory=place.run,
                 log=place.log,
                 keep=opened,
@@ -281,29 +293,27 @@ class Qemu:
 
     def _machine(
         self, plan: hypervisor.Plan, place: qemu_disk.Place, files: Sequence[str], *, restrict: bool
-    ) -> qemu_process.Machine:
+    ) -> qemu_machine.Machine:
         """All that the command line says. `files`: the layers, then kernel and initrd, as QEMU shall open them."""
-        config, spec, count = plan.image.config, plan.spec, len(plan.image.layers)
+        count = len(plan.image.layers)
         boot = files[count:]
-        forwards = qemu_net.forwards(spec, str(config.get("forwards", "")), plan.host_ip)
-        return qemu_process.Machine(
+        return qemu_machine.Machine(
             binary=shutil.which(self._config.binary) or self._config.binary,
-            machine="pc-q35-7.2",  # pinned: a guest sees the same hardware whatever QEMU is installed
             kvm=self._kvm(),
             instance=plan.instance,
             directory=str(place.path),
             cloud=plan.cloud,
             name=plan.name,
-            vcpu=_whole("vcpu", spec.vcpu or config.get("vcpu", self._config.vcpu), 1, 256),
-            ram_mb=_whole("ram_mb", spec.vram_mb or config.get("ram_mb", self._config.ram_mb), 64, 4 << 20),
-            netdev=qemu_net.option(forwards, restrict=restrict),
-            disk="disk.qcow2",
+            vcpu=qemu_machine.vcpu(plan, self._config.vcpu),
+            ram_mb=qemu_machine.ram_mb(plan, self._config.ram_mb),
+            netdev=qemu_net.option(qemu_machine.forwards(plan), restrict=restrict),
+            disk=qemu_disk.OVERLAY,
             layers=tuple(files[:count]),
             kernel=boot[0] if boot else "",
             initrd=boot[1] if len(boot) > 1 else "",
-            cmdline=str(config.get("cmdline", "")),
+            cmdline=str(plan.image.config.get("cmdline", "")),
             vnc=plan.host_ip if self._config.vnc else "",
-            vnc_secret="vnc.secret",  # noqa: S106  a file's name
+            vnc_secret=qemu_disk.VNC_SECRET,
         )
 
     async def _wait_until_up(self, pidfd: int, place: qemu_disk.Place, record: qemu_disk.Record) -> None:
@@ -317,8 +327,7 @@ class Qemu:
                     raise errors.HypervisorError(f"QEMU did not come up within {_UP_S:.0f} s") from fault
             await asyncio.sleep(0.02)
         said = tail.last(place.log, 2000).decode("utf-8", "replace").strip()
-        config = record.plan.image.config
-        forwards = qemu_net.forwards(record.plan.spec, str(config.get("forwards", "")), record.plan.host_ip)
+        forwards = qemu_machine.forwards(record.plan)
         raise errors.HypervisorError(qemu_net.refused(said, forwards) or f"QEMU refused to start: {said}")
 
     def _vm_info(
@@ -330,57 +339,18 @@ class Qemu:
         screens: Sequence[dict[str, object]],
     ) -> model.VmInfo:
         plan = record.plan
-        machine = self._machine(plan, place, list(plan.image.layers), restrict=False)
-        wanted = qemu_net.forwards(plan.spec, str(plan.image.config.get("forwards", "")), plan.host_ip)
         return model.VmInfo(
             uuid=plan.instance,
             name=plan.name,
             ip=address,
             host_ip=plan.host_ip,
-            cpu_cores=machine.vcpu,
-            ram_mb=machine.ram_mb,
-            forwards=qemu_net.found(wanted, usernet),
+            cpu_cores=qemu_machine.vcpu(plan, self._config.vcpu),
+            ram_mb=qemu_machine.ram_mb(plan, self._config.ram_mb),
+            forwards=qemu_net.found(qemu_machine.forwards(plan), usernet),
             vnc_port=_vnc_port(screens),
             vnc_password=record.vnc_password if screens else "",
             started_ns=(place.path / "forking").stat().st_mtime_ns,
         )
-
-    async def _run(self, place: qemu_disk.Place, job: hypervisor.Job) -> hypervisor.JobResult:
-        inside = self._live(place).guest
-        boot = await _patiently(functools.partial(_ready, inside, network=job.after_network), _NETWORK_S)
-        begun = place.begun()
-        if begun is None:
-            begun = qemu_disk.Begun(at_boot_ns=self._world.boot_ns(), guest_boot=boot)
-            place.begin(begun)
-        elif begun.guest_boot != boot:
-            return hypervisor.JobResult(
-                return_code=_INTERRUPTED, errors="the start script was interrupted: the guest rebooted"
-            )
-        failpoint.reach("qemu.job")
-        name = place.path.name
-        directory = await _patiently(functools.partial(guest.launch, inside, name, job.text), _NETWORK_S)
-        failpoint.reach("qemu.launched")
-        left_s = job.timeout_s - (self._world.boot_ns() - begun.at_boot_ns) / 1e9
-        code, trouble = await self._follow(
-            place, guest.Follower(inside, directory, place.job_out, place.job_err), left_s
-        )
-        return hypervisor.JobResult(
-            return_code=_INTERRUPTED if code is None else code,
-            did_timeout=code is None and not trouble,
-            stdout=tail.last(place.job_out),
-            stderr=tail.last(place.job_err),
-            errors=trouble,
-        )
-
-    async def _follow(
-        self, place: qemu_disk.Place, follower: guest.Follower, timeout_s: float
-    ) -> tuple[int | None, str]:
-        try:
-            return await follower.wait(timeout_s), ""
-        except guest.Interrupted as fault:
-            return None, str(fault)
-        finally:
-            self._live(place).guest.close()
 
     async def _ask_to_shut_down(self, place: qemu_disk.Place) -> None:
         live = self._live(place)
@@ -466,32 +436,6 @@ class Qemu:
         return user
 
 
-def _files(image: hypervisor.Image) -> list[str]:
-    """What QEMU opens of a template: its layers, then kernel and initrd if it brings them."""
-    return [*image.layers, *_boot_files(image)]
-
-
-def _boot_files(image: hypervisor.Image) -> list[str]:
-    """Kernel and initrd when the template brings its own kernel; none when it boots from its disk."""
-    if "kernel" not in image.config and "kernel" not in image.files:
-        return []
-    found = []
-    for role in ("kernel", "initrd"):
-        title = str(image.config.get(role, role))
-        path = image.files.get(title) or image.files.get(role)
-        if path is not None:
-            found.append(path)
-        elif role in image.config:
-            raise errors.HypervisorError(f"the template's {role} {title!r} is not among its files; push it again")
-    return found
-
-
-def _whole(name: str, value: str | int | bool, least: int, most: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise errors.HypervisorError(f"{name}: {value!r} is not a number from {least} to {most}")
-    return value
-
-
 def _recorded(place: qemu_disk.Place) -> qemu_disk.Record:
     record = place.record()
     if record is None:
@@ -522,25 +466,6 @@ async def _guest_is_up(monitor: qmp.Monitor) -> bool:
     """Whether the guest has opened the guest agent's port."""
     devices = await monitor.ask("query-chardev")
     return any(device["label"] == "guest" and device["frontend-open"] for device in devices)
-
-
-async def _ready(inside: guest.Guest, *, network: bool) -> str:
-    """The guest's boot id, once it is up as far as asked."""
-    if network and not await inside.address():
-        raise qmp.NoAnswer("the guest got no network address, so the start script was not run")
-    return await inside.boot_id()
-
-
-async def _patiently(ask: Callable[[], Awaitable[_T]], timeout_s: float) -> _T:
-    """Ask until there is an answer: the guest agent may be starting, or restarting."""
-    end = asyncio.get_running_loop().time() + timeout_s
-    while True:
-        try:
-            return await ask()
-        except qmp.NoAnswer:
-            if asyncio.get_running_loop().time() > end:
-                raise
-        await asyncio.sleep(0.1)
 
 
 async def _unless_ended(pidfd: int, place: qemu_disk.Place, work: Awaitable[_T]) -> _T:

@@ -27,6 +27,7 @@ from pathlib import Path
 from covey import errors, model
 from covey.agent import durable, hypervisor, qcow2
 
+OVERLAY, VNC_SECRET = "disk.qcow2", "vnc.secret"  # below run
 _NEW, _GONE = ".new-", ".gone-"
 _READABLE = 0o444
 
@@ -127,11 +128,11 @@ class Place:
     def _fill(self, aside: Path, record: Record, size_bytes: int, qemu_img: str) -> None:
         run = aside / "run"
         run.mkdir(mode=0o700)
-        _call(qemu_img, "create", "-q", "-f", "qcow2", str(run / "disk.qcow2"), str(size_bytes))
-        (run / "vnc.secret").write_text(record.vnc_password)
-        (run / "vnc.secret").chmod(0o400)
+        _call(qemu_img, "create", "-q", "-f", "qcow2", str(run / OVERLAY), str(size_bytes))
+        (run / VNC_SECRET).write_text(record.vnc_password)
+        (run / VNC_SECRET).chmod(0o400)
         if record.user is not None:
-            for path in (run / "disk.qcow2", run / "vnc.secret", run):
+            for path in (run / OVERLAY, run / VNC_SECRET, run):
                 os.chown(path, record.user, record.user)
         durable.write(aside / "vm.json", record)
 

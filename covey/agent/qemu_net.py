@@ -91,10 +91,11 @@ def refused(text: str, wanted: Sequence[model.Forward]) -> str:
 class Fence:
     """The nft table that keeps VMs with user ids `first` to `last` off the host's loopback."""
 
-    def __init__(self, table: str, first: int, last: int) -> None:
+    def __init__(self, table: str, first: int, last: int, nft: str = "nft") -> None:
         self._table = f"inet {table}"
         self._first = first
         self._last = last
+        self._nft = nft
 
     def raise_(self) -> bool:
         """Put the table in place, replacing an older one in the same transaction. False where that is impossible."""
@@ -107,20 +108,20 @@ class Fence:
             f"    type filter hook output priority filter; policy accept;\n{resolvers}"
             f"    meta skuid {self._first}-{self._last} ct state new ip daddr 127.0.0.0/8 reject\n  }}\n}}\n"
         )
-        return _nft(rules)
+        return _nft(self._nft, rules)
 
     def remove(self) -> None:
         """Harmless when it is not there."""
-        _nft(f"add table {self._table}\ndelete table {self._table}\n")
+        _nft(self._nft, f"add table {self._table}\ndelete table {self._table}\n")
 
 
-def _nft(rules: str) -> bool:
+def _nft(binary: str, rules: str) -> bool:
     if os.geteuid() != 0:
         return False
     path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
     try:
         done = subprocess.run(
-            ["nft", "-f", "-"], input=rules.encode(), env={"PATH": path}, capture_output=True, timeout=10, check=False
+            [binary, "-f", "-"], input=rules.encode(), env={"PATH": path}, capture_output=True, timeout=10, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return False

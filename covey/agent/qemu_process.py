@@ -1,57 +1,23 @@
-"""QEMU as processes of this host: the command line, the fork, finding them again, and ending them.
+"""QEMU as processes of this host: the fork, finding them again, and ending them.
 
 A VM's process is nobody's child: it must outlive the agent. It is known by its command line alone, which carries
 ``-name covey-<instance id>`` for people and an inert object with cloud and directory for us, so that a VM is found
 also when its directory is gone. A process id is only ever used through a pidfd whose command line was read *after* it
 was opened: a recycled id is somebody else.
-
-QEMU gets no paths but open files (``/proc/self/fd/N``) and its own directory as working directory, so no other
-directory must be open to its user; and no way to gain rights, start programs or use old system calls.
 """
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import os
 import select
 import signal
 import subprocess
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from covey import errors, model
-
-MARK = "covey-vm"
-_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-# Without these Linux probes and calibrates for seconds what emulation makes meaningless.
-_EMULATED = (
-    "nokaslr mitigations=off no_timer_check tsc=reliable lpj=4000000 cryptomgr.notests random.trust_cpu=on "
-    "8250.nr_uarts=1 i8042.noaux i8042.nomux i8042.nopnp audit=0 nowatchdog rcupdate.rcu_expedited=1"
-)
-
-
-class Machine(model.Noun, frozen=True, kw_only=True):
-    """Everything that a command line says, decided."""
-
-    binary: str
-    machine: str
-    kvm: bool
-    instance: model.InstanceId
-    directory: str  # the VM's directory, absolute
-    cloud: str
-    name: str
-    vcpu: int
-    ram_mb: int
-    netdev: str
-    disk: str  # the overlay, below the working directory
-    layers: tuple[str, ...]  # base first, as open files
-    kernel: str = ""
-    initrd: str = ""
-    cmdline: str = ""
-    vnc: str = ""  # the address to listen on; "": no screen
-    vnc_secret: str = ""
+from covey.agent import qemu_machine
 
 
 class Found(model.Noun, frozen=True, kw_only=True):
@@ -60,66 +26,6 @@ class Found(model.Noun, frozen=True, kw_only=True):
     pid: int
     cloud: str
     directory: str
-
-
-def command(machine: Machine) -> list[str]:
-    """The command line. Every layer is spelled out, so that no header decides what is opened."""
-    words = [machine.binary, "-name", f"covey-{machine.instance}", "-nodefaults", "-no-user-config", "-display", "none"]
-    words += ["-object", _json({"qom-type": "secret", "id": MARK, "data": f"{machine.cloud} {machine.directory}"})]
-    words += ["-sandbox", _SANDBOX, "-machine", machine.machine, "-rtc", "base=utc,driftfix=none"]
-    words += ["-accel", "kvm" if machine.kvm else "tcg,thread=multi,tb-size=64"]
-    words += ["-cpu", "host" if machine.kvm else "max", "-smp", str(machine.vcpu), "-m", str(machine.ram_mb)]
-    words += ["-uuid", str(_uuid(machine.instance)), "-smbios", _smbios(machine)]
-    words += ["-chardev", "socket,id=qmp,path=qmp.sock,server=on,wait=off", "-mon", "chardev=qmp,mode=control"]
-    words += ["-chardev", "ringbuf,id=console,size=65536", "-serial", "chardev:console"]
-    words += ["-blockdev", _json(_disk(machine)), "-device", "virtio-blk-pci,drive=disk,bootindex=1"]
-    words += ["-device", "virtio-serial-pci", "-chardev", "socket,id=guest,path=guest.sock,server=on,wait=off"]
-    words += ["-device", "virtserialport,chardev=guest,name=org.qemu.guest_agent.0"]
-    words += ["-netdev", machine.netdev, "-device", f"virtio-net-pci,netdev=net0,romfile=,mac={_mac(machine.instance)}"]
-    words += ["-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng"]
-    if machine.kernel:
-        cmdline = machine.cmdline if machine.kvm else f"{machine.cmdline} {_EMULATED}"
-        words += ["-kernel", machine.kernel, "-append", cmdline.strip()]
-        words += ["-initrd", machine.initrd] if machine.initrd else []
-    if machine.vnc:
-        words += ["-object", f"secret,id=vnc,file={machine.vnc_secret}", "-device", "VGA"]
-        words += ["-vnc", f"{machine.vnc}:0,to=9999,password-secret=vnc"]
-    return words
-
-
-def _disk(machine: Machine) -> dict[str, object]:
-    node: dict[str, object] | None = None
-    for layer in machine.layers:
-        file = {"driver": "file", "filename": layer}
-        node = {"driver": "qcow2", "read-only": True, "file": file, "backing": node}
-    return {
-        "driver": "qcow2",
-        "node-name": "disk",
-        "discard": "unmap",
-        "file": {"driver": "file", "filename": machine.disk, "discard": "unmap"},
-        "backing": node,
-    }
-
-
-def _smbios(machine: Machine) -> str:
-    """The firmware's tables tell the guest who it is. A comma in a value is written twice."""
-    name = machine.name.replace(",", ",,")
-    return f"type=1,manufacturer=Covey,product={name},serial={machine.instance}"
-
-
-def _mac(instance: model.InstanceId) -> str:
-    return "52:54:00:" + hashlib.sha256(instance.encode()).digest()[:3].hex(":")
-
-
-def _uuid(instance: model.InstanceId) -> uuid.UUID:
-    try:
-        return uuid.UUID(instance)
-    except ValueError:
-        return uuid.uuid5(uuid.NAMESPACE_URL, f"covey:{instance}")
-
-
-def _json(value: object) -> str:
-    return json.dumps(value)
 
 
 def fork(
@@ -163,7 +69,7 @@ def _look(pid: int) -> Found | None:
     if len(words) < 3 or words[1] != b"-name" or not words[2].startswith(b"covey-"):
         return None
     for word in words:
-        if word.startswith(b'{"qom-type": "secret", "id": "%s"' % MARK.encode()):
+        if word.startswith(b'{"qom-type": "secret", "id": "%s"' % qemu_machine.MARK.encode()):
             cloud, _, directory = str(json.loads(word)["data"]).partition(" ")
             return Found(pid=pid, cloud=cloud, directory=directory)
     return None

@@ -13,7 +13,7 @@ import pytest
 
 from covey import errors, model
 from covey.agent import guest as guest_agent
-from covey.agent import hypervisor, qcow2, qemu_disk, qemu_process
+from covey.agent import hypervisor, qcow2, qemu_disk, qemu_machine, qemu_process
 from tests.support import guest
 
 FOREIGN = "/etc/passwd"
@@ -126,12 +126,12 @@ async def test_a_layer_that_names_a_file_of_the_host_is_refused(
 async def test_the_spelled_out_chain_wins_over_a_header(host: guest.Host, tmp_path: Path) -> None:
     """Even if the check were passed by, QEMU opens what the command line says and nothing else."""
     evil = hostile(tmp_path / "evil.qcow2", F="raw", b=FOREIGN)
-    machine = qemu_process.Machine(
-        binary="qemu", machine="q35", kvm=False, instance=model.InstanceId("x"), directory="/x", cloud="", name="",
+    machine = qemu_machine.Machine(
+        binary="qemu", kvm=False, instance=model.InstanceId("x"), directory="/x", cloud="", name="",
         vcpu=1, ram_mb=64, netdev="", disk=str(tmp_path / "top.qcow2"), layers=(str(evil),),
     )  # fmt: skip
     hostile(tmp_path / "top.qcow2")
-    words = qemu_process.command(machine)
+    words = qemu_machine.command(machine)
     chain = words[words.index("-blockdev") + 1]
     read = ["qemu-io", "-r", "-c", "read -v 0 32", "json:" + json.dumps(_without_options(json.loads(chain)))]
     shown = (await asyncio.to_thread(subprocess.run, read, capture_output=True, text=True, check=True)).stdout
@@ -202,6 +202,21 @@ async def test_the_guest_cannot_reach_the_hosts_loopback(host: guest.Host, machi
             connection, _peer = await asyncio.to_thread(outside.accept)
             connection.close()
             await reaching
+
+
+async def test_without_a_fence_the_guest_gets_no_way_out(host: guest.Host) -> None:
+    plan = host.plan()
+    async with host.hypervisor(nft="no-such-program") as driver:
+        info = await guest.boot(driver, plan)
+    with socket.create_server(("0.0.0.0", 0)) as service:  # noqa: S104  reached by either address
+        service.settimeout(0.2)
+        for address in ("10.0.2.2", _other_address()):
+            await inside(host, plan, f"nc -w 2 {address} {service.getsockname()[1]} </dev/null")
+        with pytest.raises(TimeoutError):
+            service.accept()
+    assert "boot_id" in await asyncio.to_thread(guest.page, info)
+    async with host.hypervisor() as driver:
+        await driver.destroy(plan.instance, 1)
 
 
 def _other_address() -> str:
