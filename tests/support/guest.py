@@ -133,8 +133,10 @@ def host() -> Iterator[Host]:
         guardian.stdin.close()
         guardian.wait(30)
         _wait_until_empty(Host(root))
+        roots = [root, *root.rglob("vms")]  # an agent as a program keeps its VMs deeper
         shutil.rmtree(root, ignore_errors=True)
-        qemu.Qemu(Host(root).config(), world.System()).lower_fence()
+        for gone in roots:
+            qemu.Qemu(Host(gone).config(), world.System()).lower_fence()
 
 
 def _wait_until_empty(host: Host) -> None:
