@@ -31,6 +31,7 @@ class _Settings(msgspec.Struct, frozen=True, kw_only=True):
     failpoints: str
     log_level: str
     log_json: bool | None
+    log_dir: Path | None  # None: to stderr only
     notices: tuple[str, ...]
 
 
@@ -241,6 +242,7 @@ def client(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Client:
         failpoints="",
         log_level="warning",
         log_json=None,
+        log_dir=None,
         notices=(),
     )
 

@@ -246,6 +246,7 @@ class Reader:
             "failpoints": self.text("FAILPOINTS"),
             "log_level": level,
             "log_json": None if as_json == "auto" else as_json == "true",
+            "log_dir": self.path("LOG_DIR"),
             "notices": tuple(dict.fromkeys(self._notices)),
         }
 

@@ -120,6 +120,13 @@ _PLACES = (
     Setting("FAILPOINTS", _ALL, _K.TEXT, "", "For tests: name=action[,…] places where the program crashes on purpose."),
     Setting("LOG_LEVEL", _ALL, _K.TEXT, "info", "debug, info, warning or error."),
     Setting("LOG_JSON", _ALL, _K.TEXT, "auto", "true, false or auto: JSON lines unless stderr is a terminal."),
+    Setting(
+        "LOG_DIR",
+        _ALL,
+        _K.PATH,
+        "",
+        "Logs also go there, as JSON lines, to covey-<program>.log; opened again once that was moved away.",
+    ),
 )
 
 # ---- etcd, as a controller sees it -----------------------------------------------------------------------------
@@ -275,7 +282,6 @@ _LATER = (
     *_unbuilt("BACKEND_S3_BUCKET BACKEND_S3_UPLOAD_PART_SIZE BACKEND_S3_UPLOAD_CONCURRENCY", _K.TEXT, _S3, _RS),
     *_unbuilt("BACKEND_S3_USE_PATH_STYLE BACKEND_S3_SKIP_TLS_VERIFICATION", _K.SWITCH, _S3, _RS),
     *_unbuilt("ENABLE_CENTRAL_LOGGING", _K.SWITCH, "central logging is not built yet; each program logs to stderr"),
-    *_unbuilt("LOG_DIR", _K.PATH, "log files are not built yet; each program logs to stderr"),
     *_unbuilt("QUEUE_ADDR", _K.TEXT, "the product's queue address has no counterpart; agents use LISTEN_ADDR"),
     *(
         Setting(name, _RS, _K.PATH, "", "The product's folder.", without_effect=_FOLDER)

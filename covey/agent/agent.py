@@ -17,7 +17,20 @@ from pathlib import Path
 import msgspec
 
 from covey import errors, model, observe, wire, world
-from covey.agent import host, hypervisor, identity, images, look, parts, records, reports, session, verbs, worker
+from covey.agent import (
+    contact,
+    host,
+    hypervisor,
+    identity,
+    images,
+    look,
+    parts,
+    records,
+    reports,
+    session,
+    verbs,
+    worker,
+)
 from covey.client import http
 
 _PAUSE_S = 0.2
@@ -43,7 +56,7 @@ class Config(model.Noun, frozen=True, kw_only=True):
 
 
 class Agent:
-    """One node's agent. `use` tells how busy processors and memory are."""
+    """One node's agent. `use` tells how busy processors and memory are; `touch` is shared by a process's agents."""
 
     def __init__(
         self,
@@ -54,6 +67,7 @@ class Agent:
         endpoints: http.Endpoints,
         *,
         use: Callable[[], tuple[float, float]] = host.idle,
+        touch: contact.Contact | None = None,
     ) -> None:
         data = Path(config.data_dir) if config.data_dir else None
         self._config = config
@@ -61,6 +75,7 @@ class Agent:
         self._driver = driver
         self._images = cache
         self._use = use
+        self._contact = touch or contact.Contact()
         self._records = records.Records(data, sync=config.sync)
         self._records.load(clock.wall_ns())
         self.session = session.Session(identity.File(data, clock), endpoints, clock)
@@ -115,7 +130,7 @@ class Agent:
         pause_s = _PAUSE_S
         complained = ""
         while True:
-            trouble = ""
+            trouble = away = ""
             try:
                 if self.session.standing in (session.Standing.OUTSIDE, session.Standing.STALE):
                     await self._join()
@@ -132,9 +147,10 @@ class Agent:
                     raise
                 trouble, pause_s = f"this host cannot run VMs now: {error}", _REFUSED_PAUSE_S
             except errors.RemoteError as error:
-                trouble = f"no controller answers: {error}"
-            complained = _complain_once(trouble, complained)
-            if not trouble:
+                away = f"no controller answers: {error}"
+            self._contact.lost(self, away) if away else self._contact.found(self)
+            complained = complained if away else _complain_once(trouble, complained)
+            if not (trouble or away):
                 pause_s = _PAUSE_S
                 continue
             await asyncio.sleep(pause_s)
@@ -284,7 +300,7 @@ class Agent:
 def _complain_once(trouble: str, before: str) -> str:
     """One line when a thing goes away, and one when it is back; what was complained of last."""
     if trouble and not before:
-        _log.warning("out of touch with the cloud; VMs run on", why=trouble)
+        _log.warning("the cloud does not take this node; VMs run on", why=trouble)
     elif before and not trouble:
-        _log.info("in touch with the cloud again")
+        _log.info("the cloud takes this node again")
     return trouble

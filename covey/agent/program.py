@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from covey import errors, settings, world
-from covey.agent import agent, host, hypervisor, images, qemu, synthetic
+from covey.agent import agent, contact, host, hypervisor, images, qemu, synthetic
 from covey.client import http, registry
 
 
@@ -30,6 +30,7 @@ class Program:
         self._explicit = explicit
         self._controllers = http.Endpoints(chosen.controllers)
         self._registries: list[http.Endpoints] = []
+        self._contact = contact.Contact()
         self._tasks: list[asyncio.Task[None]] = []
         self._ip = ""
 
@@ -96,6 +97,7 @@ class Program:
             cache,
             self._controllers,
             use=host.use,
+            touch=self._contact,
         )
         wakes.agent = made
         return made
@@ -110,7 +112,7 @@ class Program:
         cache = synthetic.Images(self._chosen.pull_s)
         # Pretended VMs need not survive the host, and hundreds of nodes in one process must not wait for its disk.
         config = self._config(name, folder, sync=False)
-        made = agent.Agent(config, self._clock, driver, cache, self._controllers)
+        made = agent.Agent(config, self._clock, driver, cache, self._controllers, touch=self._contact)
         wakes.agent = made
         return made
 

@@ -91,15 +91,22 @@ class Outbox:
     async def run(self) -> None:
         """Send what there is, for ever."""
         pause_s = _RETRY_S
+        refused = ""
         while True:
             await self._session.good.wait()
             try:
                 settled = await self._turn()
             except session.SessionLost:
                 continue
-            except (errors.RemoteError, errors.Refused) as error:
-                _log.info("a report was not taken; it is sent again", error=str(error))
+            except errors.RemoteError as error:  # that nobody answers is the poll's to tell
+                _log.debug("a report was not taken; it is sent again", error=str(error))
                 settled = False
+            except errors.Refused as error:
+                if str(error) != refused:
+                    _log.warning("a report was refused; it is sent again", error=str(error))
+                settled, refused = False, str(error)
+            else:
+                refused = ""
             pause_s = _RETRY_S if settled else min(2 * pause_s, _RETRY_LIMIT_S)
             if not settled:
                 await asyncio.sleep(pause_s)

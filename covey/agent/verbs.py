@@ -98,7 +98,8 @@ class Verbs:
             except session.SessionLost:
                 return None
             except (errors.RemoteError, errors.Refused) as error:
-                _log.info("launch was not answered; it is asked again", instance=record.instance, error=str(error))
+                if pause_s == _RETRY_S:
+                    _log.info("launch was not answered; it is asked again", instance=record.instance, error=str(error))
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _RETRY_LIMIT_S)
                 continue

@@ -95,6 +95,8 @@ def _to_save(chosen: "settings.Agent", given: Mapping[str, object]) -> dict[str,
     values = {row.name: found.text for row in rows if (found := read.find(row.name)) is not None}
     values["DATA_DIR"] = str(chosen.data_dir)
     values["CONTROLLER"] = ",".join(chosen.controllers)
+    if chosen.log_dir is not None:
+        values["LOG_DIR"] = str(chosen.log_dir)  # absolute: the agent starts elsewhere
     return {f"COVEY_{name}": value for name, value in values.items()}
 
 

@@ -8,15 +8,16 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
 
 import typer
 
-from covey import settings_table
+from covey import errors, settings_table
 from covey.cli import background, flags, out
 
 if TYPE_CHECKING:
-    from covey import settings
+    from covey import observe, settings
 
 Part = settings_table.Part
 
@@ -41,7 +42,7 @@ def controller(flags: flags.Flags) -> None:
     if chosen.standalone or chosen.run_registry:
         _standalone(flags, etcd=chosen.standalone, registry=chosen.run_registry)
         return
-    _begin(chosen)
+    _begin(chosen, Part.CONTROLLER)
     from covey import world
     from covey.controller import replica
 
@@ -54,7 +55,7 @@ def registry(flags: flags.Flags) -> None:
     from covey import settings, world
 
     chosen = settings.registry(os.environ, flags)
-    _begin(chosen)
+    _begin(chosen, Part.REGISTRY)
     from covey.registry import service
 
     config = service.Config(
@@ -72,7 +73,7 @@ def agent(flags: flags.Flags) -> None:
     from covey import settings, world
 
     chosen = settings.agent(os.environ, flags)
-    _begin(chosen)
+    _begin(chosen, Part.AGENT)
     from covey.agent import program
 
     if chosen.nodes and not chosen.data_dir_given:
@@ -105,20 +106,32 @@ def _standalone(given: flags.Flags, *, etcd: bool = True, registry: bool = True)
     from covey import up as whole
 
     chosen = settings.standalone(os.environ, given)
-    _begin(chosen)
+    _begin(chosen, Part.STANDALONE)
     environ = {**os.environ, **flags.environment(given)}
     asyncio.run(whole.run(chosen, environ, out.say, etcd=etcd, registry=registry))
 
 
-def _begin(chosen: "settings.Controller | settings.Registry | settings.Agent | settings.Standalone") -> None:
+def _begin(
+    chosen: "settings.Controller | settings.Registry | settings.Agent | settings.Standalone", program: Part
+) -> None:
     """Logging and failpoints as set, then what the settings have to say."""
     from covey import failpoint, observe
 
-    observe.configure(json=chosen.log_json, level=chosen.log_level)
+    file = None if chosen.log_dir is None else _log_file(chosen.log_dir / f"covey-{program}.log")
+    observe.configure(json=chosen.log_json, level=chosen.log_level, file=file)
     failpoint.arm(chosen.failpoints)
     log = observe.log("settings")
     for notice in chosen.notices:
         log.warning(notice)
+
+
+def _log_file(path: Path) -> "observe.File":
+    from covey import observe
+
+    try:
+        return observe.File(path)
+    except OSError as error:
+        raise errors.SettingError(f"LOG_DIR: {path} cannot be written: {error.strerror}") from error
 
 
 def _run(make: Callable[[], P], *, quick: bool, ended: Callable[[P], Awaitable[None]] | None = None) -> None:

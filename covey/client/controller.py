@@ -58,7 +58,7 @@ class VmInfo(_View, frozen=True, kw_only=True):
 class ScriptResult(_View, frozen=True, kw_only=True):
     return_code: int = 0
     did_timeout: bool = False
-    stdout: str = ""  # base64
+    stdout: str = ""  # plain text: its last 64 KiB
     stderr: str = ""
     errors: str = ""
 
