@@ -93,6 +93,15 @@ def check_chain(layers: Sequence[Path], titles: Sequence[str] = ()) -> Header:
     return header
 
 
+def check_files(files: Sequence[Path]) -> None:
+    """Check files about to become a template's layers, base first. Other formats are other hypervisors' and pass."""
+    for number, path in enumerate(files):
+        with path.open("rb") as file:
+            ours = file.read(len(_MAGIC)) == _MAGIC
+        if ours:
+            check_layer(path, {files[number - 1].name} if number else ())
+
+
 _FLATTEN = "qemu-img convert -O qcow2"
 
 

@@ -40,8 +40,13 @@ def push(
     json: flags.Json = False,
 ) -> None:
     """Push files as a new version of a template. Only what the registry lacks is moved."""
+    from covey.agent import qcow2
     from covey.client import templates
 
+    try:
+        qcow2.check_files(files)
+    except OSError as error:
+        raise errors.Refused(f"{error.filename} cannot be read: {error.strerror}") from None
     arch, vm = _config(config)
 
     async def run(client: "registry_client.Registry", moved: "templates.Progress") -> "templates.Pushed":

@@ -118,3 +118,14 @@ def test_every_truncation_is_refused_or_understood(tmp_path: Path) -> None:
         (tmp_path / "cut").write_bytes(whole[:length])
         with pytest.raises(errors.Refused):
             qcow2.read_header(tmp_path / "cut")
+
+
+def test_files_to_be_pushed(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.qcow2")
+    top = write(tmp_path / "top.qcow2", backing="base.qcow2", extensions={BACKING_FORMAT: b"qcow2"})
+    (tmp_path / "small").write_bytes(b"not for QEMU")
+    for files in ([base], [base, top], [tmp_path / "small"], []):
+        qcow2.check_files(files)
+    for files in ([top], [top, base], [base, write(tmp_path / "evil.qcow2", backing="/etc/passwd")]):
+        with pytest.raises(errors.Refused, match="backing file"):
+            qcow2.check_files(files)
