@@ -26,10 +26,10 @@ from typing import Literal, TypeVar
 import covey
 from covey import errors, failpoint, model, observe, world
 from covey.agent import (
-    guest,
     hypervisor,
     qemu_disk,
     qemu_host,
+    qemu_live,
     qemu_machine,
     qemu_net,
     qemu_process,
@@ -65,15 +65,6 @@ class Config(model.Noun, frozen=True, kw_only=True):
     reserve_bytes: int = 256 << 20  # free disk space below which no VM is made
 
 
-class _Live:
-    """What is open towards one running VM."""
-
-    def __init__(self, place: qemu_disk.Place) -> None:
-        self.guest = guest.Guest(place.guest)
-        self.monitor = asyncio.Lock()  # QEMU's monitor takes one client
-        self.watched: int | None = None  # pidfd
-
-
 class Qemu:
     """See `hypervisor.Hypervisor`. `wake` is called when a VM's process ends by itself."""
 
@@ -81,8 +72,7 @@ class Qemu:
         self._config = config
         self._root = config.root.resolve()
         self._world = world
-        self._wake = wake
-        self._lives: dict[Path, _Live] = {}
+        self._lives = qemu_live.Lives(wake)
         self._busy = 0  # directories being made or removed
         self._promised: set[int] = set()
         self._users = qemu_host.users(self._root, config.first_user, config.users)
@@ -137,7 +127,7 @@ class Qemu:
         cloud, why = record.plan.cloud if record else "", ""
         if place.locked():
             phase = hypervisor.Phase.RUNNING
-            self._watch(place)
+            self._lives.watch(place)
         elif not place.forked:
             phase = hypervisor.Phase.PREPARED
         elif place.stopping:
@@ -179,7 +169,7 @@ class Qemu:
         # From here to the fork nothing waits, so that a cancelled start never forks afterwards (safety S6).
         pidfd = self._fork(record, place, restrict=not fenced)
         try:
-            self._watch(place)
+            self._lives.watch(place)
             await self._wait_until_up(pidfd, place, record)
         finally:
             os.close(pidfd)
@@ -189,7 +179,7 @@ class Qemu:
         record = _recorded(place)
         if not place.locked():
             raise errors.HypervisorError(_why_ended(place) if place.forked else "this VM was not started")
-        live = self._live(place)
+        live = self._lives.of(place)
         try:
             async with live.monitor, qmp.Monitor(place.monitor) as monitor:
                 if not await _guest_is_up(monitor):
@@ -208,10 +198,17 @@ class Qemu:
         if pidfd is None:
             raise errors.HypervisorError(_why_ended(place))
         try:
-            live = self._live(place)
+            live = self._lives.of(place)
             return await _unless_ended(pidfd, place, qemu_script.run(place, live.guest, job, self._world))
         finally:
             os.close(pidfd)
+
+    async def output(
+        self, instance: model.InstanceId, epoch: int, stream: str, offset: int, limit: int
+    ) -> model.Output:
+        place = self._place(instance, epoch)
+        _recorded(place)
+        return tail.part(place.job_err if stream == "stderr" else place.job_out, offset, limit)
 
     async def stop(self, instance: model.InstanceId, epoch: int) -> None:
         place = self._place(instance, epoch)
@@ -227,7 +224,7 @@ class Qemu:
                 await qemu_process.kill(pidfd, _KILL_S)
         finally:
             os.close(pidfd)
-            self._forget(place)
+            self._lives.forget(place)
 
     async def destroy(self, instance: model.InstanceId, epoch: int) -> None:
         place = self._place(instance, epoch)
@@ -239,7 +236,7 @@ class Qemu:
                 os.close(pidfd)
         elif place.locked():
             raise errors.HypervisorError("a process that cannot be found holds this VM's lock")
-        self._forget(place)
+        self._lives.forget(place)
         self._busy += 1
         try:
             await _finish(place.remove)
@@ -255,16 +252,13 @@ class Qemu:
     async def console(self, instance: model.InstanceId, epoch: int) -> bytes:
         """The last 64 KiB of the serial console, for those who wonder why a guest does not come up."""
         place = self._place(instance, epoch)
-        async with self._live(place).monitor, qmp.Monitor(place.monitor) as monitor:
+        async with self._lives.of(place).monitor, qmp.Monitor(place.monitor) as monitor:
             text = await monitor.ask("ringbuf-read", device="console", size=64 << 10)
         return str(text).encode()
 
     def close(self) -> None:
         """Let go of everything; the VMs run on."""
-        for live in self._lives.values():
-            self._unwatch(live)
-            live.guest.close()
-        self._lives.clear()
+        self._lives.close()
 
     # ---- steps -----------------------------------------------------------------------------------------------
 
@@ -320,7 +314,7 @@ class Qemu:
         end = asyncio.get_running_loop().time() + _UP_S
         while not qemu_process.ended(pidfd):
             try:
-                async with self._live(place).monitor, qmp.Monitor(place.monitor):
+                async with self._lives.of(place).monitor, qmp.Monitor(place.monitor):
                     return
             except qmp.NoAnswer as fault:
                 if asyncio.get_running_loop().time() > end:
@@ -353,7 +347,7 @@ class Qemu:
         )
 
     async def _ask_to_shut_down(self, place: qemu_disk.Place) -> None:
-        live = self._live(place)
+        live = self._lives.of(place)
         with contextlib.suppress(errors.HypervisorError):  # then it is ended by force
             async with live.monitor, qmp.Monitor(place.monitor) as monitor:
                 if not await _guest_is_up(monitor):
@@ -364,45 +358,11 @@ class Qemu:
     async def _quit(self, place: qemu_disk.Place) -> None:
         """Let QEMU write out what the guest had written."""
         with contextlib.suppress(errors.HypervisorError):
-            async with self._live(place).monitor, qmp.Monitor(place.monitor) as monitor:
+            async with self._lives.of(place).monitor, qmp.Monitor(place.monitor) as monitor:
                 await monitor.ask("quit")
-
-    # ---- what is kept open -----------------------------------------------------------------------------------
 
     def _place(self, instance: model.InstanceId, epoch: int) -> qemu_disk.Place:
         return qemu_disk.Place(self._root, instance, epoch)
-
-    def _live(self, place: qemu_disk.Place) -> _Live:
-        return self._lives.setdefault(place.path, _Live(place))
-
-    def _watch(self, place: qemu_disk.Place) -> None:
-        """Wake the agent when this VM's process ends, whoever started it."""
-        live = self._live(place)
-        if live.watched is not None:
-            return
-        pidfd = qemu_process.open_process(place.path)
-        if pidfd is not None:
-            live.watched = pidfd
-            asyncio.get_running_loop().add_reader(pidfd, self._ended, place)
-
-    def _ended(self, place: qemu_disk.Place) -> None:
-        live = self._live(place)
-        if live.watched is not None and qemu_process.ended(live.watched):
-            self._unwatch(live)
-            _log.info("a VM's process ended", vm=place.path.name)
-            self._wake()
-
-    def _unwatch(self, live: _Live) -> None:
-        if live.watched is not None:
-            asyncio.get_running_loop().remove_reader(live.watched)
-            os.close(live.watched)
-            live.watched = None
-
-    def _forget(self, place: qemu_disk.Place) -> None:
-        live = self._lives.pop(place.path, None)
-        if live is not None:
-            self._unwatch(live)
-            live.guest.close()
 
     # ---- decisions about the host ----------------------------------------------------------------------------
 

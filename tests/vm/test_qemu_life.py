@@ -130,7 +130,7 @@ async def test_vm_and_script_outlive_the_agent(host: guest.Host) -> None:
         assert (await asyncio.to_thread(guest.page, info))["instance"] == plan.instance
         job = hypervisor.Job(text=script, timeout_s=60)
         following = asyncio.ensure_future(driver.run(plan.instance, 1, job))
-        await driver._live(place(host, plan)).guest.shell("touch /tmp/go", "go")
+        await driver._lives.of(place(host, plan)).guest.shell("touch /tmp/go", "go")
         result = await following
         assert (result.return_code, result.stdout) == (5, b"begun\n")
         assert host.processes() == [pid]
