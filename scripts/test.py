@@ -42,7 +42,13 @@ PARTS = (
     Part("outage", 300, 900, tests=("tests/outage",)),
     Part("cluster", 240, 900, tests=("tests/cluster",)),
     Part("contract", 150, 600, tests=("tests/contract",)),
-    Part("sim", 120, 600, tests=("tests/sim",)),
+    Part(
+        "sim",
+        120,
+        600,
+        tests=("tests/sim",),
+        checks=(("python", "-m", "tests.sim", "--seeds", "10", "--first", str(int(time.time()))),),  # fresh seeds
+    ),
     Part("unit", 90, 600, tests=("tests/unit",)),
     Part("conformance", 45, 300, tests=("tests/conformance",)),
     Part(
