@@ -44,6 +44,9 @@ CONTROLLER = {
         None,
         views.Instance,
     ),
+    ("GET", "/api/v1/vm/log"): Entry(
+        "A part of what the start script of the instance `?id=` wrote, read from the node that keeps it."
+    ),
     ("PUT", "/api/v1/vm"): Entry("Change what users may attach to the instance `?id=`.", api_vm.InstanceUpdate),
     ("DELETE", "/api/v1/vm"): Entry("Terminate. Harmless when repeated.", api_vm.Terminate),
     ("GET", "/api/v1/node"): Entry("A list of all nodes; with `?id=` a list of that one.", None, views.Node),
