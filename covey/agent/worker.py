@@ -43,7 +43,7 @@ class Worker:
         self._step: convergence.Step | None = None
         self._task: asyncio.Task[None] | None = None
         self._background: dict[int, asyncio.Task[None]] = {}
-        self._ask_after_ns = 0
+        self._ask_after_ns: dict[int, int] = {}  # epoch -> when a launch that was not granted may be asked for again
 
     def told(self, wants: tuple[wire.Wanted, ...], seen: wire.Seen) -> None:
         """A new answer; an order to destroy in it is on disk when this returns. Never called while on hold."""
@@ -75,7 +75,9 @@ class Worker:
 
     async def _rest(self) -> None:
         """Until something may have changed: told, seen by a look, or, where one must ask oneself, after a while."""
-        waits = self._ask_after_ns > self._parts.clock.boot_ns() or any(_addressless(one) for one in self._here())
+        now_ns = self._parts.clock.boot_ns()
+        waits = any(after_ns > now_ns for after_ns in self._ask_after_ns.values())
+        waits = waits or any(_addressless(one) for one in self._here())
         limit_s = _ASK_AGAIN_S if waits else None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
@@ -102,7 +104,8 @@ class Worker:
         return next((step for step in steps if step.do is not Do.NOTHING and not self._too_soon(step)), None)
 
     def _too_soon(self, step: convergence.Step) -> bool:
-        return step.do is Do.ASK_LAUNCH and self._parts.clock.boot_ns() < self._ask_after_ns
+        """A launch is not asked for twice in a row; one that was not granted says nothing about a newer epoch's."""
+        return step.do is Do.ASK_LAUNCH and self._parts.clock.boot_ns() < self._ask_after_ns.get(step.epoch, 0)
 
     def _locals(self, bodies: Mapping[int, hypervisor.Vm]) -> list[convergence.Local]:
         known = {record.epoch: record for record in self._parts.records.of(self.instance)}
@@ -205,7 +208,9 @@ class Worker:
             self._grants[record.epoch] = grant
         else:
             self._nonces.pop(record.epoch, None)
-            self._ask_after_ns = self._parts.clock.boot_ns() + round(_ASK_AGAIN_S * 1e9)
+            self._ask_after_ns[record.epoch] = self._parts.clock.boot_ns() + round(_ASK_AGAIN_S * 1e9)
+            if Said.ACKNOWLEDGED not in self._parts.outbox.said(record.key):  # the launch did not do it (safety S10)
+                self._parts.outbox.say(record.key, Said.ACKNOWLEDGED)
 
     async def _start(self, record: records.Record) -> None:
         grant = self._grants[record.epoch]

@@ -58,7 +58,11 @@ class Node:
 
     def ended_up(self, id: str, *states: str) -> dict[str, Any]:
         """The instance once it is in one of `states`."""
-        cluster.eventually(lambda: self._cloud.state(id) in states, BOOT_S)
+        try:
+            cluster.eventually(lambda: self._cloud.state(id) in states, BOOT_S)
+        except pytest.fail.Exception as error:
+            said = "\n".join([] if self._agent is None else self._agent.err[-20:])
+            pytest.fail(f"{error}\n{self._cloud.ask('GET', f'/api/v1/vm?id={id}')}\n{said}")
         body: dict[str, Any] = self._cloud.ask("GET", f"/api/v1/vm?id={id}")["body"]
         return body
 

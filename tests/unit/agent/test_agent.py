@@ -208,6 +208,23 @@ async def test_a_launch_that_is_denied_starts_nothing(cloud: fake.Controller, ma
     assert Said.BOOTED not in cloud.said(vm)
 
 
+async def test_a_launch_denied_to_one_epoch_does_not_delay_the_next(
+    cloud: fake.Controller, make_node: MakeNode
+) -> None:
+    """A placement that was withdrawn while its launch was asked for comes again: late once is not late always."""
+    node, vm = make_node(), name()
+    cloud.deny.add(vm)
+    await node.start()
+    cloud.want(RUN, vm)
+    await fake.until(lambda: Said.ACKNOWLEDGED in cloud.said(vm), "known here, though not granted (safety S10)")
+    cloud.unwant(vm)
+    cloud.want(DESTROY, vm)
+    await fake.until(lambda: Said.GONE in cloud.said(vm), "gone")
+    cloud.deny.clear()
+    cloud.want(RUN, vm, 2)
+    await fake.until(lambda: Said.BOOTED in cloud.said(vm), "started at once", 1.5)
+
+
 async def test_a_clock_that_jumped_between_grant_and_fork_asks_again(
     cloud: fake.Controller, make_node: MakeNode
 ) -> None:
