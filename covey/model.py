@@ -310,6 +310,29 @@ class Order(Noun, frozen=True, kw_only=True):
     tx: str = ""
 
 
+class Question(Noun, frozen=True, kw_only=True):
+    """Somebody wants to read a part of what a VM's start script wrote, which its node keeps (safety S26).
+
+    Open as long as its key is there. `offset` counts from the stream's first byte; a negative one from its end.
+    """
+
+    nonce: str  # also the id of the transaction that asked
+    instance: InstanceId
+    epoch: int
+    stream: str  # stdout or stderr
+    offset: int
+    limit: int
+
+
+class Output(Noun, frozen=True, kw_only=True):
+    """A part of a stream. It may begin later than asked for: what lies before was not kept."""
+
+    data: bytes
+    offset: int  # of the first byte of `data`
+    size: int  # how much was written so far
+    end: bool = False  # `data` reaches the end, and nothing more will be written
+
+
 # ---- templates, as the registry shows them ---------------------------------------------------------------------
 
 

@@ -105,6 +105,7 @@ class WantedState(model.Noun, frozen=True, kw_only=True):
     lease: LeaseTerms
     heartbeat_s: float = HEARTBEAT_S
     hold: bool = False
+    questions: tuple[model.Question, ...] = ()  # open ones; one may be shown again until its answer was taken
 
 
 class LaunchAsk(model.Noun, frozen=True, kw_only=True):
@@ -168,6 +169,24 @@ class Reported(model.Noun, frozen=True, kw_only=True):
     lease: LeaseTerms
     seen: Seen
     settled: tuple[int, ...] = ()
+
+
+class Answer(model.Noun, frozen=True, kw_only=True):
+    """POST answer: to the question `nonce`. `fault` says why there is no output."""
+
+    nonce: str
+    seen: Seen
+    messages: int
+    output: model.Output | None = None
+    fault: str = ""
+
+
+class Answered(model.Noun, frozen=True, kw_only=True):
+    """`taken` False: nobody waits for it any more."""
+
+    lease: LeaseTerms
+    seen: Seen
+    taken: bool = False
 
 
 class Leave(model.Noun, frozen=True, kw_only=True):

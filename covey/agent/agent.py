@@ -11,7 +11,7 @@ process, so nothing is global.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -25,6 +25,7 @@ from covey.agent import (
     images,
     look,
     parts,
+    questions,
     records,
     reports,
     session,
@@ -95,6 +96,7 @@ class Agent:
             changed=self.wake,
             host_ip=lambda: self._ip,
         )
+        self._questions = questions.Questions(self._parts)
         self._workers: dict[model.InstanceId, worker.Worker] = {}
         self._group: asyncio.TaskGroup | None = None
         self._found: look.Found = {}
@@ -118,11 +120,21 @@ class Agent:
                 self._group = group
                 for record in self._records.all():
                     self._worker(record.instance)
-                group.create_task(self._polling())
-                group.create_task(self._outbox.run())
-                group.create_task(self._watching())
+                for loop in (self._polling, self._outbox.run, self._watching):
+                    group.create_task(self._keeping(loop))
         finally:
             self._group = None
+
+    async def _keeping(self, loop: Callable[[], Awaitable[None]]) -> None:
+        """A loop that stumbles over a fault of ours is logged and begins again: the node must not fall silent."""
+        while True:
+            try:
+                await loop()
+            except errors.HypervisorError:
+                raise  # never was a node: see `run`
+            except Exception:
+                _log.exception("the agent stumbled; it goes on", loop=loop.__name__)
+            await asyncio.sleep(_REFUSED_PAUSE_S)
 
     # ---- join and poll ---------------------------------------------------------------------------------------------
 
@@ -200,6 +212,8 @@ class Agent:
             self._wake_all()
         self._tag = answer.tag
         self._apply(answer)
+        if self._group is not None:
+            self._questions.take(answer.questions, self._group)
 
     def _apply(self, answer: wire.WantedState) -> None:
         wants: dict[model.InstanceId, list[wire.Wanted]] = {}

@@ -276,8 +276,8 @@ class Follower:
         handle = self._handles[stream]
         end = await self._seek(handle, 0, 2)
         if end - self._read[stream] > tail.KEPT_BYTES:
-            self._tails[stream].forget()
             self._read[stream] = end - tail.KEPT_BYTES
+            self._tails[stream].forget(self._read[stream])
         await self._seek(handle, self._read[stream], 0)
 
     async def _seek(self, handle: int, offset: int, whence: int) -> int:

@@ -1,8 +1,8 @@
-"""The hypervisor: what an agent needs of QEMU, Tart, Anka or the synthetic one. Eight verbs.
+"""The hypervisor: what an agent needs of QEMU, Tart, Anka or the synthetic one. Nine verbs.
 
 Order of calls for one (instance, epoch):
 
-    prepare → [the agent obtains launch] → start → info … (run a script once) … stop → destroy
+    prepare → [the agent obtains launch] → start → info … (run a script once, read its output) … stop → destroy
 
 * A VM lives in one directory, `vm_dir(root, instance, epoch)`: directory, lock and guest job id are functions of
   (instance, epoch), so that whatever a crash leaves behind is found again (safety S5).
@@ -107,6 +107,13 @@ class Hypervisor(Protocol):
 
     async def run(self, instance: model.InstanceId, epoch: int, job: Job) -> JobResult:
         """Run the start script in the guest and follow it to its end (which may take long)."""
+        ...
+
+    async def output(
+        self, instance: model.InstanceId, epoch: int, stream: str, offset: int, limit: int
+    ) -> model.Output:
+        """A part of what the start script wrote to stdout or stderr so far, from `offset` on (negative: from the
+        end), out of the last 16 MiB, as long as the VM is not destroyed. Changes nothing; raises when it is absent."""
         ...
 
     async def stop(self, instance: model.InstanceId, epoch: int) -> None:

@@ -5,7 +5,7 @@
         vm.lock        flocked by QEMU while it runs (inherited at the fork)
         forking        durable before QEMU is forked: guest code may have run (safety S5)
         stopping       durable before a shutdown on request: what ends now was stopped, not lost
-        job.json       durable before the start script is launched; job.out, job.err: its last output
+        job.json       durable before the start script is launched; job.out, job.err: its last output (`tail`)
         qemu.log       what QEMU wrote
         run/           QEMU's working directory
             disk.qcow2     the overlay; its header names no other file

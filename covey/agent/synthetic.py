@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from covey import errors, failpoint, model, world
-from covey.agent import durable, hypervisor, images
+from covey.agent import durable, hypervisor, images, tail
 
 Phase = hypervisor.Phase
 _FAIL_AT = ("prepare", "start", "boot", "stop")
@@ -62,6 +62,8 @@ class _Vm(model.Noun, frozen=True, kw_only=True):
     phase: Phase = Phase.PREPARED
     started_ns: int = 0
     script_ns: int = 0
+    stdout: bytes = b""  # of its script, there from its start on
+    stderr: bytes = b""
     powered_off: bool = False
 
 
@@ -180,19 +182,31 @@ class Synthetic:
 
     async def run(self, instance: model.InstanceId, epoch: int, job: hypervisor.Job) -> hypervisor.JobResult:
         vm = self._running(instance, epoch)
-        if not vm.script_ns:
-            vm = msgspec.structs.replace(vm, script_ns=self._clock.boot_ns())
-            self._save(vm)
         story = _tell(job.text)
+        if not vm.script_ns:
+            vm = msgspec.structs.replace(vm, script_ns=self._clock.boot_ns(), stdout=story.stdout, stderr=story.stderr)
+            self._save(vm)
+        out, err = story.stdout[-tail.SENT_BYTES :], story.stderr[-tail.SENT_BYTES :]
         if story.seconds > job.timeout_s:
             await self._until(vm, job.timeout_s)
-            return hypervisor.JobResult(return_code=-1, did_timeout=True, stdout=story.stdout, stderr=story.stderr)
+            return hypervisor.JobResult(return_code=-1, did_timeout=True, stdout=out, stderr=err)
         await self._until(vm, story.seconds)
         if story.powers_off:
             self._save(msgspec.structs.replace(self._running(instance, epoch), powered_off=True))
             self._wake()
             raise errors.HypervisorError("the guest powered itself off")
-        return hypervisor.JobResult(return_code=story.code, stdout=story.stdout, stderr=story.stderr)
+        return hypervisor.JobResult(return_code=story.code, stdout=out, stderr=err)
+
+    async def output(
+        self, instance: model.InstanceId, epoch: int, stream: str, offset: int, limit: int
+    ) -> model.Output:
+        vm = self._vms.get((instance, epoch))
+        if vm is None:
+            raise errors.HypervisorError("there is no such VM")
+        written = vm.stderr if stream == "stderr" else vm.stdout
+        size = len(written)
+        start = min(max(0, offset if offset >= 0 else size + offset), size)
+        return model.Output(data=written[start : start + limit], offset=start, size=size)
 
     async def stop(self, instance: model.InstanceId, epoch: int) -> None:
         vm = self._vms.get((instance, epoch))

@@ -90,6 +90,15 @@ class _Wrapper(_View, frozen=True, kw_only=True):
     vm: Instance
 
 
+class Log(_View, frozen=True, kw_only=True):
+    """A part of what a start script wrote. `offset`: of its first byte; later than asked for when more was not kept."""
+
+    data: bytes = b""
+    offset: int = 0
+    size: int = 0
+    end: bool = False
+
+
 class NodeTemplate(_View, frozen=True, kw_only=True):
     uuid: str = ""
     name: str = ""
@@ -204,6 +213,11 @@ class Controller:
 
     async def terminate(self, id: str) -> None:
         await self.endpoints.ask("DELETE", "/api/v1/vm", type(None), {"id": id})
+
+    async def log(self, id: str, stream: str, offset: int) -> Log:
+        """A part of stdout or stderr, from `offset` on (negative: from the end), read from the instance's node."""
+        query = parse.urlencode({"id": id, "stream": stream, "offset": offset})
+        return await self.endpoints.ask("GET", f"/api/v1/vm/log?{query}", Log)
 
     async def nodes(self) -> list[Node]:
         return await self.endpoints.ask("GET", "/api/v1/node", list[Node])

@@ -17,7 +17,17 @@ import msgspec
 
 from covey import answer, errors, model, observe, serve, wire
 from covey.controller import naming, renewals, wanted
-from covey.store import codec, commit, commit_instances, commit_nodes, commit_reports, mirror, schema, view
+from covey.store import (
+    codec,
+    commit,
+    commit_instances,
+    commit_nodes,
+    commit_questions,
+    commit_reports,
+    mirror,
+    schema,
+    view,
+)
 
 _REPORT_LIMIT_BYTES = 16 * serve.MIB
 _PIECE_BYTES = 500_000  # of a report, that goes into one transaction
@@ -76,6 +86,7 @@ class AgentApi:
             serve.Route("POST", "/agent/v1/wanted", self.wanted, time_limit_s=None),
             serve.Route("POST", "/agent/v1/launch", self.launch),
             serve.Route("POST", "/agent/v1/report", self.report, body_limit_bytes=_REPORT_LIMIT_BYTES),
+            serve.Route("POST", "/agent/v1/answer", self.answer),
             serve.Route("POST", "/agent/v1/leave", self.leave),
         ]
 
@@ -132,7 +143,7 @@ class AgentApi:
         lease = await self._renew(caller)
         until_ns = arrived_ns + int(min(max(ask.wait_s, 0.0), wire.POLL_LIMIT_S) * 1e9)
         wants = wanted.for_node(snapshot, caller.node)
-        while not hold and wants.tag == ask.tag and self._writer.world.boot_ns() < until_ns:
+        while not hold and not wants.news_for(ask.tag) and self._writer.world.boot_ns() < until_ns:
             await self._park(caller.node, snapshot.revision, until_ns)
             self._check_ready()
             call.still_here()
@@ -146,6 +157,7 @@ class AgentApi:
             lease=lease,
             heartbeat_s=self._terms.heartbeat_s,
             hold=hold,
+            questions=wants.questions,
         )
 
     async def _park(self, node: model.NodeId, revision: int, until_ns: int) -> None:
@@ -241,6 +253,34 @@ class AgentApi:
         said = await commit_nodes.say(self._writer, snapshot, caller.node, caller.session, own)
         if isinstance(said, commit.Lost):
             raise answer.Fault(409, _STALE)
+
+    # ---- answer ----------------------------------------------------------------------------------------------------
+
+    async def answer(self, call: serve.Call) -> wire.Answered:
+        """What the node keeps of a VM's output, for a reader who waits at whatever controller."""
+        arrived_ns = self._writer.world.boot_ns()
+        given = await call.json(wire.Answer)
+        if given.output is not None and len(given.output.data) > schema.ANSWER_LIMIT_BYTES:
+            raise errors.Refused(f"output: at most {schema.ANSWER_LIMIT_BYTES} bytes are taken at once")
+        snapshot, hold = await self._view(given.seen)
+        caller = _authenticate(call, snapshot, arrived_ns)
+        lease = await self._renew(caller)
+        if hold:
+            return wire.Answered(lease=lease, seen=_seen(snapshot))
+        call.still_fresh()
+        outcome = await commit_questions.answer(
+            self._writer,
+            snapshot,
+            caller.node,
+            caller.session,
+            given.nonce,
+            given.output,
+            given.fault,
+            call.until_ns,
+        )
+        if isinstance(outcome, commit_reports.StaleSession):
+            raise answer.Fault(409, _STALE)
+        return wire.Answered(lease=lease, seen=_seen(snapshot), taken=outcome.taken)
 
     # ---- what all calls share --------------------------------------------------------------------------------------
 

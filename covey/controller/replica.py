@@ -17,6 +17,7 @@ from covey import errors, observe, serve, settings
 from covey import world as worlds
 from covey.controller import (
     api_agent,
+    api_log,
     api_node,
     api_registry,
     api_status,
@@ -70,6 +71,7 @@ class Replica:
         people = [
             *status.routes(),
             *api_vm.InstanceApi(self._mirror, self._writer, self._templates, shown, self._homes).routes(),
+            *api_log.LogApi(self._mirror, self._writer).routes(),
             *api_node.NodeApi(self._mirror, self._writer, shown).routes(),
             *api_registry.RegistryApi(self._templates).routes(),
         ]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from covey import model, wire
 from covey.store import view
 
+_BESIDE = "."  # between the parts of a tag
 State = model.State
 Verb = wire.Verb
 
@@ -35,6 +36,14 @@ class NodeWants(NamedTuple):
 
     wanted: tuple[wire.Wanted, ...]
     tag: str
+    questions: tuple[model.Question, ...] = ()
+
+    def news_for(self, tag: str) -> bool:
+        """Whether somebody who was answered with `tag` does not know all of this. That a question is open no longer is
+        no news."""
+        work, _, known = tag.partition(_BESIDE)
+        mine, _, _ = self.tag.partition(_BESIDE)
+        return work != mine or not {question.nonce for question in self.questions} <= set(known.split(_BESIDE))
 
 
 def for_node(snapshot: view.Snapshot, node: str) -> NodeWants:
@@ -49,7 +58,8 @@ def for_node(snapshot: view.Snapshot, node: str) -> NodeWants:
         if verb is not None and (claim.instance, claim.epoch) not in wants:
             wants[claim.instance, claim.epoch] = _want(kept.noun, verb)
     wanted = tuple(wants[key] for key in sorted(wants))
-    return NodeWants(wanted, _tag(wanted))
+    questions = tuple(sorted((kept.noun for kept in snapshot.questions_to(node)), key=lambda noun: noun.nonce))
+    return NodeWants(wanted, _tag(wanted, questions), questions)
 
 
 def _orders(snapshot: view.Snapshot, node: str) -> Iterable[wire.Wanted]:
@@ -80,6 +90,8 @@ def _want(instance: model.Instance, verb: Verb) -> wire.Wanted:
     )
 
 
-def _tag(wanted: tuple[wire.Wanted, ...]) -> str:
+def _tag(wanted: tuple[wire.Wanted, ...], questions: tuple[model.Question, ...]) -> str:
+    """A hash of the work, then the nonces of the open questions."""
     text = "\n".join(f"{want.instance} {want.epoch} {want.verb}" for want in wanted)
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+    work = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+    return _BESIDE.join((work, *(question.nonce for question in questions)))

@@ -14,6 +14,7 @@ the bytes it finds. Nothing is sent for a request after `until_ns` (safety S24).
     commit_instances  place, withdraw, launch, terminate, fail, update, forget
     commit_reports    what agents report
     commit_nodes      join, leave, remove, configure, word with adoption of claims, destroy orders
+    commit_questions  asking nodes for output that they keep, and their answers
     commit_cloud      bootstrap, history nonces, controllers, sweeping
 """
 
@@ -36,9 +37,11 @@ LIMIT_NS = 10_000_000_000  # nothing is committed for a request older than this 
 DAY = -1  # as a lease: one that ends a day or an hour more from now
 WEEK = -2  # … seven days
 MONTH = -3  # … thirty days
+MINUTE = -4  # one that ends a minute or two from now
 
-_SPANS_S = {DAY: 24 * 3600, WEEK: 7 * 24 * 3600, MONTH: 30 * 24 * 3600}
 _HOUR_S = 3600
+_SPANS_S = {DAY: (24 * _HOUR_S, _HOUR_S), WEEK: (7 * 24 * _HOUR_S, _HOUR_S), MONTH: (30 * 24 * _HOUR_S, _HOUR_S)}
+_SPANS_S |= {MINUTE: (60, 60)}  # how long a key lives at least, and for how long one lease is given to new keys
 _ATTEMPTS = 50  # each lost race means that somebody else got on; so many in a row mean a bug
 _RESEND_S = 0.05
 _CLOSE_S = 2.0
@@ -102,6 +105,12 @@ class Reading:
 
     def order(self, node: str, instance: str) -> codec.Kept[model.Order] | None:
         return self._unchanged(schema.order(node, instance), model.Order, self.snapshot.order(node, instance))
+
+    def question(self, node: str, slot: int) -> codec.Kept[model.Question] | None:
+        return self._unchanged(schema.ask(node, slot), model.Question, self.snapshot.question(node, slot))
+
+    def answer(self, nonce: str) -> codec.Kept[schema.Answer] | None:
+        return self._unchanged(schema.answer(nonce), schema.Answer, None)
 
     def removed(self, node: str) -> codec.Kept[schema.Removed] | None:
         return self._unchanged(schema.removed(node), schema.Removed, self.snapshot.removed(node))
@@ -252,7 +261,7 @@ class Writer:
             await asyncio.sleep(_RESEND_S)
 
     async def _lease_out(self, ops: tuple[base.Op, ...]) -> tuple[base.Op, ...]:
-        """Put real leases in place of DAY, WEEK and MONTH. One is shared by all keys of an hour."""
+        """Put real leases in place of DAY, WEEK, MONTH and MINUTE. One is shared by all keys of an hour, or minute."""
         if not any(isinstance(op, base.Put) and op.lease < 0 for op in ops):
             return ops
         ids = {span: await self._lease(span) for span in {op.lease for op in ops if isinstance(op, base.Put)}}
@@ -263,8 +272,9 @@ class Writer:
             return span
         known = self._leases.get(span)
         now_ns = self.world.boot_ns()
-        if known is None or now_ns - known[1] > _HOUR_S * 1_000_000_000:
-            lease = await self.store.grant(_SPANS_S[span] + _HOUR_S)
+        least_s, shared_s = _SPANS_S[span]
+        if known is None or now_ns - known[1] > shared_s * 1_000_000_000:
+            lease = await self.store.grant(least_s + shared_s)
             known = self._leases[span] = (lease.id, now_ns)
         return known[0]
 

@@ -16,7 +16,9 @@
     ├── word/<id>                   Word: the node's last word; compared by nobody
     ├── ledger/<id>                 Ledger: the claims on the node; compared by every placement (safety S11)
     ├── order/<node>/<instance>     Order: destroy this VM (safety S2)
-    ├── removed/<node>              {"at_ns": …}: the node was removed; its agent gets 410 (safety S12)
+    ├── ask/<node>/<slot>           Question: to the node, about a VM's output; lives a minute by a lease (safety S26)
+    ├── answer/<nonce>              Answer: the node's, until the reader took it; lives a minute by a lease
+    ├── removed/<node>              {"at_ns", "session"}: the node was removed; its agent gets 410 (safety S12)
     ├── controller/<id>             {"version", "format", "url", "started_ns"}, bound to the controller's lease
     └── event/<ns, 20 digits>-<tx>  Event: what was decided, who and why; lives 7 days by a lease (safety S28)
 
@@ -47,6 +49,8 @@ ALIVE = PREFIX + "alive/"
 WORDS = PREFIX + "word/"
 LEDGERS = PREFIX + "ledger/"
 ORDERS = PREFIX + "order/"
+ASKS = PREFIX + "ask/"
+ANSWERS = PREFIX + "answer/"
 REMOVED = PREFIX + "removed/"
 CONTROLLERS = PREFIX + "controller/"
 EVENTS = PREFIX + "event/"
@@ -54,12 +58,14 @@ EVENTS = PREFIX + "event/"
 # What every controller holds in memory; the rest only transactions and single answers look at.
 MIRRORED = (
     *(FORMAT_KEY, CLOUD, HISTORY, INSTANCES, NODES, SESSIONS, ALIVE, WORDS),
-    *(LEDGERS, ORDERS, REMOVED, CONTROLLERS),
+    *(LEDGERS, ORDERS, ASKS, REMOVED, CONTROLLERS),
 )
 
 DAY_S = 24 * 3600
 OUTPUT_LIMIT_BYTES = 64 * 1024
 SCRIPT_LIMIT_BYTES = 256 * 1024
+ANSWER_LIMIT_BYTES = 256 * 1024
+ASK_SLOTS = 8  # questions that one node may have at a time
 
 
 class Format(model.Noun, frozen=True, kw_only=True):
@@ -93,8 +99,19 @@ class Remembered(model.Noun, frozen=True, kw_only=True):
     ids: tuple[model.InstanceId, ...]
 
 
+class Answer(model.Noun, frozen=True, kw_only=True):
+    """What the node found; `fault` says why nothing."""
+
+    output: model.Output | None = None
+    fault: str = ""
+    tx: str
+
+
 class Removed(model.Noun, frozen=True, kw_only=True):
+    """`session` is the counter of the node's last life: one that an operator joins again counts on from there."""
+
     at_ns: int
+    session: int = 0
 
 
 class Controller(model.Noun, frozen=True, kw_only=True):
@@ -162,6 +179,14 @@ def ledger(id: str) -> str:
 
 def order(node_id: str, instance_id: str) -> str:
     return f"{ORDERS}{node_id}/{instance_id}"
+
+
+def ask(node_id: str, slot: int) -> str:
+    return f"{ASKS}{node_id}/{slot}"
+
+
+def answer(nonce: str) -> str:
+    return ANSWERS + nonce
 
 
 def removed(id: str) -> str:

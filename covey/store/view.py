@@ -76,6 +76,7 @@ class Table(Generic[V]):
 
 
 _Orders = dict[str, codec.Kept[model.Order]]
+_Questions = dict[str, codec.Kept[model.Question]]
 
 
 class Snapshot:
@@ -95,6 +96,7 @@ class Snapshot:
         self._removed: Table[codec.Kept[schema.Removed]] = Table()
         self._controllers: Table[codec.Kept[schema.Controller]] = Table()
         self._orders: Table[_Orders] = Table()  # node -> instance -> order
+        self._questions: Table[_Questions] = Table()  # node -> slot -> question
         self._on_node: Table[dict[str, None]] = Table()  # node -> instance ids; its dicts are never changed in place
         self._by_state: dict[model.State, Table[None]] = {state: Table() for state in model.State}
         self._waiting: Table[None] = Table()
@@ -174,6 +176,13 @@ class Snapshot:
         """The same object as long as the node's orders are the same."""
         return self._orders.get(node)
 
+    def question(self, node: str, slot: int) -> codec.Kept[model.Question] | None:
+        return (self._questions.get(node) or {}).get(str(slot))
+
+    def questions_to(self, node: str) -> Iterator[codec.Kept[model.Question]]:
+        """Those that are open."""
+        return iter((self._questions.get(node) or {}).values())
+
     def removed(self, node: str) -> codec.Kept[schema.Removed] | None:
         return self._removed.get(node)
 
@@ -203,7 +212,8 @@ class Draft(Snapshot):
             "removed": lambda id, kv: self._set(self._removed, schema.Removed, id, kv),
             "controller": lambda id, kv: self._set(self._controllers, schema.Controller, id, kv),
             "instance": self._set_instance,
-            "order": self._set_order,
+            "order": lambda id, kv: self._set_below_node(self._orders, model.Order, id, kv),
+            "ask": lambda id, kv: self._set_below_node(self._questions, model.Question, id, kv),
             "history": self._set_nonce,
         }
         self._wakes = {"session", "alive", "ledger", "removed"}
@@ -242,7 +252,7 @@ class Draft(Snapshot):
 
     def node_ids(self) -> list[str]:
         """Every node that something is known of."""
-        return [*self._sessions.keys(), *self._orders.keys(), *self._on_node.keys()]
+        return [*self._sessions.keys(), *self._orders.keys(), *self._questions.keys(), *self._on_node.keys()]
 
     def _set(self, table: Table[codec.Kept[N]], kind: type[N], id: str, kv: base.Kv | None) -> None:
         if kv is None:
@@ -300,17 +310,20 @@ class Draft(Snapshot):
             key = new.spec.script.key
             self._script_users.put(key, (self._script_users.get(key) or 0) + 1)
 
-    def _set_order(self, id: str, kv: base.Kv | None) -> None:
-        node, _, instance = id.partition("/")
-        orders = dict(self._orders.get(node) or {})
+    def _set_below_node(
+        self, table: Table[dict[str, codec.Kept[N]]], kind: type[N], id: str, kv: base.Kv | None
+    ) -> None:
+        """A key <node>/<name>: the node's dict is made anew, because snapshots share it."""
+        node, _, name = id.partition("/")
+        below = dict(table.get(node) or {})
         if kv is None:
-            orders.pop(instance, None)
+            below.pop(name, None)
         else:
-            orders[instance] = codec.decode(kv, model.Order)
-        if orders:
-            self._orders.put(node, orders)
+            below[name] = codec.decode(kv, kind)
+        if below:
+            table.put(node, below)
         else:
-            self._orders.drop(node)
+            table.drop(node)
         self.touched.add(node)
 
     def _set_nonce(self, id: str, kv: base.Kv | None) -> None:

@@ -116,6 +116,7 @@ class Contract:
             assert (first.return_code, first.stdout, first.stderr) == (3, b"out\n", b"err\n")
             again = await driver.run(plan.instance, plan.epoch, job("echo out\necho err >&2\nexit 3"))
             assert again == first, "a repeat follows the first run; the script runs once"
+            await self._read_back(driver, plan)
             await driver.stop(plan.instance, plan.epoch)
             await driver.stop(plan.instance, plan.epoch)
             assert await phase(driver, plan) is Phase.STOPPED
@@ -128,6 +129,15 @@ class Contract:
             await driver.destroy(next_.instance, next_.epoch)
             await driver.destroy(plan.instance, plan.epoch)
             assert await driver.list() == []
+
+    async def _read_back(self, driver: hypervisor.Hypervisor, plan: hypervisor.Plan) -> None:
+        """What the script wrote can be read in parts, from both ends, as often as one likes (safety S26)."""
+        for stream, text in (("stdout", b"out\n"), ("stderr", b"err\n")):
+            for offset, limit, first in ((0, 100, 0), (0, 2, 0), (1, 2, 1), (-2, 100, 2), (-99, 100, 0), (99, 100, 4)):
+                part = await driver.output(plan.instance, plan.epoch, stream, offset, limit)
+                assert part == model.Output(data=text[first : first + limit], offset=first, size=4)
+        with pytest.raises(errors.HypervisorError):
+            await driver.output(plan.instance, plan.epoch + 1, "stdout", 0, 100)
 
     async def test_a_script_that_hangs_ends_with_minus_one(self, place: Place) -> None:
         plan = place.plan()
