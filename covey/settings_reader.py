@@ -8,6 +8,7 @@ import ipaddress
 import os
 import re
 import tomllib
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,6 +92,8 @@ def url(text: str) -> str:
     """A base URL; ``http://`` is added when no scheme is given. Raises ValueError."""
     whole = text if "://" in text else f"http://{text}"
     if not re.fullmatch(r"https?://(\[[0-9A-Fa-f:.]+\]|[^\s/:@\[\]]+)(:\d{1,5})?(/\S*)?", whole):
+        raise ValueError(text)
+    if (urllib.parse.urlsplit(whole).port or 0) > 65535:  # raises ValueError itself, too
         raise ValueError(text)
     return whole.rstrip("/")
 

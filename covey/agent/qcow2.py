@@ -47,6 +47,8 @@ def read_header(path: Path) -> Header:
         raise errors.Refused(
             f"{path.name}: not a qcow2 image; convert it with: qemu-img convert -O qcow2 {path.name} new.qcow2"
         )
+    if len(head) < _FIXED.size:
+        raise errors.Refused(f"{path.name}: the qcow2 header is cut short; export the disk anew")
     try:
         return _parse(head)
     except (struct.error, ValueError) as fault:
@@ -115,7 +117,11 @@ def _check_backing(header: Header, below: Collection[str] | None, name: str) -> 
         )
     plain = "/" not in header.backing and ":" not in header.backing and header.backing not in (".", "..")
     if (below is None and not plain) or (below is not None and header.backing not in below):
-        expected = f"only {' or '.join(sorted(below))}, the layer below, may be named" if below else "a file name only"
+        expected = (
+            f"only {' or '.join(sorted(below))}, the layer below, may be named"
+            if below
+            else "and only a plain file name may stand there"
+        )
         raise errors.Refused(
             f"{name}: backing file: the header names the foreign file {header.backing!r}, {expected}; "
             f"set it with: qemu-img rebase -u -F qcow2 -b LAYER_BELOW {name}"

@@ -28,6 +28,21 @@ def folder(data_dir: Path) -> Path:
     return data_dir / "agent"
 
 
+def _made(data_dir: Path) -> Path:
+    """The agent's folder, made if need be. Raises SettingError."""
+    try:
+        folder(data_dir).mkdir(parents=True, exist_ok=True, mode=0o711)
+    except OSError as error:
+        raise _unusable(data_dir, error) from error
+    return folder(data_dir)
+
+
+def _unusable(data_dir: Path, error: OSError) -> errors.SettingError:
+    return errors.SettingError(
+        f"DATA_DIR {data_dir} cannot be written ({error.strerror}): choose another with --data-dir"
+    )
+
+
 # ---- the lock --------------------------------------------------------------------------------------------------
 
 
@@ -35,12 +50,9 @@ def folder(data_dir: Path) -> Path:
 def running_agent(data_dir: Path) -> Iterator[None]:
     """Held by `covey agent` as long as it runs. Raises SettingError when one runs on this data directory already."""
     try:
-        folder(data_dir).mkdir(parents=True, exist_ok=True, mode=0o711)
-        lock = os.open(folder(data_dir) / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(_made(data_dir) / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise errors.SettingError(
-            f"DATA_DIR {data_dir} cannot be written ({error.strerror}): choose another with --data-dir"
-        ) from error
+        raise _unusable(data_dir, error) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -63,6 +75,8 @@ def running_pid(data_dir: Path) -> int:
         lock = os.open(folder(data_dir) / "agent.lock", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return 0
+    except OSError as error:  # a file in the directory's place
+        raise _unusable(data_dir, error) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -78,8 +92,7 @@ def running_pid(data_dir: Path) -> int:
 
 def save(data_dir: Path, variables: Mapping[str, str]) -> Path:
     """Keep the settings of this join. Written aside and moved, so that a crash leaves the old ones or the new ones."""
-    file = folder(data_dir) / "agent.env"
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o711)
+    file = _made(data_dir) / "agent.env"
     aside = file.with_suffix(".new")
     aside.unlink(missing_ok=True)
     with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as stream:

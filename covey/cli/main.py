@@ -13,7 +13,7 @@ from typer import exceptions
 
 import covey
 from covey import errors
-from covey.cli import join, nodes, out, servers, status, templates, vms
+from covey.cli import join, logs, nodes, out, servers, status, templates, vms
 
 app = typer.Typer(
     name="covey",
@@ -44,6 +44,7 @@ def _root(
 servers.add(app)
 join.add(app)
 status.add(app)
+logs.add(vms.app)
 app.add_typer(vms.app, name="vm")
 app.add_typer(templates.app, name="template")
 app.add_typer(nodes.app, name="node")
@@ -72,6 +73,9 @@ def run(argv: list[str]) -> int:
         return 1
     except errors.CoveyError as error:
         out.error(str(error))
+        return 1
+    except UnicodeEncodeError as error:  # bytes of the command line that are no UTF-8
+        out.error(f"{error.object!r} is not UTF-8 text, as names, tags and other words have to be")
         return 1
     except (KeyboardInterrupt, typer.Abort):
         out.error("interrupted")

@@ -60,6 +60,7 @@ def show(node: _Node, controller: flags.Controller = None, json: flags.Json = Fa
             ("name", one.node_name),
             ("node", one.node_id),
             ("state", one.state),
+            ("trouble", one.trouble),
             ("address", one.ip_address),
             ("architecture", one.host_arch),
             ("vms", f"{one.vm_count} of {one.capacity} ({one.capacity_mode})"),

@@ -6,9 +6,12 @@ Results go to stdout, everything else to stderr. Colours and progress bars appea
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
+
+from covey import errors
 
 
 def say(text: str) -> None:
@@ -90,6 +93,15 @@ def progress(title: str) -> Iterator[Bar]:
             bars.update(bar, completed=done, total=total or None, text=text)
 
         yield show
+
+
+def read(option: str, file: Path, limit_bytes: int) -> bytes:
+    """The content of a file named by an option; never more than the limit, whatever the file is."""
+    with file.open("rb") as stream:
+        content = stream.read(limit_bytes + 1)
+    if len(content) > limit_bytes:
+        raise errors.Refused(f"{option} {file} has more than {limit_bytes} bytes; at most {limit_bytes} are taken")
+    return content
 
 
 def size(count: float) -> str:

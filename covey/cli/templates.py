@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Templates: what instances are started from.", no_args_is_help=True)
 
 T = TypeVar("T")
+_CONFIG_LIMIT_BYTES = 1 << 20
 _Template = Annotated[str, typer.Argument(help="A template's name or id.", metavar="TEMPLATE")]
 
 
@@ -43,10 +44,8 @@ def push(
     from covey.agent import qcow2
     from covey.client import templates
 
-    try:
-        qcow2.check_files(files)
-    except OSError as error:
-        raise errors.Refused(f"{error.filename} cannot be read: {error.strerror}") from None
+    templates.check_files(files)
+    qcow2.check_files(files)
     arch, vm = _config(config)
 
     async def run(client: "registry_client.Registry", moved: "templates.Progress") -> "templates.Pushed":
@@ -161,10 +160,15 @@ def _config(file: Path | None) -> "tuple[model.Arch, dict[str, str | int | bool]
     if file is None:
         return here, {}
     try:
-        vm = msgspec.json.decode(file.read_bytes(), type=dict[str, str | int | bool])
-        return model.Arch(str(vm.pop("arch", here))), vm
+        vm = msgspec.json.decode(out.read("--config", file, _CONFIG_LIMIT_BYTES), type=dict[str, str | int | bool])
+        arch = model.Arch(str(vm.pop("arch", here)))
     except (msgspec.MsgspecError, ValueError) as error:
         raise errors.Refused(f"--config {file}: {error}") from error
+    for name in ("vcpu", "ram_mb"):
+        value = vm.get(name, 1)
+        if type(value) is not int or value < 1:
+            raise errors.Refused(f"--config {file}: {name}: {value!r} is no whole number above 0")
+    return arch, vm
 
 
 def _ask(registry: str | None, question: "Callable[[registry_client.Registry], Awaitable[T]]") -> T:

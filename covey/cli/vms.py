@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,7 +30,7 @@ def start(
     ] = False,
     external_id: Annotated[str, typer.Option(metavar="TEXT", help="Your own id of what this is for.")] = "",
     name: Annotated[str, typer.Option(metavar="TEXT", help="A name.")] = "",
-    wait: Annotated[float, typer.Option(metavar="S", help="Wait up to S seconds until all are started.")] = 0.0,
+    wait: Annotated[float, typer.Option(metavar="S", min=0, help="Wait up to S seconds until all are started.")] = 0.0,
     controller: flags.Controller = None,
     json: flags.Json = False,
 ) -> None:
@@ -150,51 +149,23 @@ def terminate(
         raise errors.Refused("; ".join(f"{id}: {why}" for id, why in failed))
 
 
-@app.command()
-def logs(
-    instance: Annotated[str, typer.Argument(metavar="INSTANCE", help="An instance's id.")],
-    controller: flags.Controller = None,
-    json: flags.Json = False,
-) -> None:
-    """Print what the instance's start script wrote: the last 64 KiB of each stream."""
-    one = asyncio.run(_instance(instance, controller))
-    result = one.startup_script
-    if result is None:
-        raise errors.Refused(
-            f"nothing is known of a start script of {instance} (it is {one.instance_state}): "
-            "output is kept for monitored scripts once they ended; start with --script FILE --monitor"
-        )
-    if json:
-        out.as_json(result)
-        return
-    for text, err in ((result.stdout, False), (result.stderr, True), (result.errors, True)):
-        if text:
-            typer.echo(_decoded(text), err=err, nl=not _decoded(text).endswith("\n"))
-    out.note("the script timed out" if result.did_timeout else f"the script ended with {result.return_code}")
-
-
 async def _instance(id: str, controller: str | None) -> "controller_client.Instance":
     async with flags.connect(controller) as cloud:
-        try:
-            return await cloud.instance(id)
-        except errors.NotFound:
-            raise errors.NotFound(f"there is no instance {id}; `covey vm list` shows those there are") from None
+        return await find(cloud, id)
+
+
+async def find(cloud: "controller_client.Controller", id: str) -> "controller_client.Instance":
+    """One instance. Raises NotFound with the remedy."""
+    try:
+        return await cloud.instance(id)
+    except errors.NotFound:
+        raise errors.NotFound(f"there is no instance {id}; `covey vm list` shows those there are") from None
 
 
 def _script_text(file: Path | None) -> str:
     if file is None:
         return ""
-    content = file.read_bytes()
-    if len(content) > _SCRIPT_LIMIT_BYTES:
-        raise errors.Refused(f"--script {file} has {len(content)} bytes; at most {_SCRIPT_LIMIT_BYTES} are taken")
-    return base64.b64encode(content).decode("ascii")
-
-
-def _decoded(text: str) -> str:
-    try:
-        return base64.b64decode(text, validate=True).decode("utf-8", "replace")
-    except (binascii.Error, ValueError):  # a server that sends plain text
-        return text
+    return base64.b64encode(out.read("--script", file, _SCRIPT_LIMIT_BYTES)).decode("ascii")
 
 
 def _judge(ids: Sequence[str], seen: "Mapping[str, controller_client.Instance]", wait_s: float) -> None:

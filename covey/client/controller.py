@@ -125,6 +125,7 @@ class Node(_View, frozen=True, kw_only=True):
     ram_util: float = 0.0
     last_updated: str = ""
     agent_version: str = ""
+    trouble: str = ""
     templates: list[NodeTemplate] | None = None
 
 

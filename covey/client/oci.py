@@ -53,6 +53,7 @@ _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12
 _PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 _NAME_LIMIT = 255
 _TAG_LIMIT = 128
+_TEXT_LIMIT = 1024  # characters of a tag before it is spelled
 
 
 class Descriptor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename="camel"):
@@ -190,6 +191,16 @@ def template_of(repository: str) -> model.TemplateId | None:
     """The template whose repository this is; None for every other repository."""
     folder, _, name = repository.partition("/")
     return model.TemplateId(name) if folder == "templates" and valid_uuid(name) else None
+
+
+def check_tag(text: str) -> None:
+    """Raises Refused for a tag that no start request could name: controllers take no control characters."""
+    if not text:
+        raise errors.Refused("a tag needs a name")
+    if len(text) > _TEXT_LIMIT:
+        raise errors.Refused(f"tag {text[:40]!r}…: a tag has at most {_TEXT_LIMIT} characters")
+    if any(ord(character) < 0x20 or ord(character) == 0x7F for character in text):
+        raise errors.Refused(f"tag {text!r}: a tag may not contain control characters such as line breaks")
 
 
 def escape_tag(text: str) -> str:

@@ -50,6 +50,8 @@ class Registry:
 
     async def template(self, wanted: str) -> oci.TemplateView:
         """A template by id or name, versions oldest first. Raises NotFound."""
+        if not wanted:  # without an id the same path lists all
+            raise errors.NotFound("Not found")
         return await self._http.ask("GET", "/registry/v2/vm?" + _query(id=wanted), oci.TemplateView)
 
     async def resolve(self, template: str, tag: str = "", version: int | None = None) -> oci.Resolved:

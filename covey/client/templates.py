@@ -9,6 +9,7 @@ shows none under its name before its digest is verified.
 import asyncio
 import hashlib
 import io
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NewType
@@ -75,6 +76,7 @@ async def push_template(
 ) -> Pushed:
     """Push disk layers (base first) and boot files as version `tag` of the template `name`, which is made when it does
     not exist. Raises Refused when the tag exists and `force` is not given; nothing but unused blobs is left then."""
+    oci.check_tag(tag)
     spelled = oci.escape_tag(tag)
     if not layers:
         raise errors.Refused("a template needs at least one disk layer")
@@ -139,6 +141,14 @@ async def _upload(registry: registry.Registry, repository: str, file: _File, pro
 
 def _reporter(progress: Progress, title: Title, size: int) -> registry.Progress:
     return lambda done: progress(title, done, size)
+
+
+def check_files(layers: Sequence[Path]) -> None:
+    """Raises Refused for what cannot be a disk layer of any format."""
+    for path in layers:
+        with _opened(path) as stream:
+            if not stream.read(1):
+                raise errors.Refused(f"{path} is empty: a disk layer has content")
 
 
 def _disk_type(path: Path) -> str:
@@ -233,7 +243,11 @@ def file_names(layers: Sequence[oci.Descriptor]) -> list[str]:
 
 
 def _opened(path: Path) -> io.BufferedReader:
+    """The file, opened. Devices and pipes are refused: one may never answer, or never end."""
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise errors.Refused(f"cannot read {path}: it is no regular file")
         return path.open("rb")
     except OSError as error:
         raise errors.Refused(f"cannot read {path}: {error.strerror}") from error

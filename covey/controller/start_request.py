@@ -8,6 +8,7 @@ what was asked for is worse than none. Undocumented fields are ignored, null and
 import base64
 import binascii
 import hashlib
+import ipaddress
 from collections.abc import Mapping
 from typing import Any
 
@@ -156,14 +157,23 @@ def forwards(request: StartRequest) -> tuple[model.Forward, ...]:
 def _forward(where: str, rule: ForwardOverride) -> model.Forward:
     if (rule.protocol or "tcp") != "tcp":
         raise errors.Refused(f"{where}.protocol: only tcp is forwarded")
-    for name in ("name", "host_ip"):
-        _check_text(f"{where}.{name}", getattr(rule, name))
+    _check_text(f"{where}.name", rule.name)
+    if rule.host_ip and not _is_ipv4(rule.host_ip):
+        raise errors.Refused(f"{where}.host_ip: {rule.host_ip!r} is no IPv4 address; leave it out for the node's own")
     return model.Forward(
         name=rule.name,
         guest_port=_port(f"{where}.guest_port", rule.guest_port, least=1),
         host_port=_port(f"{where}.host_port", rule.host_port or 0, least=0),
         host_ip=rule.host_ip or "",
     )
+
+
+def _is_ipv4(text: str) -> bool:
+    try:
+        ipaddress.IPv4Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _port(where: str, value: str | int, *, least: int) -> int:

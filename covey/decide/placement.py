@@ -18,6 +18,7 @@ from typing import NamedTuple
 from covey import model
 
 REFUSALS = 3  # by one node, after which it gets this instance only when no other node is left
+_TROUBLES_SHOWN = 3
 
 
 class Reason(StrEnum):
@@ -233,7 +234,19 @@ def _wait(instance: model.Instance, rooms: Sequence[Room]) -> Wait:
         reason = _verdict(room.host, instance.spec.arch, instance.spec.node) or _shortage(room, instance.spec)
         counts[reason] = counts.get(reason, 0) + 1
     reason = next(reason for reason in _TELLING if reason in counts)
-    return Wait(instance.id, reason, _text(instance, reason, counts, len(rooms)))
+    text = _text(instance, reason, counts, len(rooms))
+    if reason == Reason.TROUBLE:
+        text += _troubles(room.host for room in rooms if not instance.spec.node or room.host.id == instance.spec.node)
+    return Wait(instance.id, reason, text)
+
+
+def _troubles(hosts: Iterable[Host]) -> str:
+    """What the nodes say of their troubles: each kind once, with the first node that says it."""
+    found: dict[str, str] = {}
+    for host in hosts:
+        if host.trouble:
+            found.setdefault(host.trouble, host.name)
+    return "".join(f"; {name}: {trouble}" for trouble, name in list(found.items())[:_TROUBLES_SHOWN])
 
 
 def _shortage(room: Room, spec: model.Spec) -> Reason:

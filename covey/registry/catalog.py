@@ -171,6 +171,10 @@ class Catalog:
         if not name or not text:
             raise BadManifest(f"a template's manifest needs the annotations {oci.NAME} and {oci.TAG}")
         check_template_name(name)
+        try:
+            oci.check_tag(text)
+        except errors.Refused as error:
+            raise BadManifest(str(error)) from error
         if tag and tag != oci.escape_tag(text):
             raise BadManifest(f"tag {text!r} is spelled {oci.escape_tag(text)!r} in OCI, not {tag!r}")
         assert manifest.config is not None  # noqa: S101  checked by _examine: only an index has none

@@ -289,7 +289,9 @@ class Disk:
     def _room(self, size_bytes: int) -> None:
         free = self._space().free_bytes
         if free < size_bytes:
-            raise blobs.DiskFull(f"the registry's disk is full ({free >> 20} MiB free beside the reserve)")
+            raise blobs.DiskFull(
+                f"the registry's disk is full ({free >> 20} MiB free beside the reserve): free some, then push again"
+            )
 
 
 class _Writing:
