@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from covey.client import oci
-from covey.controller import api_node, api_status, api_vm, start_request, views
+from covey.controller import api_log, api_node, api_status, api_vm, start_request, views
 from covey.registry import template_api
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,12 @@ CONTROLLER = {
         views.Instance,
     ),
     ("GET", "/api/v1/vm/log"): Entry(
-        "A part of what the start script of the instance `?id=` wrote, read from the node that keeps it."
+        "A part of what the start script of the instance `?id=` wrote: of `&stream=` (stdout or stderr) at most "
+        "`&limit=` bytes (262,144) from `&offset=` on (0; negative: from the end). Read from the node, which keeps the "
+        "last 16 MiB of each stream; fails when it does not answer. Ask for the next part from `offset` + length of "
+        "`data` on, until `end`.",
+        None,
+        api_log.Log,
     ),
     ("PUT", "/api/v1/vm"): Entry("Change what users may attach to the instance `?id=`.", api_vm.InstanceUpdate),
     ("DELETE", "/api/v1/vm"): Entry("Terminate. Harmless when repeated.", api_vm.Terminate),
@@ -164,6 +169,7 @@ def _spelled(hint: object) -> str:
         text = text.replace(noise, "")
     for module in ("covey.controller.start_request.", "covey.client.oci."):
         text = text.replace(module, "")
-    words = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "Any": "not built yet"}
+    words = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "bytes": "base64 text"}
+    words["Any"] = "not built yet"
     text = words.get(text) or "`" + text.replace("|", "\\|") + "`"
     return f"{text}, optional" if optional and text != "not built yet" else text

@@ -96,6 +96,8 @@ def keys_page() -> str:
         (schema.WORDS, model.Word),
         (schema.LEDGERS, model.Ledger),
         (schema.ORDERS, model.Order),
+        (schema.ASKS, model.Question),
+        (schema.ANSWERS, schema.Answer),
         (schema.BORN, schema.Born),
         (schema.KEYS, schema.Remembered),
         (schema.CONTROLLERS, schema.Controller),

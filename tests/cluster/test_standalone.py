@@ -59,6 +59,26 @@ def test_the_same_by_commands(cloud: conftest.Cloud, template: str) -> None:
     eventually(lambda: cloud.ask("GET", "/api/v1/vm")["body"] == [])
 
 
+def test_logs_are_read_from_the_node(cloud: conftest.Cloud, template: str, tmp_path: Path) -> None:
+    """Safety S26: more than the cloud keeps, of a monitored script and of one that nobody monitors."""
+    lines = "".join(f"echo {number:06} {'x' * 90}\n" for number in range(2000))
+    (tmp_path / "script").write_text(f"{lines}echo trouble >&2\n")
+    written = lines.replace("echo ", "")
+    for monitor in (("--monitor",), ()):
+        ran = cloud.covey("vm", "start", "small", "--script", tmp_path / "script", *monitor, "--wait", 60, "--json")
+        assert ran.code == 0, ran
+        (id,) = ran.json["instances"]
+        followed = cloud.covey("vm", "logs", id, "--follow")
+        assert (followed.code, followed.out) == (0, written)
+        assert followed.err.startswith("trouble\n")
+        assert cloud.covey("vm", "logs", id, "--all", "--stream", "stderr").out == ""
+        assert cloud.covey("vm", "logs", id, "--all", "--json").json == {"stdout": written, "stderr": "trouble\n"}
+        last = cloud.covey("vm", "logs", id, "--stream", "stdout")
+        assert (last.code, last.out) == (0, written[-64 * 1024 :])
+        assert cloud.covey("vm", "terminate", id).code == 0
+    eventually(lambda: cloud.ask("GET", "/api/v1/vm")["body"] == [])
+
+
 def test_drain_and_back(cloud: conftest.Cloud, template: str) -> None:
     node = _active(cloud)[0]
     assert cloud.covey("node", "drain", node).code == 0

@@ -129,7 +129,9 @@ def test_a_script_that_hangs_is_ended_with_minus_one(node: Node, template: str) 
     node.terminate(id)
 
 
-def test_a_background_child_that_holds_stdout_holds_nothing_up_and_20_mb_are_cut(node: Node, template: str) -> None:
+def test_a_background_child_that_holds_stdout_holds_nothing_up_and_20_mb_are_cut(
+    node: Node, cloud: cluster.Cloud, template: str
+) -> None:
     node.start()
     text = "sleep 1000 &\nyes abcdefg | head -c 20000000\necho the last line"
     id = node.run(template, text, script_timeout=90)
@@ -139,6 +141,20 @@ def test_a_background_child_that_holds_stdout_holds_nothing_up_and_20_mb_are_cut
     told = body["startup_script"]
     assert told["return_code"] == 0
     assert len(told["stdout"]) <= 64 * 1024 and told["stdout"].endswith("the last line\n")
+    whole = cloud.covey("vm", "logs", id, "--all", "--stream", "stdout")
+    assert whole.code == 0, whole.err
+    kept, written = 16 << 20, 20_000_000 + len("the last line\n")
+    assert len(whole.out) == kept
+    assert whole.out.endswith("abcdefg\nthe last line\n")
+    assert set(whole.out.splitlines()[1:-1]) == {"abcdefg"}
+    assert f"{written - kept} bytes of stdout are left out" in whole.err
+    node.end()
+    without = cloud.covey("vm", "logs", id, "--all", "--stream", "stdout")
+    assert (without.code, without.out) == (0, told["stdout"])
+    assert "the last 64 KiB are shown" in without.err
+    node.start()
+    again = cloud.covey("vm", "logs", id, "--all", "--stream", "stdout")
+    assert again.out == whole.out, "the next agent on this host reads the same files"
     node.terminate(id)
 
 

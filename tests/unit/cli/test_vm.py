@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from covey.cli import logs
 from tests.unit.cli import conftest
 
 Cloud = conftest.Cloud
@@ -147,22 +148,66 @@ def test_show_of_nothing(cloud: Cloud, covey: Covey) -> None:
     assert (ran.code, ran.err) == (1, "covey: there is no instance x&y; `covey vm list` shows those there are\n")
 
 
-def test_logs(cloud: Cloud, covey: Covey) -> None:
-    result = {
-        "return_code": 3,
-        "stdout": base64.b64encode(b"hello\n").decode(),
-        "stderr": base64.b64encode(b"oops").decode(),
-    }
-    cloud.ok("GET", "/api/v1/vm?id=i-1", instance(state="Error", startup_script=result))
+RESULT = {"return_code": 3, "stdout": "hello\n", "stderr": "b29wcw=="}
+AT = "/api/v1/vm/log?id=i-1&stream={}&offset={}"
+
+
+def part(text: bytes, offset: int, size: int, *, end: bool = False) -> dict[str, object]:
+    return {"data": base64.b64encode(text).decode(), "offset": offset, "size": size, "end": end}
+
+
+def test_logs_are_plain_text(cloud: Cloud, covey: Covey) -> None:
+    cloud.ok("GET", "/api/v1/vm?id=i-1", instance(state="Error", startup_script=RESULT))
     ran = covey("vm", "logs", "i-1")
-    assert (ran.code, ran.out, ran.err) == (0, "hello\n", "oops\nthe script ended with 3\n")
+    assert (ran.code, ran.out, ran.err) == (0, "hello\n", "b29wcw==\nthe script ended with 3\n")
+    ran = covey("vm", "logs", "i-1", "--stream", "stdout")
+    assert (ran.code, ran.out, ran.err) == (0, "hello\n", "the script ended with 3\n")
 
 
 def test_logs_of_one_without_a_script(cloud: Cloud, covey: Covey) -> None:
     cloud.ok("GET", "/api/v1/vm?id=i-1", instance())
+    cloud.fail("GET", AT.format("stdout", -65536), "the instance has no start script")
     ran = covey("vm", "logs", "i-1")
-    assert ran.code == 1
-    assert "--monitor" in ran.err
+    assert (ran.code, ran.out, ran.err) == (1, "", "covey: the instance has no start script\n")
+
+
+def test_all_logs_come_part_by_part_and_what_was_not_kept_is_said(cloud: Cloud, covey: Covey) -> None:
+    cloud.ok("GET", "/api/v1/vm?id=i-1", instance(startup_script={**RESULT, "return_code": 0}))
+    cloud.ok("GET", AT.format("stdout", 0), part("grün".encode()[:3], 10, 15))
+    cloud.ok("GET", AT.format("stdout", 13), part("grün".encode()[3:], 13, 15, end=True))
+    cloud.ok("GET", AT.format("stderr", 0), part(b"", 0, 0, end=True))
+    ran = covey("vm", "logs", "i-1", "--all")
+    assert (ran.code, ran.out) == (0, "grün")
+    said = "10 bytes of stdout are left out: only the last 16 MiB are kept\nthe script ended with 0\n"
+    assert ran.err == said
+
+
+def test_following_goes_on_until_the_script_has_ended(
+    cloud: Cloud, covey: Covey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "_PAUSE_S", 0.01)
+    cloud.ok("GET", "/api/v1/vm?id=i-1", instance())
+    cloud.ok("GET", AT.format("stdout", 0), part(b"one ", 0, 4))
+    cloud.ok("GET", AT.format("stdout", 4), part(b"", 4, 4), part(b"", 4, 4), part(b"two", 4, 7, end=True))
+    ran = covey("vm", "logs", "i-1", "--follow", "--stream", "stdout")
+    assert (ran.code, ran.out, ran.err) == (0, "one two", "")
+    assert covey("vm", "logs", "i-1", "--follow", "--json").code == 2
+
+
+def test_when_the_node_does_not_answer_what_the_cloud_keeps_is_shown(cloud: Cloud, covey: Covey) -> None:
+    cloud.ok("GET", "/api/v1/vm?id=i-1", instance(startup_script=RESULT))
+    cloud.fail("GET", AT.format("stdout", 0), "the node does not answer")
+    ran = covey("vm", "logs", "i-1", "--all", "--stream", "stdout")
+    assert (ran.code, ran.out, ran.err) == (0, "hello\n", "the node does not answer\nthe script ended with 3\n")
+
+
+def test_a_busy_node_is_asked_again(cloud: Cloud, covey: Covey, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_PAUSE_S", 0.01)
+    cloud.ok("GET", "/api/v1/vm?id=i-1", instance())
+    busy = (503, {"status": "FAIL", "message": "busy"})
+    done = (200, {"status": "OK", "message": "", "body": part(b"done", 0, 4, end=True)})
+    cloud.answers["GET", AT.format("stdout", 0)] = [busy, busy, done]
+    assert covey("vm", "logs", "i-1", "--all", "--stream", "stdout").out == "done"
 
 
 # ---- terminate -----------------------------------------------------------------------------------------------------
