@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from covey.client import controller as controller_client
 
 _LAST_BYTES = 64 * 1024
-_PAUSE_S = 1.0
-_PATIENCE = 20  # how often a busy node is asked again
+_PAUSE_S = 0.5
+_PATIENCE = 40  # how often a busy node is asked again
 
 
 class Stream(StrEnum):

@@ -36,9 +36,10 @@ class _Wish(NamedTuple):
 
 
 class LogApi:
-    def __init__(self, mirror: mirror.Mirror, writer: commit.Writer) -> None:
+    def __init__(self, mirror: mirror.Mirror, writer: commit.Writer, *, wait_s: float = _WAIT_S) -> None:
         self._mirror = mirror
         self._writer = writer
+        self._wait_s = wait_s
 
     def routes(self) -> Sequence[serve.Route]:
         return [serve.Route("GET", "/api/v1/vm/log", self.get)]
@@ -73,7 +74,7 @@ class LogApi:
     async def _answer(self, node: model.NodeId, asked: commit_questions.Asked) -> schema.Answer:
         """Wait until the question is gone: it was answered, or its lease has ended."""
         try:
-            async with asyncio.timeout(_WAIT_S):
+            async with asyncio.timeout(self._wait_s):
                 await self._mirror.reached(asked.question.revision)
                 while _is_open(snapshot := self._mirror.snapshot(), node, asked):
                     await self._mirror.node_changed(node, snapshot.revision)

@@ -2,13 +2,15 @@
 
 import asyncio
 import base64
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
 import pytest
 
-from covey import model, wire
+from covey import model, serve, wire, world
 from covey.controller import api_log
 from covey.store import base, schema
 from tests.unit.controller import cloud
@@ -119,11 +121,25 @@ async def test_a_question_answers_the_parked_poll_at_once_and_its_end_does_not(p
     assert not await node.answer(question.nonce, model.Output(data=b"again", offset=0, size=5))
 
 
-async def test_a_node_that_does_not_answer(pair: cloud.Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_log, "_WAIT_S", 0.3)
+@contextlib.asynccontextmanager
+async def impatient(house: cloud.Cloud, wait_s: float) -> AsyncIterator[cloud.Api]:
+    """The first replica's route, waiting less long for the node."""
+    parts = house.replicas[0]
+    routes = api_log.LogApi(parts._mirror, parts._writer, wait_s=wait_s).routes()
+    server = serve.Server(routes, world=world.System())
+    await server.start("127.0.0.1", 0)
+    try:
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as http:
+            yield cloud.Api(http)
+    finally:
+        await server.drain(1.0)
+
+
+async def test_a_node_that_does_not_answer(pair: cloud.Cloud) -> None:
     node = Node(pair)
     id = await node.booted(pair)
-    said = await pair.api.fail("GET", f"/api/v1/vm/log?id={id}")
+    async with impatient(pair, 0.3) as api:
+        said = await api.fail("GET", f"/api/v1/vm/log?id={id}")
     assert said == "the node does not answer; the last 64 KiB are shown by GET /api/v1/vm?id="
 
     async def gone() -> bool:
@@ -161,12 +177,12 @@ async def test_what_cannot_be_read_is_refused_without_asking_anybody(pair: cloud
     assert await leftovers(pair) == []
 
 
-async def test_too_much_at_once_is_asked_for_again_later(pair: cloud.Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_log, "_WAIT_S", 1.0)
+async def test_too_much_at_once_is_asked_for_again_later(pair: cloud.Cloud) -> None:
     node = Node(pair)
     id = await node.booted(pair)
-    many = [pair.api.ask("GET", f"/api/v1/vm/log?id={id}") for _ in range(schema.ASK_SLOTS + 3)]
-    answers = await asyncio.gather(*many)
+    async with impatient(pair, 2.0) as api:
+        many = [api.ask("GET", f"/api/v1/vm/log?id={id}") for _ in range(schema.ASK_SLOTS + 3)]
+        answers = await asyncio.gather(*many)
     assert sorted(status for status, _ in answers) == [200] * schema.ASK_SLOTS + [503] * 3
 
 
