@@ -283,8 +283,10 @@ class Agent:
                 self._wake_worker(key[0])
 
     def _word(self) -> model.Word:
-        """How the node is now. VMs of another cloud are counted, never named (safety S12)."""
+        """How the node is now. VMs of another cloud are counted, never named (safety S12); nor are those that were said
+        to be gone since the last look: naming them would bring back their claims."""
         own = [vm for vm in self._found.values() if vm.cloud == self.session.cloud]
+        gone = {key for key in self._found if wire.ReportEvent.GONE in self._outbox.said(key)}
         cpu, ram = self._use()
         free = self._images.free_bytes()
         return model.Word(
@@ -300,6 +302,7 @@ class Agent:
                     cloud=vm.cloud,
                 )
                 for vm in sorted(own, key=lambda vm: (vm.instance, vm.epoch))
+                if (vm.instance, vm.epoch) not in gone
             ),
             images=self._images.held(),
             free_disk_bytes=max(free, 0),

@@ -66,6 +66,10 @@ class Outbox:
     def said(self, key: records.Key) -> tuple[Said, ...]:
         return tuple(sorted(self._said.get(key, ())))
 
+    def unsay(self, key: records.Key, event: Said) -> None:
+        """It is asked for anew: what was said of it before is of no use to who asks."""
+        self._said.get(key, set()).discard(event)
+
     def waits_for(self, instance: model.InstanceId) -> bool:
         """Whether something about the instance is not settled yet."""
         return any(item.instance == instance for item in self._items)

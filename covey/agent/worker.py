@@ -108,10 +108,10 @@ class Worker:
         return step.do is Do.ASK_LAUNCH and self._parts.clock.boot_ns() < self._ask_after_ns.get(step.epoch, 0)
 
     def _locals(self, bodies: Mapping[int, hypervisor.Vm]) -> list[convergence.Local]:
+        """Every epoch that is on record, here or named in the answer: of the last too it counts what was said."""
         known = {record.epoch: record for record in self._parts.records.of(self.instance)}
-        return [
-            self._local(epoch, known.get(epoch), bodies.get(epoch)) for epoch in sorted(known.keys() | bodies.keys())
-        ]
+        epochs = known.keys() | bodies.keys() | {want.epoch for want in self._wants}
+        return [self._local(epoch, known.get(epoch), bodies.get(epoch)) for epoch in sorted(epochs)]
 
     def _local(self, epoch: int, record: records.Record | None, vm: hypervisor.Vm | None) -> convergence.Local:
         counter = self._parts.session.counter
@@ -120,7 +120,7 @@ class Worker:
         return convergence.Local(
             instance=self.instance,
             epoch=epoch,
-            cloud=vm.cloud if vm is not None else record.cloud if record is not None else "",
+            cloud=vm.cloud if vm is not None else record.cloud if record is not None else self._parts.session.cloud,
             stage=Stage.ACCEPTED if record is None else record.stage,
             body=Body.ABSENT if vm is None else Body(vm.phase.value),
             asked=asked is not None and asked[0] == counter,
@@ -310,6 +310,7 @@ class Worker:
                 at_ns=self._parts.clock.wall_ns(),
             )
         )
+        self._parts.outbox.unsay((self.instance, want.epoch), Said.GONE)  # the order may be younger than that word
         step, task = self._step, self._task
         if step is not None and task is not None and step.epoch <= want.epoch and step.do in _BEGINNING:
             task.cancel()

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import functools
 import itertools
 from pathlib import Path
 
@@ -169,6 +170,48 @@ async def test_absence_from_an_answer_destroys_nothing(cloud: fake.Controller, m
     assert (await node.phases())[vm, 1] == "running"
     cloud.want(DESTROY, vm)
     await fake.until(lambda: Said.GONE in cloud.said(vm), "gone once it is ordered")
+
+
+def _said_gone(cloud: fake.Controller, vm: str, times: int) -> bool:
+    return cloud.said(vm).count(Said.GONE) == times
+
+
+async def test_an_order_that_comes_after_gone_was_said_is_answered_again(
+    cloud: fake.Controller, make_node: MakeNode
+) -> None:
+    """Promise I3: a claim that came back, by whatever way, must not stay until this agent is started again."""
+    node, vm = make_node(), name()
+    await node.start()
+    await started(cloud, vm)
+    for times in (1, 2, 3):
+        cloud.want(DESTROY, vm)
+        await fake.until(functools.partial(_said_gone, cloud, vm, times), f"gone, said {times} times")
+
+
+async def test_gone_is_said_once_while_the_answer_is_awaited(cloud: fake.Controller, make_node: MakeNode) -> None:
+    """The order stays in sight until the report was answered: it must not be answered over and over meanwhile."""
+    node, vm = make_node(), name()
+    await node.start()
+    await started(cloud, vm)
+    for _ in range(4):
+        cloud.lose.append("report")
+    cloud.want(DESTROY, vm)
+    await fake.until(lambda: Said.GONE in cloud.said(vm) and not cloud.lose, "gone, and the answer arrived")
+    assert cloud.said(vm).count(Said.GONE) == 1
+
+
+async def test_what_was_said_to_be_gone_is_not_named_again(cloud: fake.Controller, make_node: MakeNode) -> None:
+    """Promise I3: a word from a look before the end would bring the claim back."""
+    node, vm, other = make_node(), name(), name()
+    await node.start()
+    await started(cloud, vm)
+    await fake.until(lambda: any(seen.instance == vm for seen in cloud.words[-1].vms), "named in a word")
+    cloud.want(DESTROY, vm)
+    await fake.until(lambda: Said.GONE in cloud.said(vm), "gone")
+    known = len(cloud.words)
+    await started(cloud, other)
+    await fake.until(lambda: any(seen.instance == other for seen in cloud.words[-1].vms), "the next is named")
+    assert not any(seen.instance == vm for word in cloud.words[known:] for seen in word.vms)
 
 
 async def test_a_lost_launch_answer_is_asked_again_with_the_same_nonce(
