@@ -120,9 +120,15 @@ class AgentApi:
         asked = await call.json(wire.Leave)
         self._check_ready()
         snapshot = await self._mirror.fresh()
+        node = _credentials(call)[0]
+        if snapshot.session(node) is None and snapshot.removed(node) is None:
+            return  # it has left: the answer to an earlier request was lost
         caller = _authenticate(call, snapshot, self._writer.world.boot_ns())
         who = f"agent of node {caller.node}"
-        left = await commit_nodes.leave(self._writer, snapshot, caller.node, caller.session, force=asked.force, who=who)
+        call.still_fresh()
+        left = await commit_nodes.leave(
+            self._writer, snapshot, caller.node, caller.session, force=asked.force, who=who, until_ns=call.until_ns
+        )
         match left:
             case commit_nodes.StillClaimed(instances=instances):
                 text = f"the node still holds {len(instances)} VMs; terminate them, or leave with force"
@@ -147,7 +153,7 @@ class AgentApi:
             await self._park(caller.node, snapshot.revision, until_ns)
             self._check_ready()
             call.still_here()
-            snapshot = self._mirror.snapshot()
+            snapshot = max(snapshot, self._mirror.snapshot(), key=_revision)  # the first may be a direct one (S21)
             _authenticate(call, snapshot, arrived_ns)
             wants = wanted.for_node(snapshot, caller.node)
         return wire.WantedState(
@@ -238,7 +244,7 @@ class AgentApi:
                 raise answer.Fault(409, _STALE)
             settled += [start + index for index in applied.settled]
         if report.word is not None:
-            await self._say(caller, snapshot, report.word, report.messages)
+            await self._say(caller, snapshot, _without_gone(report.word, report.items), report.messages)
         return wire.Reported(lease=lease, seen=_seen(snapshot), settled=tuple(settled))
 
     async def _say(self, caller: _Caller, snapshot: view.Snapshot, word: model.Word, messages: int) -> None:
@@ -296,17 +302,26 @@ class AgentApi:
             raise answer.Fault(409, "the node's lease has ended: join again") from error
 
 
+def _revision(snapshot: view.Snapshot) -> int:
+    return snapshot.revision
+
+
 def _seen(snapshot: view.Snapshot) -> wire.Seen:
     return wire.Seen(history=snapshot.history, revision=snapshot.revision)
 
 
-def _authenticate(call: serve.Call, snapshot: view.Snapshot, arrived_ns: int) -> _Caller:
-    """The session named by ``Authorization: Covey <node>.<counter>.<secret>``, if it is the newest (safety S7)."""
+def _credentials(call: serve.Call) -> tuple[str, str, str]:
+    """Node id, session counter and secret, as the caller says."""
     scheme, _, credentials = call.headers.get("Authorization", "").partition(" ")
     parts = credentials.strip().split(".")
     if scheme.lower() != "covey" or len(parts) != 3:
         raise answer.Fault(400, "Authorization: send Covey <node id>.<session>.<secret>")
-    node, counter, secret = parts
+    return parts[0], parts[1], parts[2]
+
+
+def _authenticate(call: serve.Call, snapshot: view.Snapshot, arrived_ns: int) -> _Caller:
+    """The session named by ``Authorization: Covey <node>.<counter>.<secret>``, if it is the newest (safety S7)."""
+    node, counter, secret = _credentials(call)
     if snapshot.removed(node) is not None:
         raise answer.Fault(410, _GONE)
     life = snapshot.session(node)
@@ -328,6 +343,13 @@ def _named(wants: Sequence[wire.Wanted], snapshot: view.Snapshot, node: model.No
             yield want
         else:
             yield msgspec.structs.replace(want, vm_name=naming.vm_name(instance.noun, node_name))
+
+
+def _without_gone(word: model.Word, items: Sequence[wire.Item]) -> model.Word:
+    """The word without VMs that the same report says are gone: it was looked up a moment before, and would bring back
+    the claims that they had."""
+    gone = {(item.instance, item.epoch) for item in items if item.event is wire.ReportEvent.GONE}
+    return msgspec.structs.replace(word, vms=tuple(vm for vm in word.vms if (vm.instance, vm.epoch) not in gone))
 
 
 def _pieces(items: Sequence[wire.Item]) -> Iterator[tuple[int, Sequence[wire.Item]]]:

@@ -83,7 +83,7 @@ class Loop:
         while True:
             try:
                 await body()
-            except (errors.StoreError, mirror.Foreign) as error:
+            except errors.CoveyError as error:
                 _log.warning("a turn failed", turn=name, error=str(error))
             await asyncio.sleep(_PAUSE_S)
 
@@ -171,11 +171,16 @@ class Loop:
         mine = over
         if not self._first(snapshot):
             mine = deadlines.ripe(self._observed, self._spans, now_ns, _PATIENCE_NS)
-        lost = list(watchlist.stranded(snapshot, self._homes.silent))
-        await _all(functools.partial(self._replace, snapshot, kept) for kept in lost)
-        await _all(functools.partial(self._act, snapshot, thing) for thing in mine)
-        for id in watchlist.unfinished_removals(snapshot):
-            await commit_nodes.clear_removed(self._writer, snapshot, model.NodeId(id), self._writer.who)
+        works: list[Callable[[], Awaitable[object]]] = [
+            *(functools.partial(self._replace, snapshot, kept) for kept in watchlist.stranded(snapshot, self.silent)),
+            *(functools.partial(self._act, snapshot, thing) for thing in mine),
+            *(functools.partial(self._give_up, snapshot, kept) for kept in watchlist.hopeless(snapshot)),
+            *(functools.partial(self._clear, snapshot, id) for id in watchlist.unfinished_removals(snapshot)),
+        ]
+        try:
+            await _all(works)
+        except errors.CoveyError as error:  # of one of them, perhaps for ever: the others' spans must not start over
+            _log.warning("a turn failed", turn="watch", error=str(error))
 
     def _note_silent(self, over: list[deadlines.Thing]) -> None:
         silent = frozenset(thing.id for thing in over if thing.kind == deadlines.Kind.SILENT)
@@ -187,6 +192,12 @@ class Loop:
         """Its node is lost before it was launched: it waits for another one."""
         decision = model.Decision(who=self._writer.who, why="Its node was lost before the VM ran")
         return await commit_instances.withdraw(self._writer, snapshot, kept, decision, node_lost=True)
+
+    async def _give_up(self, snapshot: view.Snapshot, kept: commit_instances.Instance) -> object:
+        return await commit_instances.fail(self._writer, snapshot, kept, "The node asked for was removed")
+
+    async def _clear(self, snapshot: view.Snapshot, node: str) -> object:
+        return await commit_nodes.clear_removed(self._writer, snapshot, model.NodeId(node), self._writer.who)
 
     async def _act(self, snapshot: view.Snapshot, thing: deadlines.Thing) -> object:
         """What follows when a span is over."""

@@ -69,6 +69,13 @@ def stranded(snapshot: view.Snapshot, silent: Iterable[str]) -> Iterator[codec.K
             yield kept
 
 
+def hopeless(snapshot: view.Snapshot) -> Iterator[codec.Kept[model.Instance]]:
+    """Instances that wait for a certain node, which was removed: they would wait for ever (promise I1)."""
+    for kept in snapshot.waiting():
+        if kept.noun.spec.node and snapshot.removed(kept.noun.spec.node) is not None:
+            yield kept
+
+
 def unfinished_removals(snapshot: view.Snapshot) -> list[str]:
     """Removed nodes whose claims are not all dealt with: a crash came between (safety S12)."""
     return [ledger.noun.node for ledger in snapshot.ledgers() if snapshot.removed(ledger.noun.node) is not None]

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from covey import errors, model, observe
 from covey.store import base, codec, commit, commit_instances, schema, view
 
@@ -63,12 +65,14 @@ async def create(
     `homes`: a node for each instance (see placement), to create and place in one transaction; when a node has
     changed meanwhile, the instances are created waiting and the loop places them.
     Raises Unavailable (nothing was done) or Unsure (answer 503). After Unsure the door is being closed in the
-    background: what turns up nevertheless is terminated, unless the request had an Idempotency-Key, whose repeat
-    finds it.
+    background: what turns up nevertheless is terminated, unless a repeat finds it: one with its Idempotency-Key may
+    come at any time, and one that found the twin's record has left its mark there.
     """
 
     def rule(reading: commit.Reading) -> commit.Write[Answer] | Answer:
         repeated = _remembered(reading, start)
+        if isinstance(repeated, _Twin):
+            return commit.Write((repeated.touch,), lambda _: Repeated(repeated.ids))
         if repeated is not None:
             return repeated
         if any(reading.born(id) is not None for id in start.ids):
@@ -86,24 +90,34 @@ async def create(
         raise
 
 
-def _remembered(reading: commit.Reading, start: Start) -> Answer | None:
+class _Twin(NamedTuple):
+    """An earlier, equal start that is still of use. `touch` marks its record as answered to a repeat: whoever closes
+    the door on it must see that somebody counts on it now."""
+
+    ids: tuple[model.InstanceId, ...]
+    touch: base.Op
+
+
+def _remembered(reading: commit.Reading, start: Start) -> Answer | _Twin | None:
     """The answer of an earlier, equal request (safety S17)."""
     if start.key:
         record = reading.remembered(schema.idempotency(start.key))
         if record is not None:
             return Repeated(record.noun.ids) if record.noun.body == start.body else KeyReused()
     if start.spec.external_id and start.spec.name:
-        record = reading.remembered(schema.twin(start.spec.external_id, start.spec.name))
+        key = schema.twin(start.spec.external_id, start.spec.name)
+        record = reading.remembered(key)
         if record is not None and record.noun.body == start.body and _of_use(reading.snapshot, record):
-            return Repeated(record.noun.ids)
+            noun = msgspec.structs.replace(record.noun, tx=reading.tx)
+            return _Twin(noun.ids, reading.put(key, noun, commit.DAY))
     return None
 
 
 def _of_use(snapshot: view.Snapshot, record: codec.Kept[schema.Remembered]) -> bool:
     """Whether an instance of an earlier start still lives; one younger than the snapshot does."""
-    if record.revision > snapshot.revision:
+    found = [snapshot.instance(id) for id in record.noun.ids]
+    if record.revision > snapshot.revision and not any(found):
         return True
-    found = (snapshot.instance(id) for id in record.noun.ids)
     return any(instance is not None and instance.noun.state not in _SPENT for instance in found)
 
 
@@ -180,22 +194,39 @@ async def _close_door(writer: commit.Writer, snapshot: view.Snapshot, start: Sta
         _log.warning("a start whose reply was lost had happened", ids=start.ids, kept=bool(start.key))
 
 
+class _Found(NamedTuple):
+    """What became of a start whose caller was told "unsure"."""
+
+    turned_up: bool
+    unwanted: bool = False
+
+
 async def _try_to_close(writer: commit.Writer, snapshot: view.Snapshot, start: Start) -> bool:
-    """True when the create had been applied."""
+    """True when the create had been applied, and stays so for a repeat, or is being terminated."""
     decision = model.Decision(who=writer.who, why="the reply to the start request was lost", at_ns=0)
 
-    def rule(reading: commit.Reading) -> commit.Write[bool] | bool:
+    def rule(reading: commit.Reading) -> commit.Write[_Found] | _Found:
         born = [reading.born(id) for id in start.ids]
         if born[0] is None:  # all or none: one stands for all
             closed = schema.encode(schema.Born(tx=reading.tx, closed=True))
-            return commit.Write(
-                tuple(base.Put(schema.born(id), closed, commit.DAY) for id in start.ids), lambda _: False
-            )
-        return not born[0].noun.closed
+            puts = tuple(base.Put(schema.born(id), closed, commit.DAY) for id in start.ids)
+            return commit.Write(puts, lambda _: _Found(turned_up=False))
+        if born[0].noun.closed or start.key:
+            return _Found(turned_up=not born[0].noun.closed)
+        if not (start.spec.external_id and start.spec.name):
+            return _Found(turned_up=True, unwanted=True)
+        key = schema.twin(start.spec.external_id, start.spec.name)
+        record = reading.remembered(key)
+        ended = _Found(turned_up=True, unwanted=True)
+        if record is None or record.noun.ids != start.ids:  # another start has its place: only to prove
+            return commit.Write((), lambda _: ended)
+        if record.noun.tx != born[0].noun.tx:  # a repeat was answered with these instances
+            return _Found(turned_up=True)
+        return commit.Write((base.Delete(key),), lambda _: ended)
 
     until_ns = writer.world.boot_ns() + _CLOSE_FOR_NS
-    turned_up = await writer.run(snapshot, rule, until_ns=until_ns)
-    if turned_up and not start.key:
+    found = await writer.run(snapshot, rule, until_ns=until_ns)
+    if found.unwanted:
         for id in start.ids:
             await commit_instances.terminate(writer, snapshot, id, decision, until_ns, sure=True)
-    return turned_up
+    return found.turned_up

@@ -205,16 +205,19 @@ def _ended(
 async def fail(
     writer: commit.Writer, snapshot: view.Snapshot, instance: Instance, message: str
 ) -> commit.Done[model.Instance] | commit.Lost:
-    """Error, decided by a controller: nothing could ever take it, or its node is silent for too long."""
+    """Error, decided by a controller: nothing could ever take it, or its node is silent for too long. That is compared
+    too: a node that is back has begun another session, or has said a word."""
 
     def rule(reading: commit.Reading) -> commit.Write[commit.Done[model.Instance] | commit.Lost] | commit.Lost:
         old = reading.instance(instance.noun.id)
         if old is None or old.revision != instance.revision:
             return commit.Lost("it changed meanwhile")
+        if old.noun.node != model.NOWHERE:
+            reading.session(old.noun.node), reading.alive(old.noun.node), reading.word(old.noun.node)
         noun = commit.stepped(old.noun, Event.FAILED, reading, message=message)
         if noun is None:
             return commit.Lost("it cannot fail now")
-        decision = model.Decision(who="", why=message)
+        decision = model.Decision(who=writer.who, why=message)
         ops = (reading.put(schema.instance(noun.id), noun), reading.event("failed", noun.id, decision))
         return commit.Write(ops, lambda revision: commit.Done(commit.kept(noun, revision, old)))
 

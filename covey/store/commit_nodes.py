@@ -61,14 +61,17 @@ def node_id(join: wire.Join) -> model.NodeId:
 
 async def join(writer: commit.Writer, snapshot: view.Snapshot, join: wire.Join, until_ns: int = 0) -> JoinAnswer:
     """A new life of an agent (safety S7): grants its lease, replaces the session, writes the alive key; at the first
-    join also the node and its empty ledger. The same join repeated (its reply was lost) gets the same answer."""
+    join also the node and its empty ledger. The same join repeated (its reply was lost) gets the same answer.
+
+    A removed node may come back by its operator's word only, once nothing is left to clear: then the orders that its
+    removal gave reach it (safety S12)."""
     if join.cloud and snapshot.cloud and join.cloud != snapshot.cloud:
         return JoinRefused(Why.CLOUD)
     lease = await writer.store.grant(wire.LEASE_TTL_S)
     id = node_id(join)
 
     def rule(reading: commit.Reading) -> commit.Write[JoinAnswer] | JoinAnswer:
-        if reading.removed(id) is not None:
+        if reading.removed(id) is not None and not (join.explicit and reading.ledger(id) is None):
             return JoinRefused(Why.REMOVED)
         last = reading.session(id)
         alive = reading.alive(id)
@@ -104,8 +107,8 @@ def _refusal(join: wire.Join, last: codec.Kept[model.Session] | None, alive: boo
 
 
 def _joined(reading: commit.Reading, join: wire.Join, id: model.NodeId, lease: int) -> commit.Write[JoinAnswer]:
-    last, old = reading.session(id), reading.node(id)
-    counter = 1 if last is None else last.noun.counter + 1
+    last, old, removed = reading.session(id), reading.node(id), reading.removed(id)
+    counter = 1 + (last.noun.counter if last is not None else removed.noun.session if removed is not None else 0)
     session = model.Session(
         node=id,
         counter=counter,
@@ -127,6 +130,8 @@ def _joined(reading: commit.Reading, join: wire.Join, id: model.NodeId, lease: i
         ops.append(reading.put(schema.node(id), node))
     if reading.ledger(id) is None:
         ops.append(reading.put(schema.ledger(id), model.Ledger(node=id, tx=reading.tx)))
+    if removed is not None:
+        ops.append(base.Delete(schema.removed(id)))
     return commit.Write(
         tuple(ops),
         lambda revision: Joined(commit.kept(session, revision, last), old or commit.kept(node, revision)),
@@ -156,7 +161,9 @@ async def leave(
         if ledger is not None and ledger.noun.claims:
             return StillClaimed(tuple(claim.instance for claim in ledger.noun.claims))
         decision = model.Decision(who=who, why="the agent left")
-        gone = (*_life_keys(node), schema.ledger(node))
+        orders = [order.noun.instance for order in snapshot.orders_on(node)][:_CLAIMS]
+        known = (schema.order(node, id) for id in orders if reading.order(node, id) is not None)
+        gone = (*_life_keys(node), schema.ledger(node), *known)
         ops: tuple[base.Op, ...] = (*map(base.Delete, gone), reading.event("left", node, decision))
         return commit.Write(ops, lambda _: Left(node))
 
@@ -176,9 +183,10 @@ async def remove(
     def rule(reading: commit.Reading) -> commit.Write[Left | commit.Missing] | Left | commit.Missing:
         if reading.removed(node) is not None:
             return Left(node)
-        if reading.node(node) is None and reading.session(node) is None:
+        life = reading.session(node)
+        if reading.node(node) is None and life is None:
             return commit.Missing()
-        mark = schema.Removed(at_ns=reading.now_ns)
+        mark = schema.Removed(at_ns=reading.now_ns, session=0 if life is None else life.noun.counter)
         ops: tuple[base.Op, ...] = (
             reading.put(schema.removed(node), mark),
             *map(base.Delete, _life_keys(node)),
@@ -224,14 +232,18 @@ async def clear_removed(
 def _cleared(
     reading: commit.Reading, node: model.NodeId, claim: model.Claim, decision: model.Decision
 ) -> list[base.Op]:
-    """A claim of a removed node becomes an order; the instance that held it ends."""
+    """A claim of a removed node becomes an order, which waits a month for the node to be joined again; the instance
+    that held it ends. An instance that cannot be read is left alone."""
     epoch = claim.epoch
     known = reading.order(node, claim.instance)
     if known is not None:
         epoch = max(epoch, known.noun.epoch)
     order = model.Order(node=node, instance=claim.instance, epoch=epoch, decision=decision, tx=reading.tx)
-    ops: list[base.Op] = [reading.put(schema.order(node, claim.instance), order)]
-    old = reading.instance(claim.instance)
+    ops: list[base.Op] = [reading.put(schema.order(node, claim.instance), order, commit.MONTH)]
+    try:
+        old = reading.instance(claim.instance)
+    except codec.Broken:
+        return ops
     if old is not None and old.noun.node == node and old.noun.claimed:
         new = commit.stepped(
             old.noun, lifecycle.Event.NODE_REMOVED, reading, released=True, message="Its node was removed"

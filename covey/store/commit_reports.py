@@ -20,6 +20,7 @@ Event = lifecycle.Event
 Said = wire.ReportEvent
 
 _ITEMS = 20  # per transaction: each may need six operations
+_TEXT = 4096  # characters kept of a message or fault: the instance is one small key
 _REFUSALS = 10  # after so many the instance goes to Error instead of to the next node
 
 
@@ -76,10 +77,12 @@ class _Page:
         self.session = session
         self.instances: dict[model.InstanceId, model.Instance] = {}  # as changed by this page
         self.gone: dict[model.InstanceId, int] = {}  # instance -> newest epoch of which nothing is left
+        self.ordered: dict[model.InstanceId, int] = {}  # instance -> epoch of the order that this page gives
         self.extra: dict[str, base.Op] = {}
 
     def take(self, item: wire.Item) -> None:
         """Fold one item in."""
+        item = msgspec.structs.replace(item, message=item.message[:_TEXT])
         old = self._instance(item.instance)
         if old is not None and (old.node != self.node or old.epoch != item.epoch):
             old = None  # it speaks of the past
@@ -97,8 +100,9 @@ class _Page:
         ops: dict[str, base.Op] = {}
         for id, instance in self.instances.items():
             ops[schema.instance(id)] = self.reading.put(schema.instance(id), instance)
+        releases = self._releases()
         ops |= self.extra
-        for op in self._releases():
+        for op in releases:
             ops[op.key] = op
         return tuple(ops.values())
 
@@ -106,7 +110,10 @@ class _Page:
         changed = self.instances.get(id)
         if changed is not None:
             return changed
-        kept = self.reading.instance(id)
+        try:
+            kept = self.reading.instance(id)
+        except codec.Broken:  # left alone; but what the node says is gone is gone, and others' facts must not wait
+            return None
         return None if kept is None else kept.noun
 
     def _newer(self, instance: model.Instance, item: wire.Item) -> bool:
@@ -137,9 +144,10 @@ class _Page:
 
     def _told(self, old: model.Instance, item: wire.Item, event: Event, **changes: object) -> model.Instance | None:
         """A step with all that the item tells."""
-        new = commit.stepped(
-            old, event, self.reading, vm=item.vm or old.vm, script_result=item.script or old.script_result, **changes
-        )
+        script = item.script or old.script_result
+        if script is not None:
+            script = msgspec.structs.replace(script, errors=script.errors[:_TEXT])
+        new = commit.stepped(old, event, self.reading, vm=item.vm or old.vm, script_result=script, **changes)
         if new is not None:
             for stream, text in (("stdout", item.stdout), ("stderr", item.stderr)):
                 if text:
@@ -162,6 +170,7 @@ class _Page:
             decision = model.Decision(who=self.node, why=f"refused: {item.message}")
             order = commit_instances.clean_up(self.reading, old, decision)
             self.extra[order.key] = order
+            self.ordered[new.id] = item.epoch
             self._event("refused", new, item.message)
         return new
 
@@ -173,7 +182,7 @@ class _Page:
         new = commit.stepped(old, Event.GONE, self.reading, released=True, vm=vm)
         if new is not None:
             return new
-        if not old.launched and old.state == model.State.PULLING:
+        if not old.launched and old.state == model.State.PULLING and len(old.refused) < _REFUSALS:
             return commit.stepped(old, Event.REFUSED, self.reading, refused=(*old.refused, self.node))
         message = item.message or "The node says that nothing of the VM is left"
         failed = commit.stepped(old, Event.FAILED, self.reading, released=True, vm=vm, message=message)
@@ -199,7 +208,10 @@ class _Page:
         for id, epoch in self.gone.items():
             key = schema.order(self.node, id)
             order: codec.Kept[model.Order] | None = self.reading.order(self.node, id)
-            if order is not None and order.noun.epoch <= epoch and key not in self.extra:
+            if self.ordered.get(id, 0) > epoch:
+                continue  # given after that `gone`
+            self.extra.pop(key, None)  # done before it was given: nobody would say `gone` again
+            if order is not None and order.noun.epoch <= epoch:
                 ops.append(base.Delete(key))
         return ops
 

@@ -300,3 +300,44 @@ async def test_a_word_speaks_for_its_own_node_only(pair: cloud.Cloud) -> None:
     shown = {node["node_id"]: node for node in await pair.apis[1].ok("GET", "/api/v1/node")}
     assert shown[agent.me.node]["free_disk_space"] == 77
     assert shown[other.me.node]["free_disk_space"] == 0
+
+
+async def test_a_word_looked_up_before_the_end_brings_no_claim_back(house: cloud.Cloud) -> None:
+    """Promise I3: one report says that the VM is gone, and carries a word from a moment before."""
+    agent = cloud.Agent(house.api)
+    await agent.join()
+    [id] = await house.api.start()
+    want = await agent.work(wire.Verb.RUN)
+    await house.api.ok("DELETE", "/api/v1/vm", {"id": id})
+    await agent.work(wire.Verb.DESTROY)
+    seen = model.VmSeen(instance=want.instance, epoch=want.epoch, running=True)
+    await agent.report(agent.item(want, Event.GONE), word=agent.word(seen))
+    [node] = await house.api.ok("GET", "/api/v1/node")
+    assert node["vm_count"] == 0
+
+
+async def test_leaving_again_is_ok(house: cloud.Cloud) -> None:
+    """Promise I7: the answer to the first request was lost."""
+    agent = cloud.Agent(house.api)
+    await agent.join()
+    for _ in range(2):
+        status, envelope = await agent.call("leave", wire.Leave())
+        assert (status, envelope["status"]) == (200, "OK")
+
+
+async def test_a_removed_node_gets_410_until_its_operator_joins_it(house: cloud.Cloud) -> None:
+    """Safety S12."""
+    agent = cloud.Agent(house.api)
+    await agent.join()
+    await house.api.start()
+    want = await agent.work(wire.Verb.RUN)
+    await house.api.ok("DELETE", "/api/v1/node", {"node_id": agent.me.node})
+    status, _ = await agent.call("report", wire.Report(seen=agent.seen, messages=9))
+    assert status == 410
+    status, _ = await agent.try_join(node=agent.me.node, last_secret=agent.secret)
+    assert status == 410
+    await agent.join(node=agent.me.node, last_secret=agent.secret, explicit=True)
+    order = await agent.work(wire.Verb.DESTROY)
+    assert (order.instance, order.epoch) == (want.instance, want.epoch)
+    assert order.decision is not None
+    assert order.decision.why == "its node was removed"

@@ -269,3 +269,29 @@ async def _states_are(c: cloud.Cloud, wanted: dict[str, State]) -> bool:
 
 async def _ordered(c: cloud.Cloud, node: str, id: str) -> bool:
     return (await c.look()).order(node, id) is not None
+
+
+async def test_waiting_for_a_removed_node_ends_in_error() -> None:
+    """Promise I1: it would wait for ever."""
+    async with cloud.running() as c, looping(c):
+        node = await c.join()
+        (id,) = await c.create(arch=model.Arch.ARM64, node=node)
+        await commit_nodes.remove(c.writer, await c.look(), node, "operator")
+        await until(lambda: _states_are(c, {id: State.ERROR}))
+        assert (await c.instance(id)).message == "The node asked for was removed"
+
+
+async def test_one_thing_that_cannot_be_done_keeps_no_other_from_its_time() -> None:
+    """A key that no program of this version can read, in the way of one decision at every turn."""
+    async with cloud.running() as c:
+        node = await c.join()
+        (over,) = await c.create()
+        await c.terminate(over)
+        await commit_nodes.remove(c.writer, await c.look(), node, "operator")
+        claims = (model.Claim(instance=model.InstanceId("x"), epoch=1),)
+        ledger = base.Put(schema.ledger(node), schema.encode(model.Ledger(node=node, claims=claims)))
+        broken = base.Put(schema.order(node, "x"), b"?")
+        await c.store.commit(base.Txn((), (ledger, broken)))
+        async with looping(c, spans=NEVER._replace(terminated_ns=1200 * MS)):
+            await until(lambda: _states_are(c, {}))
+        assert (await c.values(schema.order(node, "x")))[0].value == b"?"

@@ -167,6 +167,35 @@ async def test_what_turns_up_stays_for_the_repeat_with_its_key() -> None:
         assert (await c.instance(what.ids[0])).state == State.SCHEDULING
 
 
+async def test_what_turns_up_stays_for_a_repeat_that_was_answered_with_it() -> None:
+    """Safety S15, S17, promise I4: the reply was lost, the client repeats by external_id and name, and is answered OK
+    before the door is closed. What was answered must not be terminated behind its back."""
+    async with cloud.running() as c:
+        await create(c, start())
+        c.flaky.plan(Fate.LOST_REPLY, Fate.UNAVAILABLE)  # the second is the first attempt to close the door
+        what = start(spec=TWIN)
+        with pytest.raises(errors.Unsure):
+            await create(c, what, until_ns=c.world.boot_ns() + 20_000_000)
+        while c.flaky.planned:
+            await asyncio.sleep(0.001)
+        assert await create(c, start(spec=TWIN)) == commit_births.Repeated(what.ids)
+        await c.writer.close()
+        assert (await c.instance(what.ids[0])).state == State.SCHEDULING
+
+
+async def test_a_repeat_after_the_door_was_closed_is_a_new_start() -> None:
+    """The other order of the same race."""
+    async with cloud.running() as c:
+        await create(c, start())
+        c.flaky.plan(Fate.LOST_REPLY)
+        what = start(spec=TWIN)
+        with pytest.raises(errors.Unsure):
+            await create(c, what, until_ns=c.world.boot_ns() + 20_000_000)
+        await c.writer.close()
+        assert (await c.instance(what.ids[0])).state == State.TERMINATED
+        assert isinstance(await create(c, start(spec=TWIN)), commit_births.Created)
+
+
 async def test_a_zombie_create_does_not_bring_back_a_forgotten_instance() -> None:
     """Safety S16: the instance came, ended and was forgotten before an old copy of its creation arrived."""
     async with cloud.running() as c:

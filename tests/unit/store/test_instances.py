@@ -271,3 +271,26 @@ async def test_reaping_an_error_frees_its_node_by_order() -> None:
         assert (await c.instance(id)).state == State.ERROR
         await commit_instances.reap(c.writer, await c.look(), await c.kept(id), cloud.WHO)
         assert (await c.instance(id)).state == State.TERMINATING
+
+
+async def test_a_node_that_is_back_saves_its_instances_from_error() -> None:
+    """Safety S9, promise I4: a controller that was frozen between its decision and its commit fails nothing whose node
+    has joined again, or spoken, meanwhile."""
+    async with cloud.running() as c:
+        what = nouns.join()
+        joined = await commit_nodes.join(c.writer, await c.look(), what)
+        assert isinstance(joined, commit_nodes.Joined)
+        node = joined.node.noun.id
+        (id,) = await c.create(homes=[node])
+        await c.started(node, id)
+        c.store._data.revoke(joined.session.noun.lease)  # type: ignore[attr-defined]
+        away = await c.look()
+        again = nouns.join(node=node, host_key=what.host_key, last_secret=what.secret)
+        assert isinstance(await commit_nodes.join(c.writer, away, again), commit_nodes.Joined)
+        silent = await c.look()
+        await c.say(node, 1, (id, 1), session=2)
+        for snapshot in (away, silent):
+            kept = snapshot.instance(id)
+            assert kept is not None
+            assert isinstance(await commit_instances.fail(c.writer, snapshot, kept, "away"), commit.Lost)
+        assert (await c.instance(id)).state == State.STARTED

@@ -2,11 +2,12 @@
 
 import pytest
 
-from covey import model, wire
+from covey import errors, model, wire
 from covey.store import base, commit, commit_instances, commit_nodes, schema
 from tests.support import cloud, flaky, nouns
 
 State = model.State
+Said = wire.ReportEvent
 Why = commit_nodes.Why
 
 
@@ -223,3 +224,75 @@ async def test_an_order_needs_the_instance_to_be_as_it_was_seen() -> None:
         done = await order(c.writer, await c.look(), node, model.InstanceId("other"), 1, cloud.WHO)
         assert isinstance(done, commit.Done)
         assert done.noun.noun.decision.who == "tester"
+
+
+async def test_a_removed_node_comes_back_by_its_operators_word_and_is_told_to_clean_up() -> None:
+    """Safety S7, S12: its agent alone is refused for good; its operator's join brings the orders to it. Sessions count
+    on, so that nothing that the old life said can be taken for the new one's."""
+    async with cloud.running() as c:
+        what = nouns.join()
+        first = await join(c, what)
+        assert isinstance(first, commit_nodes.Joined)
+        node = first.node.noun.id
+        (id,) = await c.create(homes=[node])
+        await c.started(node, id)
+        await commit_nodes.remove(c.writer, await c.look(), node, "op")
+        assert await join(c, then(what, node)) == commit_nodes.JoinRefused(Why.REMOVED)
+        again = await join(c, then(what, node, explicit=True))
+        assert isinstance(again, commit_nodes.Joined)
+        assert again.session.noun.counter == 2
+        await c.say(node, 1, (id, 1), session=2)
+        assert await c.claims(node) == [(id, 1)], "its slot is held as long as the VM is there"
+        snapshot = await c.look()
+        assert snapshot.order(node, id) is not None
+        assert snapshot.removed(node) is None
+        await c.report(node, nouns.item(Said.GONE, model.InstanceId(id)), session=2)
+        assert await c.claims(node) == []
+        assert list((await c.look()).orders_on(node)) == []
+
+
+async def test_a_removed_node_comes_back_only_when_its_claims_are_cleared() -> None:
+    """Safety S12: a crash cut the removal short, and the operator is quicker than the loop."""
+    async with cloud.running() as c:
+        what = nouns.join()
+        first = await join(c, what)
+        assert isinstance(first, commit_nodes.Joined)
+        node = first.node.noun.id
+        (id,) = await c.create(homes=[node])
+        c.flaky.plan(flaky.Fate.FINE, flaky.Fate.UNAVAILABLE)
+        with pytest.raises(errors.Unavailable):
+            await commit_nodes.remove(c.writer, await c.look(), node, "op")
+        assert await join(c, then(what, node, explicit=True)) == commit_nodes.JoinRefused(Why.REMOVED)
+        assert await commit_nodes.clear_removed(c.writer, await c.look(), node, "loop") is False
+        assert (await c.instance(id)).state == State.ERROR
+        assert isinstance(await join(c, then(what, node, explicit=True)), commit_nodes.Joined)
+
+
+async def test_orders_of_a_removed_node_end_by_themselves() -> None:
+    async with cloud.running() as c:
+        node = await c.join()
+        await c.create(homes=[node])
+        await commit_nodes.remove(c.writer, await c.look(), node, "op")
+        orders = await c.values(schema.ORDERS)
+        assert [kv.lease != 0 for kv in orders] == [True]
+
+
+async def test_a_node_with_an_instance_that_cannot_be_read_can_be_removed() -> None:
+    async with cloud.running() as c:
+        node = await c.join()
+        broken, fine = await c.create(2)
+        await c.place(node, broken, fine)
+        await c.store.commit(base.Txn((), (base.Put(schema.instance(broken), b"?"),)))
+        assert await commit_nodes.remove(c.writer, await c.look(), node, "op") == commit_nodes.Left(node)
+        assert (await c.look()).ledger(node) is None
+        assert (await c.instance(fine)).state == State.ERROR
+        assert len(await c.values(schema.ORDERS)) == 2
+
+
+async def test_leaving_takes_orders_along() -> None:
+    async with cloud.running() as c:
+        node = await c.join()
+        done = await commit_nodes.order(c.writer, await c.look(), node, model.InstanceId("stray"), 1, cloud.WHO)
+        assert isinstance(done, commit.Done)
+        await commit_nodes.leave(c.writer, await c.look(), node, 1, force=False, who="op")
+        assert await c.values(schema.ORDERS) == []

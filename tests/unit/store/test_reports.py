@@ -5,7 +5,7 @@ import base64
 import pytest
 
 from covey import model, wire
-from covey.store import commit_reports, schema
+from covey.store import base, commit_reports, schema
 from tests.support import cloud, flaky, nouns
 
 State = model.State
@@ -229,3 +229,55 @@ async def test_many_items_in_one_report() -> None:
         await c.report(node, *items)
         assert await c.claims(node) == []
         assert (await c.look()).instance_count(State.TERMINATED) == 60
+
+
+async def test_refused_and_gone_at_once_leave_no_order() -> None:
+    """Both in one report: an order given for what is gone already would never be answered."""
+    async with cloud.running() as c:
+        node = await c.join()
+        (id,) = await c.create(homes=[node])
+        me = model.InstanceId(id)
+        await c.report(node, nouns.item(Said.REFUSED, me, message="busy"), nouns.item(Said.GONE, me))
+        assert list((await c.look()).orders_on(node)) == []
+        assert await c.claims(node) == []
+        assert (await c.instance(id)).waiting
+
+
+async def test_an_instance_that_cannot_be_read_holds_up_nobody_else() -> None:
+    """It is left as it is; the slot that its VM held is free again, and other facts of the report count."""
+    async with cloud.running() as c:
+        node = await c.join()
+        broken, fine = await c.create(2)
+        await c.place(node, broken, fine)
+        await c.store.commit(base.Txn((), (base.Put(schema.instance(broken), b"?"),)))
+        await c.report(
+            node,
+            nouns.item(Said.PROGRESS, model.InstanceId(broken), progress=0.5),
+            nouns.item(Said.GONE, model.InstanceId(broken)),
+            nouns.item(Said.PROGRESS, model.InstanceId(fine), progress=0.5),
+        )
+        assert (await c.instance(fine)).progress == 0.5
+        assert await c.claims(node) == [(fine, 1)]
+        assert (await c.values(schema.instance(broken)))[0].value == b"?"
+
+
+async def test_a_long_message_is_cut() -> None:
+    """What a hypervisor prints must not make an instance too large to be written."""
+    async with cloud.running() as c:
+        node = await c.join()
+        (id,) = await c.create(homes=[node])
+        script = model.ScriptResult(return_code=1, errors="e" * 3_000_000)
+        item = nouns.item(Said.FAILED, model.InstanceId(id), message="m" * 3_000_000, script=script)
+        assert await c.report(node, item) == commit_reports.Applied((0,))
+        assert len((await c.values(schema.instance(id)))[0].value) < 20_000
+
+
+async def test_a_node_that_only_says_gone_is_not_tried_for_ever() -> None:
+    async with cloud.running() as c:
+        node = await c.join()
+        (id,) = await c.create(homes=[node])
+        for epoch in range(1, 12):
+            await c.report(node, nouns.item(Said.GONE, model.InstanceId(id), epoch=epoch))
+            await c.place(node, id)
+        assert (await c.instance(id)).state == State.ERROR
+        assert await c.claims(node) == []
