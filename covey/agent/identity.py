@@ -8,8 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from covey import model, wire, world
-from covey.agent import durable
+from covey import durable, model, wire, world
 
 _KEPT = 16  # secrets of joins whose answer was lost
 

@@ -19,8 +19,8 @@ from typing import Protocol
 
 import msgspec
 
-from covey import errors, failpoint, model, observe
-from covey.agent import durable, hypervisor
+from covey import durable, errors, failpoint, model, observe
+from covey.agent import hypervisor
 from covey.client import oci, registry
 
 RESERVE_BYTES = 1 << 30
@@ -231,7 +231,7 @@ class Cache:
     def _reveal(self, incoming: Path, path: Path) -> None:
         incoming.chmod(0o444)
         incoming.rename(path)
-        durable.sync_directory(self._layers)
+        durable.sync_dir(self._layers)
 
     def _fraction(self, kept: Kept) -> float:
         total = sum(layer.size_bytes for layer in kept.layers) or 1

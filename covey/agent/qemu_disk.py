@@ -24,8 +24,8 @@ import subprocess
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from covey import errors, model
-from covey.agent import durable, hypervisor, qcow2
+from covey import durable, errors, model
+from covey.agent import hypervisor, qcow2
 
 OVERLAY, VNC_SECRET = "disk.qcow2", "vnc.secret"  # below run
 _NEW, _GONE = ".new-", ".gone-"
@@ -120,7 +120,7 @@ class Place:
             aside.mkdir(mode=0o711)
             self._fill(aside, record, top.virtual_bytes, qemu_img)
             aside.rename(self.path)
-            durable.sync_directory(self._root)
+            durable.sync_dir(self._root)
         except (OSError, errors.CoveyError) as fault:
             shutil.rmtree(aside, ignore_errors=True)
             raise _shown(fault, self._root) from fault
@@ -142,7 +142,7 @@ class Place:
         shutil.rmtree(gone, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):
             self.path.rename(gone)
-            durable.sync_directory(self._root)
+            durable.sync_dir(self._root)
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(gone)
         shutil.rmtree(self._root / f"{_NEW}{self.path.name}", ignore_errors=True)

@@ -15,8 +15,7 @@ are for synthetic nodes, whose VMs do no better.
 
 from pathlib import Path
 
-from covey import model, observe, wire
-from covey.agent import durable
+from covey import durable, model, observe, wire
 from covey.decide import convergence
 
 TOMBSTONES_KEPT_NS = 30 * 24 * 3600 * 1_000_000_000
@@ -94,7 +93,7 @@ class Records:
     def save(self, record: Record) -> None:
         """Durable when it returns."""
         if self._records_dir is not None:
-            durable.write(self._records_dir / f"{record.instance}.{record.epoch}.json", record, sync=self._sync)
+            durable.write(self._records_dir / f"{record.instance}.{record.epoch}.json", record, fsync=self._sync)
         self._records[record.key] = record
 
     def save_if_possible(self, record: Record) -> None:
@@ -108,7 +107,7 @@ class Records:
     def forget(self, key: Key) -> None:
         """The VM is gone and nobody asks for it any more. Harmless when unknown."""
         if self._records.pop(key, None) is not None and self._records_dir is not None:
-            durable.remove(self._records_dir / f"{key[0]}.{key[1]}.json", sync=self._sync)
+            durable.remove(self._records_dir / f"{key[0]}.{key[1]}.json", fsync=self._sync)
 
     def bury(self, tombstone: Tombstone) -> None:
         """Durable when it returns; an older order never replaces a newer one.
@@ -121,7 +120,7 @@ class Records:
         self._tombstones[tombstone.instance] = tombstone
         if self._tombstones_dir is not None:
             try:
-                durable.write(self._tombstones_dir / f"{tombstone.instance}.json", tombstone, sync=self._sync)
+                durable.write(self._tombstones_dir / f"{tombstone.instance}.json", tombstone, fsync=self._sync)
             except OSError as error:
                 _log.error("a tombstone could not be written", instance=tombstone.instance, error=str(error))
 

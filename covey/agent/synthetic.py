@@ -19,8 +19,8 @@ from pathlib import Path
 
 import msgspec
 
-from covey import errors, failpoint, model, world
-from covey.agent import durable, hypervisor, images, tail
+from covey import durable, errors, failpoint, model, world
+from covey.agent import hypervisor, images, tail
 
 Phase = hypervisor.Phase
 _FAIL_AT = ("prepare", "start", "boot", "stop")
@@ -256,9 +256,7 @@ class Synthetic:
         if self._root is not None:
             directory = hypervisor.vm_dir(self._root, vm.instance, vm.epoch)
             directory.mkdir(exist_ok=True)
-            aside = directory / "vm.json.tmp"
-            aside.write_bytes(msgspec.json.encode(vm))
-            aside.rename(directory / "vm.json")
+            durable.write(directory / "vm.json", vm, fsync=False)
 
     def _remove(self, key: tuple[model.InstanceId, int]) -> None:
         if self._root is not None:

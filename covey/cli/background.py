@@ -91,15 +91,12 @@ def running_pid(data_dir: Path) -> int:
 
 
 def save(data_dir: Path, variables: Mapping[str, str]) -> Path:
-    """Keep the settings of this join. Written aside and moved, so that a crash leaves the old ones or the new ones."""
+    """Keep the settings of this join; a crash leaves the old ones or the new ones."""
     file = _made(data_dir) / "agent.env"
-    aside = file.with_suffix(".new")
-    aside.unlink(missing_ok=True)
-    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as stream:
-        stream.writelines(f"{name}={_quoted(value)}\n" for name, value in sorted(variables.items()))
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(file)
+    from covey import durable
+
+    lines = (f"{name}={_quoted(value)}\n" for name, value in sorted(variables.items()))
+    durable.replace(file, "".join(lines).encode())
     return file
 
 

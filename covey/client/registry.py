@@ -22,7 +22,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from covey import errors, model
+from covey import durable, errors, model
 from covey.client import http, oci
 
 Progress = Callable[[int], None]  # called with the bytes that are done so far
@@ -364,11 +364,7 @@ class _Download:
 def _reveal(partial: Path, target: Path) -> None:
     """Give a whole, durable file its name."""
     partial.rename(target)
-    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    durable.sync_dir(target.parent)
 
 
 async def _file_piece(source: Path, start: int, length: int, moved: Progress) -> AsyncIterator[bytes]:

@@ -23,8 +23,8 @@ from typing import ParamSpec, TypeVar
 
 import msgspec
 
-from covey import errors, failpoint, model, world
-from covey.registry import blobs, durable
+from covey import durable, errors, failpoint, model, world
+from covey.registry import blobs
 
 P = ParamSpec("P")
 T = TypeVar("T")

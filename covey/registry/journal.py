@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from covey import failpoint, model, world
-from covey.registry import blobs, durable
+from covey import durable, failpoint, model, world
+from covey.registry import blobs
 
 T = TypeVar("T")
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from covey import model, wire, world
-from covey.agent import durable, identity, records
+from covey import durable, model, wire, world
+from covey.agent import identity, records
 from covey.decide import convergence
 from tests.support import nouns
 
