@@ -42,6 +42,9 @@ class Controller:
         self.words: list[model.Word] = []
         self.reports: list[wire.Report] = []
         self.joins: list[wire.Join] = []
+        self.questions: list[model.Question] = []  # shown until they are answered
+        self.answers: list[wire.Answer] = []
+        self.called: set[str] = set()
         self.messages: list[int] = []
         self.lose: list[str] = []
         self.break_: dict[str, int] = {}
@@ -79,6 +82,20 @@ class Controller:
         )
         self.changed()
 
+    def ask(self, instance: str, nonce: str, *, offset: int = 0, limit: int = 100) -> None:
+        """Show this question from now on."""
+        self.questions.append(
+            model.Question(
+                nonce=nonce,
+                instance=model.InstanceId(instance),
+                epoch=1,
+                stream="stdout",
+                offset=offset,
+                limit=limit,
+            )
+        )
+        self.changed()
+
     def unwant(self, instance: str, epoch: int = 1) -> None:
         del self.wants[instance, epoch]
         self.changed()
@@ -98,6 +115,7 @@ class Controller:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         call = request.match_info["call"]
+        self.called.add(call)
         body = await request.read()
         refusal = self._refusal(request, call)
         answer = refusal or await getattr(self, f"_{call}")(body)
@@ -155,7 +173,15 @@ class Controller:
             lease=self._lease(),
             heartbeat_s=self.heartbeat_s,
             hold=self.hold,
+            questions=tuple(self.questions),
         )
+
+    async def _answer(self, body: bytes) -> wire.Answered:
+        answer = msgspec.json.decode(body, type=wire.Answer)
+        self.answers.append(answer)
+        self.messages.append(answer.messages)
+        self.questions = [question for question in self.questions if question.nonce != answer.nonce]
+        return wire.Answered(lease=self._lease(), seen=self._seen(), taken=True)
 
     async def _launch(self, body: bytes) -> wire.Launched:
         ask = msgspec.json.decode(body, type=wire.LaunchAsk)
@@ -195,7 +221,8 @@ class Controller:
         return msgspec.structs.replace(want, launched=(want.instance, want.epoch) in self.granted)
 
     def _tag(self) -> str:
-        return str(hash(tuple(sorted((key, want.verb) for key, want in self.wants.items()))))
+        work = tuple(sorted((key, want.verb) for key, want in self.wants.items()))
+        return str(hash((work, tuple(question.nonce for question in self.questions))))
 
     def _seen(self) -> wire.Seen:
         return wire.Seen(history=self.history, revision=self.revision)
