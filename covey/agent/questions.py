@@ -1,7 +1,7 @@
 """Questions about what start scripts wrote: each is answered once, from what the hypervisor keeps (safety S26).
 
 They come with the answers to the poll and are shown there until they are answered, so one that is being answered is
-not begun again. Answering changes nothing here, touches no VM's worker, and a lost answer only costs its reader.
+not begun again. Answering changes nothing here and touches no VM's worker.
 """
 
 import asyncio
@@ -15,6 +15,8 @@ from covey.decide import convergence
 
 _log = observe.log("agent")
 Stage = convergence.Stage
+_READER_NS = 8_000_000_000
+_PAUSE_S = 0.3
 _OVER = (Stage.FAILED, Stage.STOPPED)
 
 
@@ -43,7 +45,20 @@ class Questions:
             self._answering.discard(question.nonce)
 
     async def _tell(self, question: model.Question) -> None:
+        """Find it, and say it until somebody heard it or the reader has surely gone."""
         output, fault = await self._find(question)
+        until_ns = self._parts.clock.boot_ns() + _READER_NS
+        while True:
+            try:
+                return await self._say(question, output, fault)
+            except session.SessionLost:
+                raise
+            except errors.RemoteError:
+                if self._parts.clock.boot_ns() > until_ns:
+                    raise
+            await asyncio.sleep(_PAUSE_S)
+
+    async def _say(self, question: model.Question, output: model.Output | None, fault: str) -> None:
         standing = self._parts.session
         told = wire.Answer(
             nonce=question.nonce, seen=standing.seen, messages=standing.count(), output=output, fault=fault
