@@ -24,6 +24,7 @@ from covey import errors
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
 _SETTLED_S = 30.0
+_SILENCE_S = 5.0  # of a start before something is said
 _LOG_LIMIT_BYTES = 16 * 1024 * 1024
 
 Say = Callable[[str], None]
@@ -60,6 +61,7 @@ class Child:
         """Run it and wait until it is ready. Raises SettingError when it ends, or is not ready in time."""
         process = await self._spawn()
         deadline = time.monotonic() + self.program.start_s
+        said_at = time.monotonic() + _SILENCE_S
         while not await self.program.ready() or process.returncode is not None:
             if process.returncode is not None:  # somebody else may have answered in its place
                 raise errors.SettingError(f"{self.program.name} {_how(process.returncode)} at its start{self._tail()}")
@@ -67,6 +69,9 @@ class Child:
                 raise errors.SettingError(
                     f"{self.program.name} was not ready within {self.program.start_s:.0f} s{self._tail()}"
                 )
+            if time.monotonic() > said_at:
+                said_at = deadline + 1
+                self._say(f"{self.program.name} is not ready yet; waiting up to {self.program.start_s:.0f} s for it")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), 0.05)
         self._keeper = asyncio.create_task(self._keep(process))

@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -66,11 +66,11 @@ def covey(*argv: object, **env: str) -> Ran:
 
 
 class Program:
-    """One program in the foreground; its two streams are gathered line by line."""
+    """One program in the foreground; its two streams are gathered line by line. `within`: words before its command."""
 
-    def __init__(self, *argv: object, **env: str) -> None:
+    def __init__(self, *argv: object, within: Sequence[str] = (), **env: str) -> None:
         self.process = subprocess.Popen(
-            [*ENDS_WITH_US, *COVEY, *(str(word) for word in argv)],
+            [*ENDS_WITH_US, *within, *COVEY, *(str(word) for word in argv)],
             env=environment(**env),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
