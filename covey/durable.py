@@ -10,6 +10,7 @@ removes. With `fsync` False all this holds when the process dies, but not the ho
 
 import contextlib
 import errno
+import fcntl
 import os
 from pathlib import Path
 from typing import TypeVar
@@ -27,7 +28,7 @@ NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _log = observe.log("files")
 
 
-# ---- folders -------------------------------------------------------------------------------------------------------
+# ---- folders and locks ---------------------------------------------------------------------------------------------
 
 
 def make_dirs(path: Path, *, fsync: bool = True) -> None:
@@ -48,6 +49,18 @@ def sync_dir(path: Path, *, fsync: bool = True) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def lock(path: Path) -> int:
+    """Lock `path`, which is made if need be: an open file, to be closed; when the process dies, the kernel does that.
+    Raises BlockingIOError when somebody else holds the lock, other OSErrors when the file cannot be had."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
 
 
 # ---- files that are replaced ---------------------------------------------------------------------------------------

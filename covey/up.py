@@ -8,7 +8,6 @@ ports.json (ports that were picked, used again at the next start when they are f
 import asyncio
 import contextlib
 import errno
-import fcntl
 import http.client
 import json
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from covey import errors, settings, supervise
+from covey import durable, errors, settings, supervise
 
 _QUOTA_BYTES = 8 * 1024**3  # (safety S28)
 
@@ -295,18 +294,15 @@ def _sole_user(data_dir: Path) -> Iterator[None]:
     """One service per data directory: the lock is the kernel's and ends with the process."""
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(data_dir / "standalone.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = durable.lock(data_dir / "standalone.lock")
+    except BlockingIOError:
+        raise errors.SettingError(
+            f"another `covey standalone` runs on {data_dir}: stop it, or choose another place with --data-dir"
+        ) from None
     except OSError as error:
         raise errors.SettingError(
             f"DATA_DIR {data_dir} cannot be written ({error.strerror}): choose another with --data-dir"
         ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise errors.SettingError(
-            f"another `covey standalone` runs on {data_dir}: stop it, or choose another place with --data-dir"
-        ) from None
     try:
         yield
     finally:

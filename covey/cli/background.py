@@ -49,18 +49,17 @@ def _unusable(data_dir: Path, error: OSError) -> errors.SettingError:
 @contextlib.contextmanager
 def running_agent(data_dir: Path) -> Iterator[None]:
     """Held by `covey agent` as long as it runs. Raises SettingError when one runs on this data directory already."""
+    from covey import durable
+
     try:
-        lock = os.open(_made(data_dir) / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise _unusable(data_dir, error) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = durable.lock(_made(data_dir) / "agent.lock")
     except BlockingIOError:
-        os.close(lock)
         raise errors.SettingError(
             f"an agent runs on {data_dir} already (process {running_pid(data_dir)}): "
             "stop it with `covey leave`, or choose another place with --data-dir"
         ) from None
+    except OSError as error:
+        raise _unusable(data_dir, error) from error
     try:
         os.ftruncate(lock, 0)
         os.write(lock, f"{os.getpid()}\n".encode())

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
@@ -12,18 +11,6 @@ from covey import model, wire
 from tests.unit.controller import cloud
 
 Event = wire.ReportEvent
-
-
-@pytest.fixture
-async def house() -> AsyncIterator[cloud.Cloud]:
-    async with cloud.running() as one:
-        yield one
-
-
-@pytest.fixture
-async def pair() -> AsyncIterator[cloud.Cloud]:
-    async with cloud.running(2) as two:
-        yield two
 
 
 async def status_of(agent: cloud.Agent, verb: str = "wanted") -> tuple[int, str]:

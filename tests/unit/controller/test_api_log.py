@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
-import pytest
 
 from covey import model, serve, wire, world
 from covey.controller import api_log
@@ -18,12 +17,6 @@ from tests.unit.controller import cloud
 Said = wire.ReportEvent
 SCRIPT = base64.b64encode(b"echo hello").decode()
 STREAM = bytes(range(256)) * 4096  # 1 MiB
-
-
-@pytest.fixture
-async def pair() -> AsyncIterator[cloud.Cloud]:
-    async with cloud.running(2) as two:
-        yield two
 
 
 class Node:

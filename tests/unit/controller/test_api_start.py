@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -11,18 +10,6 @@ import pytest
 from covey import model
 from covey.controller import start_request
 from tests.unit.controller import cloud, strict
-
-
-@pytest.fixture
-async def house() -> AsyncIterator[cloud.Cloud]:
-    async with cloud.running() as one:
-        yield one
-
-
-@pytest.fixture
-async def pair() -> AsyncIterator[cloud.Cloud]:
-    async with cloud.running(2) as two:
-        yield two
 
 
 async def listed(api: cloud.Api) -> list[Any]:
