@@ -218,6 +218,9 @@ class Loop:
             case deadlines.Kind.UNACKNOWLEDGED:
                 decision = model.Decision(who=self._writer.who, why="Its node did not acknowledge the placement")
                 return await commit_instances.withdraw(self._writer, snapshot, kept, decision)
+            case deadlines.Kind.STALLED:
+                decision = model.Decision(who=self._writer.who, why="Its node shows no progress with it")
+                return await commit_instances.withdraw(self._writer, snapshot, kept, decision)
             case deadlines.Kind.LOST:
                 return await commit_instances.fail(self._writer, snapshot, kept, "Its node was not heard of for a day")
             case deadlines.Kind.ERROR:

@@ -17,6 +17,9 @@ def things(snapshot: view.Snapshot, silent: Iterable[str]) -> Iterator[tuple[Thi
     """Everything whose time may run out, with the revision that must stand still meanwhile."""
     for kept in snapshot.unacknowledged():
         yield Thing(Kind.UNACKNOWLEDGED, kept.noun.id), kept.revision
+    for kept in snapshot.in_state(State.PULLING):
+        if kept.noun.claimed and kept.noun.acknowledged and not kept.noun.launched:
+            yield Thing(Kind.STALLED, kept.noun.id), kept.revision
     for kept in snapshot.in_state(State.TERMINATED):
         yield Thing(Kind.TERMINATED, kept.noun.id), kept.revision
     for kept in snapshot.in_state(State.ERROR):

@@ -19,6 +19,7 @@ class Kind(StrEnum):
     """What is waited for, and what follows when it does not come."""
 
     UNACKNOWLEDGED = "unacknowledged"  # a placement that its node has not named: withdraw it (S10)
+    STALLED = "stalled"  # a placement that its node named, and shows no progress with: withdraw it (S10)
     SILENT = "silent"  # a node whose messages stand still although its lease lives: it is lost (S8)
     LOST = "lost"  # a launched instance whose node is away: Error, in the end
     TERMINATED = "terminated"  # an instance that is over: forget it
@@ -30,6 +31,7 @@ class Spans(NamedTuple):
     """How long each kind may stand, in nanoseconds."""
 
     unacknowledged_ns: int = int(wire.ACKNOWLEDGE_S * _S)
+    stalled_ns: int = 15 * 60 * _S  # a percent of the largest template over the slowest line
     silent_ns: int = 3 * wire.LEASE_TTL_S * _S  # a word is written once per 60 s, and two TTLs are the same
     lost_ns: int = 24 * 3600 * _S
     terminated_ns: int = 60 * _S

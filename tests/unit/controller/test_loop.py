@@ -15,6 +15,7 @@ Said = wire.ReportEvent
 MS = 1_000_000
 QUICK = deadlines.Spans(
     unacknowledged_ns=50 * MS,
+    stalled_ns=50 * MS,
     silent_ns=50 * MS,
     lost_ns=50 * MS,
     terminated_ns=50 * MS,
@@ -295,3 +296,21 @@ async def test_one_thing_that_cannot_be_done_keeps_no_other_from_its_time() -> N
         async with looping(c, spans=NEVER._replace(terminated_ns=1200 * MS)):
             await until(lambda: _states_are(c, {}))
         assert (await c.values(schema.order(node, "x")))[0].value == b"?"
+
+
+async def test_a_placement_without_progress_is_made_elsewhere() -> None:
+    """Safety S10: its node named it and then got stuck."""
+    async with cloud.running() as c:
+        stuck = await c.join()
+        (id,) = await c.create(homes=[stuck])
+        me = model.InstanceId(id)
+        await c.report(stuck, nouns.item(Said.ACKNOWLEDGED, me))
+        other = await c.join()
+        before = await c.kept(id)
+        await c.report(stuck, nouns.item(Said.PROGRESS, me, progress=0.1))
+        assert (await c.kept(id)).revision > before.revision, "progress begins the span anew"
+        async with looping(c, spans=NEVER._replace(stalled_ns=500 * MS)):
+            await until(lambda: _on(c, id, other))
+        order = (await c.look()).order(stuck, id)
+        assert order is not None
+        assert (order.noun.withdrawn, order.noun.decision.why) == (True, "Its node shows no progress with it")

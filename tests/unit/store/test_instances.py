@@ -3,7 +3,8 @@
 import asyncio
 
 from covey import model, wire
-from covey.store import commit, commit_instances, commit_nodes, schema
+from covey.controller import wanted
+from covey.store import commit, commit_instances, commit_nodes, commit_reports, schema
 from tests.support import cloud, flaky, nouns
 
 State = model.State
@@ -294,3 +295,58 @@ async def test_a_node_that_is_back_saves_its_instances_from_error() -> None:
             assert kept is not None
             assert isinstance(await commit_instances.fail(c.writer, snapshot, kept, "away"), commit.Lost)
         assert (await c.instance(id)).state == State.STARTED
+
+
+async def test_late_words_about_a_withdrawn_placement_change_nothing() -> None:
+    """Safety S1, S10: the node acknowledges, asks for launch and reports after its placement was withdrawn: while the
+    instance waits, while another node has it, and after it was terminated there."""
+    async with cloud.running() as c:
+        slow, other = await c.join(), await c.join()
+        (id,) = await c.create(homes=[slow])
+        me = model.InstanceId(id)
+        await commit_instances.withdraw(c.writer, await c.look(), await c.kept(id), cloud.WHO)
+
+        async def late_words() -> None:
+            before = await c.kept(id)
+            assert isinstance(await c.launch(slow, id, 1), commit_instances.Denied)
+            late = (Said.ACKNOWLEDGED, Said.PROGRESS, Said.BOOTED, Said.INFO, Said.FAILED, Said.REFUSED, Said.STOPPED)
+            await c.report(slow, *(nouns.item(event, me, vm=nouns.vm()) for event in late))
+            assert await c.kept(id) == before
+            assert await c.claims(slow) == [(id, 1)]
+
+        await late_words()
+        await c.place(other, id)
+        await late_words()
+        await c.launch(other, id, 2)
+        await late_words()
+        await c.terminate(id)
+        await late_words()
+        await c.report(other, nouns.item(Said.GONE, me, 2))
+        await late_words()
+        await c.report(slow, nouns.item(Said.GONE, me, 1))
+        assert await c.claims(slow) == []
+        assert (await c.instance(id)).state == State.TERMINATED
+
+
+async def test_a_node_that_joins_again_keeps_what_was_launched_and_no_more() -> None:
+    """Safety S1, S7: its lease had ended. What had not been launched is another node's now and is ordered away here;
+    what had been launched goes on as if nothing had happened."""
+    async with cloud.running() as c:
+        what = nouns.join()
+        first = await commit_nodes.join(c.writer, await c.look(), what)
+        assert isinstance(first, commit_nodes.Joined)
+        node = first.node.noun.id
+        unlaunched, launched = await c.create(2)
+        await c.place(node, unlaunched, launched)
+        await c.launch(node, launched)
+        c.store._data.revoke(first.session.noun.lease)  # type: ignore[attr-defined]
+        await commit_instances.withdraw(c.writer, await c.look(), await c.kept(unlaunched), cloud.WHO, node_lost=True)
+        again = nouns.join(node=node, host_key=what.host_key, last_secret=what.secret)
+        assert isinstance(await commit_nodes.join(c.writer, await c.look(), again), commit_nodes.Joined)
+        wants = {want.instance: want for want in wanted.for_node(await c.look(), node).wanted}
+        assert (wants[model.InstanceId(unlaunched)].verb, wants[model.InstanceId(launched)].verb) == ("destroy", "run")
+        assert wants[model.InstanceId(launched)].launched
+        booted = nouns.item(Said.BOOTED, model.InstanceId(launched), vm=nouns.vm())
+        assert await c.report(node, booted, session=1) == commit_reports.StaleSession()
+        await c.report(node, booted, session=2)
+        assert (await c.instance(launched)).state == State.STARTED
