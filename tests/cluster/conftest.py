@@ -13,13 +13,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
-from tests.support import etcd
+from tests.support import etcd, ran
 
 T = TypeVar("T")
+Ran = ran.Ran
 COVEY = (sys.executable, "-m", "covey")
 ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")  # also when the test runner is killed
 PATIENCE_S = 40.0
@@ -44,16 +45,6 @@ def environment(**more: str) -> dict[str, str]:
     """What a program sees: nothing of ours that was set around the tests."""
     clean = {n: v for n, v in os.environ.items() if not n.startswith(("COVEY_", "ANKA_")) or n == "COVEY_TEST_RUN"}
     return {**clean, "COVEY_CONFIG": os.devnull, "COVEY_ETCD_BINARY": etcd.binary(), **more}
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
 
 
 def covey(*argv: object, **env: str) -> Ran:

@@ -5,6 +5,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,9 +19,15 @@ eventually = conftest.eventually
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[conftest.Cloud]:
     """`covey up --nodes 5`, shared by tests that leave it as they found it."""
     folder = tmp_path_factory.mktemp("up")
-    with conftest.running_cloud(folder / "data", "up", "--nodes", 5, COVEY_INSTANCE_TIME_OUT="1s") as one:
+    environ = {"COVEY_INSTANCE_TIME_OUT": "1s", "ANKA_LOG_DIR": str(folder / "data" / "logs")}
+    with conftest.running_cloud(folder / "data", "up", "--nodes", 5, **environ) as one:
         eventually(lambda: len(_active(one)) == 5)
         yield one
+
+
+def logged(cloud: conftest.Cloud, program: str) -> list[dict[str, Any]]:
+    """The lines of one program's log file."""
+    return [json.loads(line) for line in (cloud.data / "logs" / f"covey-{program}.log").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +84,13 @@ def test_logs_are_read_from_the_node(cloud: conftest.Cloud, template: str, tmp_p
         assert (last.code, last.out) == (0, written[-64 * 1024 :])
         assert cloud.covey("vm", "terminate", id).code == 0
     eventually(lambda: cloud.ask("GET", "/api/v1/vm")["body"] == [])
+
+
+def test_log_files(cloud: conftest.Cloud) -> None:
+    said = {program: logged(cloud, program) for program in ("controller", "registry", "agent")}
+    assert sum(line["event"] == "joined" for line in said["agent"]) >= 5
+    assert [line["level"] for line in said["controller"] if line["event"] == "the controller listens"][:1] == ["info"]
+    assert said["registry"]
 
 
 def test_drain_and_back(cloud: conftest.Cloud, template: str) -> None:

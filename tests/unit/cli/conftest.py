@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from covey.cli import main
+from tests.support import ran
 
 
 class Asked(NamedTuple):
@@ -81,16 +82,7 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     server.server_close()
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
+Ran = ran.Ran
 Covey = Callable[..., Ran]
 
 
