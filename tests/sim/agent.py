@@ -182,7 +182,8 @@ class Agent:
                 self._say(Said.REFUSED, vm, message="cannot")
                 return
             self.disk.vms[vm] = "prepared"
-        await asyncio.sleep(self.world.chance.uniform(0.0, 3.0))  # pulling
+        quick = self.world.chance.random() < 0.7
+        await asyncio.sleep(self.world.chance.uniform(0.0, 3.0 if quick else 60.0))  # pulling
         self._say(Said.PROGRESS, vm, progress=0.5)
         nonce = f"{self._session}"
         while True:

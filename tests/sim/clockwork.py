@@ -70,7 +70,8 @@ def run(seed: int, story: "Story") -> Any:
     try:
         return loop.run_until_complete(story(World(loop, seed)))
     finally:
-        loop.run_until_complete(_end(asyncio.all_tasks(loop)))
+        while left := asyncio.all_tasks(loop):  # some begin when others end
+            loop.run_until_complete(_end(left))
         loop.close()
 
 

@@ -130,7 +130,9 @@ class Story(clockwork.Story):
                 await asyncio.sleep(self.chance.expovariate(1.0))
 
     async def _one_deed(self) -> None:
-        if self.chance.random() < 0.55:
+        if self.chance.random() < 0.1:
+            await asyncio.gather(*(self._start() for _ in range(4)))  # at once, by way of several replicas
+        elif self.chance.random() < 0.5:
             await self._start()
         elif self.told.accepted:
             await self._terminate(self.chance.choice(sorted(self.told.accepted)))
@@ -180,7 +182,14 @@ class Story(clockwork.Story):
 
     async def _one_fault(self) -> None:
         fault = self.chance.choice(
-            (self._cut_replica, self._kill_replica, self._slow_watch, self._cut_agent, self._crash_agent)
+            (
+                self._cut_replica,
+                self._deafen_replica,
+                self._kill_replica,
+                self._slow_watch,
+                self._cut_agent,
+                self._crash_agent,
+            )
         )
         self.told.counts[fault.__name__.strip("_")] += 1
         await fault(self.chance.choice((0.5, 3.0, 10.0, 45.0)))
@@ -188,6 +197,13 @@ class Story(clockwork.Story):
     async def _cut_replica(self, for_s: float) -> None:
         one = self._choose()
         one.flaky.partition(True)
+        await asyncio.sleep(for_s)
+        one.flaky.partition(False)
+
+    async def _deafen_replica(self, for_s: float) -> None:
+        """What it writes is done, and it never learns so."""
+        one = self._choose()
+        one.flaky.partition(True, deaf=True)
         await asyncio.sleep(for_s)
         one.flaky.partition(False)
 

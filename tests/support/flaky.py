@@ -4,6 +4,7 @@
     lost reply     the store did it:              the caller gets Unsure
     late           the store does it some time after the caller got Unsure: the zombie of safety S15
     cut            nothing comes through:         Unavailable for reads, Unsure for writes, watches stand still
+    deaf           requests arrive, no answer comes back: writes are done and Unsure, reads Unavailable
 
 `plan` scripts the next commits one by one; `weather` decides the others (all fine by default).
 """
@@ -36,6 +37,7 @@ class Flaky:
         self.planned: deque[Fate] = deque()
         self.commits: list[base.Txn] = []
         self.cut = False
+        self.deaf = False
         self.watch_delay_s = 0.0
         self._mended = asyncio.Event()
         self._zombies: set[asyncio.Task[None]] = set()
@@ -44,8 +46,9 @@ class Flaky:
         """What happens to the next commits."""
         self.planned.extend(fates)
 
-    def partition(self, cut: bool) -> None:
-        self.cut = cut
+    def partition(self, cut: bool, *, deaf: bool = False) -> None:
+        """`deaf`: only what comes back is lost."""
+        self.cut, self.deaf = cut and not deaf, cut and deaf
         if not cut:
             self._mended.set()
             self._mended = asyncio.Event()
@@ -63,7 +66,7 @@ class Flaky:
         oldest_first: bool = False,
     ) -> base.Page:
         await self._travel()
-        if self.cut:
+        if self.cut or self.deaf:
             raise errors.Unavailable("cut off")
         page = await self.store.range(
             key,
@@ -93,7 +96,7 @@ class Flaky:
             raise errors.Unsure("the request is still on its way")
         outcome = await self.store.commit(txn, within_s=within_s)
         await self._travel()
-        if self.cut or fate == Fate.LOST_REPLY:
+        if self.cut or self.deaf or fate == Fate.LOST_REPLY:
             raise errors.Unsure("the reply was lost")
         return outcome
 
@@ -101,7 +104,7 @@ class Flaky:
         batches = self.store.watch(key, end, start_revision)
         try:
             async for batch in batches:
-                while self.cut:
+                while self.cut or self.deaf:
                     await self._mended.wait()
                 if self.watch_delay_s:
                     await asyncio.sleep(self.watch_delay_s)
@@ -146,5 +149,5 @@ class Flaky:
 
     async def _reachable(self) -> None:
         await self._travel()
-        if self.cut:
+        if self.cut or self.deaf:
             raise errors.Unavailable("cut off")
