@@ -18,6 +18,7 @@ import asyncio
 import base64
 import contextlib
 import ipaddress
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ _T = TypeVar("_T")
 
 _CALL_S = 10.0
 _CHUNK_BYTES = 256 << 10
+_ROUND = 8  # chunks of a stream that are read before one looks up
 _POLL_S = 0.1
 _LOOK_S = 2.0  # how often a job without an end is asked whether its shell still lives
 _BEGIN_S = 10.0  # from the job's directory to its shell
@@ -60,6 +62,7 @@ read p <"$0/pid"; kill -0 $p 2>/dev/null && exit 2
 exit 4
 """
 _ENDED, _RUNS, _NOT_BEGUN = 0, 2, 3
+_EXIT_CODE = re.compile(rb"[0-9]{1,3}\s*")
 
 
 class Interrupted(errors.HypervisorError):
@@ -84,8 +87,10 @@ class Chunk(msgspec.Struct, rename={"data": "buf-b64"}):
 class Guest:
     """The guest agent of one VM. One connection, one question at a time; opened when needed."""
 
-    def __init__(self, socket: Path) -> None:
+    def __init__(self, socket: Path, user: int) -> None:
+        """`user` is QEMU's: nobody else may listen on `socket`."""
         self._socket = socket
+        self._user = user
         self._lock = asyncio.Lock()
         self._connection: qmp.Connection | None = None
         self._syncs = 0
@@ -94,7 +99,9 @@ class Guest:
         async with self._lock:
             try:
                 if self._connection is None:
-                    self._connection = await qmp.connect(self._socket, "the guest agent", timeout_s=timeout_s)
+                    self._connection = await qmp.connect(
+                        self._socket, "the guest agent", self._user, timeout_s=timeout_s
+                    )
                     self._syncs += 1
                     await qmp.sync_guest(self._connection, self._syncs, timeout_s)
                 return await self._connection.ask(command, arguments, timeout_s=timeout_s)
@@ -227,7 +234,11 @@ class Follower:
 
     async def _exit_code(self) -> int | None:
         written = await self._guest.read(f"{self._directory}/rc", 16)
-        return int(written) if written and written.strip().isdigit() else None
+        if not written:
+            return None
+        if not _EXIT_CODE.fullmatch(written):
+            raise errors.HypervisorError(f"the guest agent answered nonsense: {written[:40]!r} is no exit code")
+        return int(written)
 
     async def _look(self, age_s: float) -> None:
         state = (await self._guest.shell(_LOOK, self._directory)).code
@@ -239,7 +250,7 @@ class Follower:
         end = asyncio.get_running_loop().time() + _SILENCE_S
         while True:
             try:
-                await self._drain()
+                await self._drain(tail.KEPT_BYTES // _CHUNK_BYTES + 1)  # who writes on is not waited for
                 return
             except qmp.NoAnswer:
                 self._handles.clear()
@@ -247,12 +258,15 @@ class Follower:
                     raise
             await asyncio.sleep(_POLL_S)
 
-    async def _drain(self) -> None:
-        """Read what was written since, up to the ends of both streams."""
+    async def _drain(self, chunks: int = _ROUND) -> None:
+        """Read what was written since, up to the ends of both streams, but no more than so many chunks of each: a
+        script may write faster than we read."""
         for stream in self._tails:
             if stream not in self._handles and not await self._open(stream):
                 continue
-            while await self._read_some(stream) == _CHUNK_BYTES:
+            for _ in range(chunks):
+                if await self._read_some(stream) < _CHUNK_BYTES:
+                    break
                 await self._skip(stream)
 
     async def _open(self, stream: str) -> bool:

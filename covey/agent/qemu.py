@@ -18,8 +18,9 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -43,6 +44,7 @@ _log = observe.log("qemu")
 
 _UP_S = 30.0  # from the fork to QEMU's first answer
 _KILL_S = 10.0
+_EPOCH = re.compile(r"[0-9]{1,18}")
 
 
 class Config(model.Noun, frozen=True, kw_only=True):
@@ -76,10 +78,11 @@ class Qemu:
         self._busy = 0  # directories being made or removed
         self._promised: set[int] = set()
         self._users = qemu_host.users(self._root, config.first_user, config.users)
+        self._trusted: Container[int] = self._users or (os.geteuid(),)  # whom a VM's process may run as
         first = self._users.start if self._users else 0
         table = "covey_" + hashlib.sha256(str(self._root).encode()).hexdigest()[:12]
         self._fence = qemu_net.Fence(table, first, first + len(self._users) - 1, config.nft) if self._users else None
-        self._fence_told = False
+        self._fence_told = self._fence_up = False
 
     # ---- the host --------------------------------------------------------------------------------------------
 
@@ -89,6 +92,7 @@ class Qemu:
         disk = os.statvfs(self._root)
         cpus = os.cpu_count() or 1
         kvm = await asyncio.to_thread(self._kvm)
+        await self._keep_fence()
         return model.Facts(
             name=self._config.node_name or platform.node(),
             ip=self._config.host_ip,
@@ -109,8 +113,9 @@ class Qemu:
         known = {str(hypervisor.vm_dir(self._root, vm.instance, vm.epoch)) for vm in vms}
         for process in qemu_process.find():
             directory = Path(process.directory)
-            if directory.parent == self._root and process.directory not in known:
-                instance, _, epoch = directory.name.rpartition(".")
+            instance, _, epoch = directory.name.rpartition(".")
+            ours = directory.parent == self._root and process.user in self._trusted and _EPOCH.fullmatch(epoch)
+            if ours and process.directory not in known:
                 vms.append(
                     hypervisor.Vm(
                         instance=model.InstanceId(instance),
@@ -142,6 +147,7 @@ class Qemu:
         place = self._place(plan.instance, plan.epoch)
         if place.record() is not None:
             return
+        qemu_host.check_installed(self._config.binary, self._config.qemu_img)  # before launch: another node may have it
         self._root.mkdir(parents=True, exist_ok=True)
         self._root.chmod(0o711)
         self._check_room()
@@ -181,7 +187,7 @@ class Qemu:
             raise errors.HypervisorError(_why_ended(place) if place.forked else "this VM was not started")
         live = self._lives.of(place)
         try:
-            async with live.monitor, qmp.Monitor(place.monitor) as monitor:
+            async with live.monitor, qmp.Monitor(place.monitor, place.user) as monitor:
                 if not await _guest_is_up(monitor):
                     return None
                 usernet = await monitor.human("info usernet")
@@ -194,7 +200,7 @@ class Qemu:
     async def run(self, instance: model.InstanceId, epoch: int, job: hypervisor.Job) -> hypervisor.JobResult:
         place = self._place(instance, epoch)
         _recorded(place)
-        pidfd = qemu_process.open_process(place.path)
+        pidfd = self._open(place)
         if pidfd is None:
             raise errors.HypervisorError(_why_ended(place))
         try:
@@ -212,7 +218,7 @@ class Qemu:
 
     async def stop(self, instance: model.InstanceId, epoch: int) -> None:
         place = self._place(instance, epoch)
-        pidfd = qemu_process.open_process(place.path)
+        pidfd = self._open(place)
         if pidfd is None:
             return
         try:
@@ -228,7 +234,7 @@ class Qemu:
 
     async def destroy(self, instance: model.InstanceId, epoch: int) -> None:
         place = self._place(instance, epoch)
-        pidfd = qemu_process.open_process(place.path)
+        pidfd = self._open(place)
         if pidfd is not None:
             try:
                 await qemu_process.kill(pidfd, _KILL_S)
@@ -244,6 +250,17 @@ class Qemu:
             self._busy -= 1
         self.lower_fence()
 
+    async def _keep_fence(self) -> None:
+        """A firewall that is loaded anew takes the fence with it, under the feet of VMs that count on it."""
+        if self._fence is None or next(qemu_disk.places(self._root), None) is None:
+            return
+        if not await asyncio.to_thread(self._fence.stands):
+            known = self._fence_up
+            back = await _finish(self._raise_fence)
+            if known or back:
+                said = "they are back" if back else "they cannot be put back: guests may reach this host's loopback"
+                _log.warning("the firewall rules that keep guests off this host's loopback were gone", now=said)
+
     def lower_fence(self) -> None:
         """Leave nothing in the host's firewall when no VM is left that needs it."""
         if self._fence is not None and not self._busy and next(qemu_disk.places(self._root), None) is None:
@@ -252,7 +269,7 @@ class Qemu:
     async def console(self, instance: model.InstanceId, epoch: int) -> bytes:
         """The last 64 KiB of the serial console, for those who wonder why a guest does not come up."""
         place = self._place(instance, epoch)
-        async with self._lives.of(place).monitor, qmp.Monitor(place.monitor) as monitor:
+        async with self._lives.of(place).monitor, qmp.Monitor(place.monitor, place.user) as monitor:
             text = await monitor.ask("ringbuf-read", device="console", size=64 << 10)
         return str(text).encode()
 
@@ -314,7 +331,7 @@ class Qemu:
         end = asyncio.get_running_loop().time() + _UP_S
         while not qemu_process.ended(pidfd):
             try:
-                async with self._lives.of(place).monitor, qmp.Monitor(place.monitor):
+                async with self._lives.of(place).monitor, qmp.Monitor(place.monitor, place.user):
                     return
             except qmp.NoAnswer as fault:
                 if asyncio.get_running_loop().time() > end:
@@ -349,7 +366,7 @@ class Qemu:
     async def _ask_to_shut_down(self, place: qemu_disk.Place) -> None:
         live = self._lives.of(place)
         with contextlib.suppress(errors.HypervisorError):  # then it is ended by force
-            async with live.monitor, qmp.Monitor(place.monitor) as monitor:
+            async with live.monitor, qmp.Monitor(place.monitor, place.user) as monitor:
                 if not await _guest_is_up(monitor):
                     await monitor.ask("system_powerdown")
                     return
@@ -358,8 +375,12 @@ class Qemu:
     async def _quit(self, place: qemu_disk.Place) -> None:
         """Let QEMU write out what the guest had written."""
         with contextlib.suppress(errors.HypervisorError):
-            async with self._lives.of(place).monitor, qmp.Monitor(place.monitor) as monitor:
+            async with self._lives.of(place).monitor, qmp.Monitor(place.monitor, place.user) as monitor:
                 await monitor.ask("quit")
+
+    def _open(self, place: qemu_disk.Place) -> int | None:
+        """The VM's process: of one with a directory the recorded user's, else one of ours."""
+        return qemu_process.open_process(place.path, {place.user} if place.path.exists() else self._trusted)
 
     def _place(self, instance: model.InstanceId, epoch: int) -> qemu_disk.Place:
         return qemu_disk.Place(self._root, instance, epoch)
@@ -367,7 +388,7 @@ class Qemu:
     # ---- decisions about the host ----------------------------------------------------------------------------
 
     def _raise_fence(self) -> bool:
-        fenced = self._fence is not None and self._fence.raise_()
+        fenced = self._fence_up = self._fence is not None and self._fence.raise_()
         if not self._fence_told:
             self._fence_told = True
             if fenced:

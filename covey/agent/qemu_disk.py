@@ -68,6 +68,12 @@ class Place:
     def record(self) -> Record | None:
         return durable.read(self.path / "vm.json", Record)
 
+    @property
+    def user(self) -> int:
+        """Whom its QEMU runs as."""
+        record = self.record()
+        return os.geteuid() if record is None or record.user is None else record.user
+
     def begun(self) -> Begun | None:
         return durable.read(self.path / "job.json", Begun)
 
@@ -105,6 +111,7 @@ class Place:
             return False
         try:
             fcntl.flock(probe, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(probe, fcntl.LOCK_UN)  # closing is not enough: a child being forked meanwhile has a copy
         except BlockingIOError:
             return True
         finally:

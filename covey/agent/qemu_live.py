@@ -18,7 +18,7 @@ class Live:
     """What is open towards one VM. `monitor`: QEMU's monitor takes one client at a time."""
 
     def __init__(self, place: qemu_disk.Place) -> None:
-        self.guest = guest.Guest(place.guest)
+        self.guest = guest.Guest(place.guest, place.user)
         self.monitor = asyncio.Lock()
         self.watched: int | None = None  # pidfd
 
@@ -40,7 +40,7 @@ class Lives:
         live = self.of(place)
         if live.watched is not None:
             return
-        pidfd = qemu_process.open_process(place.path)
+        pidfd = qemu_process.open_process(place.path, {place.user})
         if pidfd is not None:
             live.watched = pidfd
             asyncio.get_running_loop().add_reader(pidfd, self._readable, place)

@@ -110,6 +110,10 @@ class Fence:
         )
         return _nft(self._nft, rules)
 
+    def stands(self) -> bool:
+        """Whether the table is in place."""
+        return _nft(self._nft, f"list chain {self._table} out\n")
+
     def remove(self) -> None:
         """Harmless when it is not there."""
         _nft(self._nft, f"add table {self._table}\ndelete table {self._table}\n")

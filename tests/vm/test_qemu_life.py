@@ -4,12 +4,15 @@ Most tests need a running QEMU only, not a guest that is up.
 """
 
 import asyncio
+import hashlib
+import json
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -19,6 +22,7 @@ from covey.agent import hypervisor, qemu_disk, qemu_process
 from tests.support import guest
 
 Phase = hypervisor.Phase
+NFT = {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
 
 
 @pytest.fixture
@@ -238,10 +242,84 @@ def test_a_recycled_process_id_is_somebody_else(host: guest.Host) -> None:
     impostor = subprocess.Popen(["sleep", "60"])
     try:
         assert impostor.pid not in [found.pid for found in qemu_process.find()]
-        assert qemu_process.open_process(host.root / "x.1") is None
+        assert qemu_process.open_process(host.root / "x.1", {os.geteuid()}) is None
     finally:
         impostor.kill()
         impostor.wait()
+
+
+def claiming(data: object, **options: Any) -> "subprocess.Popen[bytes]":
+    """A QEMU of somebody else's, whose command line says what it likes."""
+    mark = json.dumps({"qom-type": "secret", "id": "covey-vm", "data": data})
+    words = ["qemu-system-x86_64", "-name", "covey-x", "-machine", "none", "-nodefaults", "-display", "none", "-S"]
+    return subprocess.Popen([*words, "-object", mark], stdin=subprocess.DEVNULL, cwd="/", **options)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user is needed")
+async def test_a_command_line_is_believed_of_the_vms_own_user_only(host: guest.Host) -> None:
+    """Any user of the host, and any QEMU that its guest took over, can write another VM's mark on its command line."""
+    plan = host.plan()
+    async with host.hypervisor() as driver:
+        impostors = [
+            claiming(f"cloud-of-tests {host.root}/{plan.instance}.1", user=65534),
+            claiming(f"cloud-of-tests {host.root}/another.2", user=65534),
+            claiming(f"cloud-of-tests {host.root}/name.of-nothing", user=65534),
+        ]
+        try:
+            await driver.prepare(plan)
+            await driver.start(plan.instance, 1)
+            (ours,) = set(host.processes()) - {impostor.pid for impostor in impostors}
+            assert [vm.instance for vm in await driver.list()] == [plan.instance]
+            await driver.destroy(plan.instance, 1)
+            assert not Path(f"/proc/{ours}").exists()
+            assert [impostor.poll() for impostor in impostors] == [None, None, None]
+            assert await driver.list() == []
+        finally:
+            for impostor in impostors:
+                impostor.kill()
+                impostor.wait()
+
+
+async def test_a_moved_data_directory_still_finds_its_vms(host: guest.Host) -> None:
+    """Their command lines name the old place; but they hold their locks."""
+    plan, moved = host.plan(), host.root / "moved"
+    async with host.hypervisor() as driver:
+        await driver.prepare(plan)
+        await driver.start(plan.instance, 1)
+    (pid,) = host.processes()
+    moved.mkdir()
+    (host.root / f"{plan.instance}.1").rename(moved / f"{plan.instance}.1")
+    async with host.hypervisor(root=moved) as driver:
+        assert await guest.phase(driver, plan) is Phase.RUNNING
+        await driver.destroy(plan.instance, 1)
+        assert not Path(f"/proc/{pid}").exists()
+        assert await driver.list() == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has a fence")
+async def test_a_fence_that_was_taken_away_is_put_back(host: guest.Host) -> None:
+    """``nft flush ruleset``, which every reload of a host's firewall begins with, must not open the host's loopback."""
+
+    def take_away() -> None:
+        subprocess.run(["nft", "delete", "table", "inet", table()], env=NFT, check=True)
+
+    def table() -> str:
+        done = subprocess.run(["nft", "list", "tables"], env=NFT, capture_output=True, text=True, check=True)
+        name = "covey_" + hashlib.sha256(str(host.root).encode()).hexdigest()[:12]
+        return name if name in done.stdout else ""
+
+    plan = host.plan()
+    async with host.hypervisor() as driver:
+        await driver.facts()
+        assert not table(), "no VM, no fence"
+        await driver.prepare(plan)
+        await driver.start(plan.instance, 1)
+        take_away()
+        assert not table()
+        await driver.facts()  # as the agent does every minute
+        assert table()
+        await driver.destroy(plan.instance, 1)
+        assert not table()
 
 
 async def test_a_bad_plan_is_refused_before_launch(host: guest.Host) -> None:

@@ -55,7 +55,8 @@ async def info_of(host: guest.Host, plan: hypervisor.Plan) -> model.VmInfo:
 
 async def inside(host: guest.Host, plan: hypervisor.Plan, text: str) -> tuple[int, bytes]:
     """Run a line in the guest: its exit code and output."""
-    talk = guest_agent.Guest(qemu_disk.Place(host.root, plan.instance, 1).guest)
+    place = qemu_disk.Place(host.root, plan.instance, 1)
+    talk = guest_agent.Guest(place.guest, place.user)
     try:
         status = await talk.shell(text, "test", timeout_s=30)
     finally:
