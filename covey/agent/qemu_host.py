@@ -36,11 +36,16 @@ def users(root: Path, first: int, count: int) -> range:
     return range(first, first + count)
 
 
-def version(binary: str, qemu_img: str) -> str:
-    """QEMU's version. Raises with the remedy when it is missing."""
+def check_installed(binary: str, qemu_img: str) -> None:
+    """Raises HypervisorError with the remedy when a program is missing."""
     for tool, package in ((binary, "qemu-system-x86"), (qemu_img, "qemu-utils")):
         if shutil.which(tool) is None:
             raise errors.HypervisorError(f"{tool} is not installed: apt-get install {package}")
+
+
+def version(binary: str, qemu_img: str) -> str:
+    """QEMU's version. Raises with the remedy when it is missing."""
+    check_installed(binary, qemu_img)
     try:
         said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError) as fault:
