@@ -290,7 +290,8 @@ async def test_a_word_speaks_for_its_own_node_only(pair: cloud.Cloud) -> None:
 
 
 async def test_a_word_looked_up_before_the_end_brings_no_claim_back(house: cloud.Cloud) -> None:
-    """Promise I3: one report says that the VM is gone, and carries a word from a moment before."""
+    """Promise I3: one report says that the VM is gone, and carries a word from a moment before; its answer was lost, so
+    it is sent again."""
     agent = cloud.Agent(house.api)
     await agent.join()
     [id] = await house.api.start()
@@ -298,7 +299,9 @@ async def test_a_word_looked_up_before_the_end_brings_no_claim_back(house: cloud
     await house.api.ok("DELETE", "/api/v1/vm", {"id": id})
     await agent.work(wire.Verb.DESTROY)
     seen = model.VmSeen(instance=want.instance, epoch=want.epoch, running=True)
-    await agent.report(agent.item(want, Event.GONE), word=agent.word(seen))
+    gone = agent.item(want, Event.GONE)
+    await agent.report(gone)
+    await agent.report(gone, word=agent.word(seen))
     [node] = await house.api.ok("GET", "/api/v1/node")
     assert node["vm_count"] == 0
 
