@@ -211,7 +211,7 @@ async def test_what_was_said_to_be_gone_is_not_named_again(cloud: fake.Controlle
     await fake.until(lambda: Said.GONE in cloud.said(vm), "gone")
     await started(cloud, other)
     await fake.until(lambda: any(seen.instance == other for seen in cloud.words[-1].vms), "the next is named")
-    node.agent._found |= before  # a look that began before the end
+    node.agent._found = {**node.agent._found, **before}  # a look that began before the end
     assert [seen.instance for seen in node.agent._word().vms] == [other]
 
 
