@@ -7,7 +7,8 @@
 
 Rules: a layer appears under its name only when whole and verified by digest (promise I8). Several VMs that want one
 layer at once share one download. What a VM uses is pinned by the VM's name; after a restart the agent pins again from
-its records. When space is short, layers of no template go first, then templates by least use; a reserve stays free.
+its records. When space is short, downloads that nobody waits for go first, then layers of no template, then templates
+by least use; a reserve stays free.
 """
 
 import asyncio
@@ -16,8 +17,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
-
-import msgspec
 
 from covey import durable, errors, failpoint, model, observe
 from covey.agent import hypervisor
@@ -185,10 +184,7 @@ class Cache:
         if self._source is None or manifest.config is None:
             return {}
         content = await self._source.content(repository, manifest.config.digest)
-        try:
-            config = msgspec.json.decode(content, type=oci.TemplateConfig)
-        except msgspec.MsgspecError as error:
-            raise errors.Refused(f"the template's configuration cannot be read: {error}") from error
+        config = oci.parse_config(content)
         return {**config.vm, "arch": str(config.arch)}
 
     async def _fetch_layer(self, repository: str, layer: Layer, moved: Callable[[], None]) -> None:
@@ -259,6 +255,10 @@ class Cache:
 
     def _evictions(self) -> Iterator[Callable[[], None]]:
         """What may go, least useful first."""
+        coming = {_hex(digest) for digest in (*self._downloads, *self._wanted_digests())}
+        for path in sorted(self._incoming.iterdir()):
+            if path.name.removesuffix(".part") not in coming:  # nobody waits for it any more
+                yield path.unlink
         loose = {path.name for path in self._layers.iterdir()} - self._used_layers(self._kept)
         for name in sorted(loose):
             yield (self._layers / name).unlink
@@ -277,7 +277,12 @@ class Cache:
     def _used_layers(self, kept: dict[model.Digest, Kept]) -> set[str]:
         """Names of the layers that a whole template or a fetch under way needs."""
         used = {_hex(layer.digest) for template in kept.values() for layer in template.layers}
-        return used | {_hex(digest) for wanted in self._wanted.values() for digest in wanted}
+        return used | {_hex(digest) for digest in self._wanted_digests()}
+
+    def _wanted_digests(self) -> Iterator[str]:
+        """Layers of the fetches under way."""
+        for wanted in self._wanted.values():
+            yield from wanted
 
     # ---- paths -----------------------------------------------------------------------------------------------------
 

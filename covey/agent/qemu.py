@@ -151,7 +151,8 @@ class Qemu:
         self._root.mkdir(parents=True, exist_ok=True)
         self._root.chmod(0o711)
         self._check_room()
-        self._machine(plan, place, qemu_machine.files(plan.image), restrict=False)  # says now what would be wrong later
+        machine = self._machine(plan, place, qemu_machine.files(plan.image), restrict=False)
+        qemu_machine.command(machine)  # says now what would be wrong later
         user = self._promise_user()
         record = qemu_disk.Record(
             plan=plan,

@@ -84,6 +84,9 @@ def _whole(name: str, value: str | int | bool, least: int, most: int) -> int:
 
 def command(machine: Machine) -> list[str]:
     """The command line. Every layer is spelled out, so that no header decides what is opened."""
+    for name, text in (("cmdline", machine.cmdline), ("name", machine.name)):
+        if "\0" in text:
+            raise errors.HypervisorError(f"{name}: {text!r} holds a zero byte")
     words = [machine.binary, "-name", f"covey-{machine.instance}", "-nodefaults", "-no-user-config", "-display", "none"]
     words += ["-object", _json({"qom-type": "secret", "id": MARK, "data": f"{machine.cloud} {machine.directory}"})]
     words += ["-sandbox", _SANDBOX, "-machine", _MACHINE, "-rtc", "base=utc,driftfix=none"]

@@ -20,6 +20,7 @@ import msgspec
 
 from covey import errors, model
 
+_PORT = re.compile(r"[0-9]{1,5}")
 _FORWARD_LINE = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+(\S+)\s+(\d+)\s+\S+\s+(\d+)")
 _REFUSED_FORWARD = re.compile(r"host forwarding rule '?tcp:([0-9.]+):(\d+)-")
 
@@ -33,7 +34,7 @@ def forwards(spec: model.Spec, default: str, host_ip: str) -> tuple[model.Forwar
 def _parsed(part: str) -> model.Forward:
     name, _, ports = part.partition(":")
     guest_port, _, host_port = ports.partition(":")
-    if not guest_port.isdecimal() or not (host_port or "0").isdecimal():
+    if not _PORT.fullmatch(guest_port) or not _PORT.fullmatch(host_port or "0"):
         raise errors.HypervisorError(f"the template's forwards: {part!r} is not name:guest_port[:host_port]")
     return model.Forward(name=name, guest_port=int(guest_port), host_port=int(host_port or 0))
 

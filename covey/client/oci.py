@@ -238,3 +238,11 @@ def parse_manifest(content: bytes) -> Manifest:
         if reference.size < 0:
             raise errors.Refused(f"the size of {reference.digest} is negative")
     return manifest
+
+
+def parse_config(content: bytes) -> TemplateConfig:
+    """The template's configuration in `content`, which may come from anywhere. Raises Refused naming the flaw."""
+    try:
+        return msgspec.json.decode(content, type=TemplateConfig)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise errors.Refused(f"the template's config is not right: {error}") from error

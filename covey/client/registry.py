@@ -149,6 +149,8 @@ class Registry:
         """Download from where it stands to the end, or raise."""
         if download.offset < download.size_bytes:
             async for chunk in self.stream(repository, digest, download.offset):
+                if download.offset + len(chunk) > download.size_bytes:
+                    raise errors.RemoteError(f"{digest} is longer than the {download.size_bytes} bytes of its manifest")
                 await asyncio.to_thread(download.add, chunk)
                 if progress is not None:
                     progress(download.offset)

@@ -25,6 +25,10 @@ class BlobMissing(errors.Refused):
     """A manifest names a blob that its repository does not have."""
 
 
+class BlobNeeded(errors.Refused):
+    """A blob that a manifest of its repository needs cannot be deleted."""
+
+
 class BadManifest(errors.Refused):
     """A manifest that this registry will not take; the text names the flaw."""
 
@@ -119,6 +123,7 @@ class Catalog:
         if release is not None and tag:
             await self._hold_name(release.name, repository)
         fold, entry = await self._enter(repository, decide)
+        await self._keep_blobs(repository, known)
         number = entry.version if entry is not None else _number_of(fold, tag)
         return known, None if number < 0 else number
 
@@ -161,6 +166,33 @@ class Catalog:
             if reference.digest not in manifests:
                 raise BlobMissing(f"the index names manifest {reference.digest}, which {repository} does not have")
 
+    async def _keep_blobs(self, repository: str, known: views.Known) -> None:
+        """A blob may have been taken away between the check and the entry: who takes one away looks at the entries
+        before and after, and this looks after its own, so one of the two sees the other (`withdraw`)."""
+        granted = await self.logs.granted(repository, known.refers)
+        manifests = (await self.repository(repository)).manifests
+        for digest in known.refers:
+            if digest not in granted and digest not in manifests:
+                await self.logs.grant(repository, digest)
+
+    async def withdraw(self, repository: str, digest: model.Digest) -> None:
+        """Take a blob's name out of a repository. What a manifest needs stays: a tag is never broken (promise I8).
+        Raises Missing and BlobNeeded."""
+        await self._refuse_needed(repository, digest)
+        if not await self.logs.withdraw(repository, digest):
+            raise Missing(f"repository {repository} has no blob {digest}")
+        try:
+            await self._refuse_needed(repository, digest)
+        except BlobNeeded:
+            await self.logs.grant(repository, digest)
+            raise
+
+    async def _refuse_needed(self, repository: str, digest: model.Digest) -> None:
+        fold = await self.repository(repository)
+        for known in fold.manifests.values():
+            if digest in known.refers:
+                raise BlobNeeded(f"manifest {known.digest} needs this blob; delete that first")
+
     async def _release(self, repository: str, manifest: oci.Manifest, tag: str) -> views.Release | None:
         """What the manifest says of a template; None when it is something else. Raises BadManifest."""
         if manifest.artifact_type != oci.TEMPLATE:
@@ -195,9 +227,9 @@ class Catalog:
             raise BadManifest(f"a template's config has at most {oci.CONFIG_LIMIT} bytes, not {reference.size}")
         try:
             content = await self.blobs.get(model.Digest(reference.digest))
-            return msgspec.json.decode(content, type=oci.TemplateConfig)
-        except msgspec.MsgspecError as error:
-            raise BadManifest(f"the template's config is not right: {error}") from error
+            return oci.parse_config(content)
+        except errors.Refused as error:
+            raise BadManifest(str(error)) from error
 
     async def delete(self, repository: str, reference: str) -> None:
         """Delete a tag, or a manifest with all its tags. Raises Missing."""

@@ -55,14 +55,12 @@ class ContentApi:
         return _FileOnce(blob.path, chunk_size=_CHUNK, headers=headers)
 
     async def delete_blob(self, call: serve.Call) -> web.Response:
-        """Take a blob's name out of a repository. What a manifest needs stays: a tag is never broken (promise I8)."""
-        name, digest = call.params["name"], model.Digest(call.params["digest"])
-        fold = await self._catalog.repository(name)
-        user = next((known.digest for known in fold.manifests.values() if digest in known.refers), None)
-        if user is not None:
-            raise answer.Fault(405, f"manifest {user} needs this blob; delete that first", code="UNSUPPORTED")
-        if not await self._catalog.logs.withdraw(name, digest):
-            raise answer.Fault(404, f"repository {name} has no blob {digest}", code="BLOB_UNKNOWN")
+        try:
+            await self._catalog.withdraw(call.params["name"], model.Digest(call.params["digest"]))
+        except catalog.BlobNeeded as error:
+            raise answer.Fault(405, str(error), code="UNSUPPORTED") from error
+        except catalog.Missing as error:
+            raise answer.Fault(404, str(error), code="BLOB_UNKNOWN") from error
         return web.Response(status=202, headers={"Server": "covey"})
 
     async def get_manifest(self, call: serve.Call) -> web.Response:

@@ -327,6 +327,10 @@ async def test_a_bad_plan_is_refused_before_launch(host: guest.Host) -> None:
         for plan, said in ((host.plan(vcpu=1000), "vcpu"), (host.plan(vram_mb=1), "ram_mb")):
             with pytest.raises(errors.HypervisorError, match=said):
                 await driver.prepare(plan)
+        ports = "ssh:" + "2" * 5000
+        for bad, said in ((guest.image(cmdline="a\0"), "zero byte"), (guest.image(forwards=ports), "is not name:")):
+            with pytest.raises(errors.HypervisorError, match=said):
+                await driver.prepare(host.plan(image_=bad))
         image = msgspec.structs.replace(guest.image(), files={})
         with pytest.raises(errors.HypervisorError, match="kernel 'vmlinuz' is not among its files"):
             await driver.prepare(host.plan(image_=image))

@@ -30,7 +30,8 @@ class Machine:
     @contextlib.contextmanager
     def talk(self) -> Iterator[guest_agent.Guest]:
         """The guest agent takes one client at a time."""
-        inside = guest_agent.Guest(qemu_disk.Place(self.host.root, self.plan.instance, self.plan.epoch).guest)
+        place = qemu_disk.Place(self.host.root, self.plan.instance, self.plan.epoch)
+        inside = guest_agent.Guest(place.guest, place.user)
         try:
             yield inside
         finally:

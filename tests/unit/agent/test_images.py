@@ -195,3 +195,32 @@ async def test_a_shared_layer_outlives_the_eviction_of_one_of_its_templates(libr
     assert cache.held() == (two[1],)
     image = await cache.get("two.1", *two, ignore)
     assert Path(image.layers[0]).read_bytes() == BASE
+
+
+async def test_downloads_that_nobody_waits_for_make_room(library: Library) -> None:
+    """Their template was deleted, or their instance was terminated: nobody would ever continue them."""
+    template, digest = await library.push(BASE)
+    library.cache()
+    abandoned = library.root / "incoming" / ("0" * 64 + ".part")
+    with abandoned.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 256 << 20)
+    await keep_free(library, -100_000_000).get("vm.1", template, digest, ignore)
+    assert not abandoned.exists()
+
+
+@pytest.mark.parametrize(
+    "config", [b'{"arch":"amd64","x":' + b"[" * 100_000, b'{"arch":"amd64","vm":{"name":"\xff"}}', b"[]"], ids=repr
+)
+def test_a_configuration_that_cannot_be_read_is_refused(config: bytes) -> None:
+    with pytest.raises(errors.Refused, match="config is not right"):
+        oci.parse_config(config)
+
+
+async def test_a_layer_that_does_not_end_is_cut_at_its_size(library: Library, tmp_path: Path) -> None:
+    """A registry that sends more than the manifest says must not fill the disk."""
+    template, _ = await library.push(BASE)
+    target = tmp_path / "layer"
+    async with registry.serving(tmp_path / "registry") as server, registry.talking(server, patience_s=0.3) as talk:
+        with pytest.raises(errors.RemoteError, match="is longer than the 1000 bytes"):
+            await talk.fetch(f"templates/{template}", oci.digest_of(BASE), 1000, target)
+    assert not target.exists() and target.with_name("layer.part").stat().st_size <= 1000
