@@ -1,4 +1,5 @@
-"""The hypervisor: what an agent needs of QEMU, Tart, Anka or the synthetic one. Nine verbs.
+"""The hypervisor: what an agent needs of QEMU, Tart, Anka or the synthetic one. Seven verbs for VMs, two for the start
+script inside one.
 
 Order of calls for one (instance, epoch):
 
@@ -84,7 +85,24 @@ class JobResult(model.Noun, frozen=True, kw_only=True):
     errors: str = ""
 
 
-class Hypervisor(Protocol):
+class Scripts(Protocol):
+    """The start script of a VM: it runs inside, its output is kept outside."""
+
+    async def run(self, instance: model.InstanceId, epoch: int, job: Job) -> JobResult:
+        """Run the start script in the guest and follow it to its end (which may take long)."""
+        ...
+
+    async def output(
+        self, instance: model.InstanceId, epoch: int, stream: str, offset: int, limit: int
+    ) -> model.Output:
+        """A part of what the start script wrote to stdout or stderr so far, from `offset` on (negative: from the
+        end), out of the last 16 MiB, as long as the VM is not destroyed. Changes nothing; raises when it is absent."""
+        ...
+
+
+class Hypervisor(Scripts, Protocol):
+    """VMs on this host, and their start scripts."""
+
     async def facts(self) -> model.Facts:
         """The host as it is now. Raises HypervisorError with the remedy when VMs cannot run here (QEMU missing)."""
         ...
@@ -103,17 +121,6 @@ class Hypervisor(Protocol):
 
     async def info(self, instance: model.InstanceId, epoch: int) -> model.VmInfo | None:
         """The running VM's vminfo once the guest answers; None while it boots. Raises when it ended."""
-        ...
-
-    async def run(self, instance: model.InstanceId, epoch: int, job: Job) -> JobResult:
-        """Run the start script in the guest and follow it to its end (which may take long)."""
-        ...
-
-    async def output(
-        self, instance: model.InstanceId, epoch: int, stream: str, offset: int, limit: int
-    ) -> model.Output:
-        """A part of what the start script wrote to stdout or stderr so far, from `offset` on (negative: from the
-        end), out of the last 16 MiB, as long as the VM is not destroyed. Changes nothing; raises when it is absent."""
         ...
 
     async def stop(self, instance: model.InstanceId, epoch: int) -> None:
