@@ -141,7 +141,10 @@ class Story(clockwork.Story):
         key = self.world.token() if self.chance.random() < 0.5 else ""
         count = self.chance.choice((1, 1, 1, 2, 5))
         spec = nouns.spec(priority=self.chance.choice((1, 1000)))
-        for _ in range(4 if key else 1):
+        twin = not key and self.chance.random() < 0.5
+        if twin:
+            spec = msgspec.structs.replace(spec, external_id=self.world.token(), name="twin")
+        for _ in range(4 if key or twin else 1):
             ids = [self.world.uuid() for _ in range(count)]
             try:
                 answered = await self._choose().create(ids, spec, key)
@@ -150,8 +153,11 @@ class Story(clockwork.Story):
                     self.told.given_up.update(ids)
                 await asyncio.sleep(self.chance.uniform(0.1, 5.0))
                 continue
+            self.told.given_up.difference_update(answered)
             self.told.counts["starts"] += len(answered)
             self.told.accepted.update(answered)
+            for id in answered:
+                self._check_end(id)
             if key and self.told.keys.setdefault(key, answered) != answered:
                 raise Broken(f"I7: one key, two answers: {answered} and {self.told.keys[key]}")
             await self._all_show(answered)
@@ -296,7 +302,14 @@ class Story(clockwork.Story):
         if instance.claimed:
             told.held[id] = (instance.node, instance.epoch)
         told.states[id] = instance.state
+        self._check_end(id)
         told.epochs[id] = instance.epoch
+
+    def _check_end(self, id: str) -> None:
+        """What was answered OK ends because it was asked to or because it failed, not behind its user's back."""
+        over = id in self.told.forgotten or self.told.states.get(id) in _OVER
+        if over and id in self.told.accepted - self.told.terminate_asked - self.told.failed:
+            raise Broken(f"I4: {id} was answered OK and ended though nobody asked")
 
     # ---- the end
 
