@@ -1,4 +1,4 @@
-"""QEMU as the hypervisor: the eight verbs (`hypervisor.Hypervisor`) on directories, processes and the guest agent.
+"""QEMU as the hypervisor: the verbs of `hypervisor.Hypervisor` on directories, processes and the guest agent.
 
     qemu_disk      what lies on disk, durable marks, the lock
     qemu_machine   the command line

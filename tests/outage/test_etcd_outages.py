@@ -96,8 +96,16 @@ async def test_one_member_is_gone(
     verdict.assert_sound()
     assert stall_s < 6.5, "writers stood still although two members of three were well"
     assert verdict.recovery_s(healed) < 5
+    if (await store.range(work.prefix + "~leased")).total == 0:
+        # A leader that was frozen ends leases when it wakes, by a clock that stood still meanwhile: etcd's issue 15247,
+        # still in 3.4.23. Then the holder must learn it from its next renewal, and not believe in it any longer.
+        assert how == "SIGSTOP" and "leader" in who
+        async with asyncio.timeout(LEASE_S / 3 + 3):
+            with pytest.raises(errors.LeaseLost):
+                await keeping
+        assert lease.lost
+        return
     assert not keeping.done() and not lease.lost
-    assert (await store.range(work.prefix + "~leased")).total == 1
     keeping.cancel()
     with pytest.raises(asyncio.CancelledError):
         await keeping
