@@ -160,6 +160,8 @@ class Agent:
                 trouble, pause_s = f"this host cannot run VMs now: {error}", _REFUSED_PAUSE_S
             except errors.RemoteError as error:
                 away = f"no controller answers: {error}"
+            except OSError as error:
+                trouble, pause_s = f"this node's files cannot be written: {error}", _REFUSED_PAUSE_S
             self._contact.lost(self, away) if away else self._contact.found(self)
             complained = complained if away else _complain_once(trouble, complained)
             if not (trouble or away):
@@ -317,7 +319,7 @@ class Agent:
 def _complain_once(trouble: str, before: str) -> str:
     """One line when a thing goes away, and one when it is back; what was complained of last."""
     if trouble and not before:
-        _log.warning("the cloud does not take this node; VMs run on", why=trouble)
+        _log.warning("this node takes no part in the cloud; VMs run on", why=trouble)
     elif before and not trouble:
-        _log.info("the cloud takes this node again")
+        _log.info("this node takes part in the cloud again")
     return trouble

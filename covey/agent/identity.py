@@ -2,8 +2,12 @@
 
 A session's secret is durable before it is sent. After a crash, or an answer that never came, nobody knows which of
 the secrets sent since is the current one; so all of them are kept until one has surely been taken.
+
+An agent that cannot write cannot join, and a node that has not joined cannot be told to remove the VMs that fill its
+disk: so a little space is kept for just this file.
 """
 
+import contextlib
 from pathlib import Path
 
 import msgspec
@@ -11,6 +15,7 @@ import msgspec
 from covey import durable, model, wire, world
 
 _KEPT = 16  # secrets of joins whose answer was lost
+_SPARE_BYTES = 64 << 10
 
 
 class Identity(model.Noun, frozen=True, kw_only=True):
@@ -37,8 +42,22 @@ class File:
         """Durable when it returns."""
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o711)
-            durable.write(self._path, identity)
+            self._write(self._path, identity)
         self.now = identity
+
+    def _write(self, path: Path, identity: Identity) -> None:
+        spare = path.with_name("spare")
+        try:
+            durable.write(path, identity)
+        except OSError as error:
+            if error.errno not in durable.NO_ROOM or not spare.exists():
+                raise
+            durable.discard(spare)
+            durable.write(path, identity)
+            return
+        if not spare.exists():
+            with contextlib.suppress(OSError):  # another time
+                durable.replace(spare, bytes(_SPARE_BYTES))
 
     def pend(self, secret: str) -> tuple[str, ...]:
         """Make `secret` durable before it is offered; the secrets that may be the current one, likeliest first."""

@@ -252,10 +252,15 @@ class Qemu:
         self.lower_fence()
 
     async def _keep_fence(self) -> None:
-        """A firewall that is loaded anew takes the fence with it, under the feet of VMs that count on it."""
-        if self._fence is None or next(qemu_disk.places(self._root), None) is None:
+        """A firewall that is loaded anew takes the fence with it, under the feet of VMs that count on it; and an agent
+        that died just after the last VM was removed has left it standing."""
+        if self._fence is None:
             return
-        if not await asyncio.to_thread(self._fence.stands):
+        stands = await asyncio.to_thread(self._fence.stands)
+        if next(qemu_disk.places(self._root), None) is None:
+            if stands:
+                self.lower_fence()
+        elif not stands:
             known = self._fence_up
             back = await _finish(self._raise_fence)
             if known or back:

@@ -1,7 +1,7 @@
 """What an agent must still know after a crash: a record per VM, and tombstones.
 
     <data>/
-    ├── node.json                        who this node is (agent.identity)
+    ├── node.json, spare                 who this node is; room to write that on a full disk (agent.identity)
     ├── records/<instance>.<epoch>.json  Record: written before each act that could not be guessed afterwards
     ├── tombstones/<instance>.json       Tombstone: ordered destroyed; kept 30 days (safety S19)
     ├── vms/                             the hypervisor's

@@ -77,7 +77,7 @@ def running_pid(data_dir: Path) -> int:
     except OSError as error:  # a file in the directory's place
         raise _unusable(data_dir, error) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who ask do not take each other for the agent
     except BlockingIOError:
         return int(os.read(lock, 20).strip() or b"-1")
     else:
@@ -95,7 +95,10 @@ def save(data_dir: Path, variables: Mapping[str, str]) -> Path:
     from covey import durable
 
     lines = (f"{name}={_quoted(value)}\n" for name, value in sorted(variables.items()))
-    durable.replace(file, "".join(lines).encode())
+    try:
+        durable.replace(file, "".join(lines).encode())
+    except OSError as error:
+        raise _unusable(data_dir, error) from error
     return file
 
 
@@ -111,7 +114,7 @@ def saved(data_dir: Path) -> dict[str, str]:
 
 def forget(data_dir: Path) -> None:
     """The node has left: a later join is a new node. The image cache stays."""
-    for name in ("agent.env", "node.json"):
+    for name in ("agent.env", "node.json", "spare"):
         (folder(data_dir) / name).unlink(missing_ok=True)
 
 

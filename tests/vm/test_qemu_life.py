@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -320,6 +321,13 @@ async def test_a_fence_that_was_taken_away_is_put_back(host: guest.Host) -> None
         assert table()
         await driver.destroy(plan.instance, 1)
         assert not table()
+        await driver.prepare(plan)
+        await driver.start(plan.instance, 1)
+        assert table()
+        os.kill(host.processes()[0], signal.SIGKILL)
+        shutil.rmtree(host.root / f"{plan.instance}.1")  # as far as a removal came when its agent died
+        await driver.facts()
+        assert not table(), "nothing is left of it"
 
 
 async def test_a_bad_plan_is_refused_before_launch(host: guest.Host) -> None:

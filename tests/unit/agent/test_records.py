@@ -1,5 +1,7 @@
 """Records, tombstones and the node's identity survive a crash; damaged files are set aside."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from covey import durable, model, wire, world
 from covey.agent import identity, records
 from covey.decide import convergence
-from tests.support import nouns
+from tests.support import disk, nouns
 
 DAY_NS = 24 * 3600 * 1_000_000_000
 SEEN = wire.Seen(history="h", revision=7)
@@ -124,3 +126,28 @@ def test_secrets_are_on_disk_before_they_are_offered(tmp_path: Path) -> None:
 def test_the_identity_is_private(tmp_path: Path) -> None:
     identity.File(tmp_path, world.System()).pend("s")
     assert (tmp_path / "node.json").stat().st_mode & 0o777 == 0o600
+
+
+ON_A_FULL_DISK = """
+import pathlib, sys
+from covey import world
+from covey.agent import identity
+data = pathlib.Path(sys.argv[1])
+identity.File(data, world.System()).pend("first")
+try:
+    with (data / "a-guests-disk").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+except OSError as error:
+    print(error.strerror)
+file = identity.File(data, world.System())
+print(file.pend("second"), identity.File(data, world.System()).now.offered)
+"""
+
+
+def test_a_node_whose_disk_is_full_can_still_join(tmp_path: Path) -> None:
+    """Else nobody could tell it to remove the VMs that fill its disk. A secret is durable before it is sent (S7)."""
+    small = disk.Small(tmp_path, 1)
+    words = (*small.within(), sys.executable, "-c", ON_A_FULL_DISK, str(tmp_path))
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("No space left on device\n('first',) ('second', 'first')\n", "")
