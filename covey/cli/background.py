@@ -21,6 +21,7 @@ from covey import errors
 
 _UNIT = Path("/etc/systemd/system/covey-agent.service")
 _STOP_S = 30.0
+_ASKED_S = 0.5
 
 
 def folder(data_dir: Path) -> Path:
@@ -49,10 +50,8 @@ def _unusable(data_dir: Path, error: OSError) -> errors.SettingError:
 @contextlib.contextmanager
 def running_agent(data_dir: Path) -> Iterator[None]:
     """Held by `covey agent` as long as it runs. Raises SettingError when one runs on this data directory already."""
-    from covey import durable
-
     try:
-        lock = durable.lock(_made(data_dir) / "agent.lock")
+        lock = _lock(data_dir)
     except BlockingIOError:
         raise errors.SettingError(
             f"an agent runs on {data_dir} already (process {running_pid(data_dir)}): "
@@ -66,6 +65,20 @@ def running_agent(data_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _lock(data_dir: Path) -> int:
+    """Take the lock. Who only asks whether an agent runs (`running_pid`) holds it for a moment: that is waited out."""
+    from covey import durable
+
+    end = time.monotonic() + _ASKED_S
+    while True:
+        try:
+            return durable.lock(_made(data_dir) / "agent.lock")
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.02)
 
 
 def running_pid(data_dir: Path) -> int:
@@ -114,7 +127,7 @@ def saved(data_dir: Path) -> dict[str, str]:
 
 def forget(data_dir: Path) -> None:
     """The node has left: a later join is a new node. The image cache stays."""
-    for name in ("agent.env", "node.json", "spare"):
+    for name in ("agent.env", "node.json", "spare", "joining", "agent.pid"):
         (folder(data_dir) / name).unlink(missing_ok=True)
 
 

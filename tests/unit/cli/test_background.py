@@ -1,7 +1,9 @@
 """The agent's saved settings, its lock, and the mark of an operator's join."""
 
+import fcntl
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,15 @@ def test_an_operators_wish_counts_once(tmp_path: Path) -> None:
 
 def test_stopping_what_does_not_run(tmp_path: Path) -> None:
     assert not background.stop(tmp_path)
+
+
+def test_who_only_asks_whether_an_agent_runs_keeps_none_from_starting(tmp_path: Path) -> None:
+    """`covey leave` and `covey join` ask by the lock itself, for a moment."""
+    with background.running_agent(tmp_path):
+        pass
+    asking = os.open(tmp_path / "agent" / "agent.lock", os.O_RDWR)
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    assert background.running_pid(tmp_path) == 0, "two who ask do not take each other for the agent"
+    threading.Timer(0.2, os.close, (asking,)).start()
+    with background.running_agent(tmp_path):
+        assert background.running_pid(tmp_path) == os.getpid()
