@@ -4,7 +4,8 @@ Correctness needs no leader: each commit compares what it was decided on, so two
 happened". For thrift, the replica that started first acts at once, and the others only on what it has left standing
 for a while: so conflicts are rare and nothing waits for a dead replica for long.
 
-    place    a change has come and instances wait        plan, one transaction per node
+    place    a change has come and instances wait, or    plan, one transaction per node
+             a pause after a refusal is over
     watch    every half second                           spans that are over: withdraw, re-place, fail, forget, order
     sweep    hourly                                      lengthen the history chain, compact, remove what nothing needs
 
@@ -19,7 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from covey import errors, model, observe
 from covey import world as worlds
 from covey.controller import hosts, watchlist
-from covey.decide import deadlines, placement, retention
+from covey.decide import deadlines, pauses, placement, retention
 from covey.store import base, commit, commit_cloud, commit_instances, commit_nodes, mirror, schema, view
 
 _NS = 1_000_000_000
@@ -59,6 +60,8 @@ class Loop:
         self._homes = homes or hosts.Homes(world)
         self._observed: deadlines.Observed = {}
         self._reasons: dict[str, placement.Wait] = {}
+        self._refusals: pauses.Observed = {}
+        self._pause_ends_ns: int | None = None
         self._samples: list[retention.Sample] = []
 
     def why_waiting(self, instance: str) -> str:
@@ -92,14 +95,23 @@ class Loop:
     async def _place_forever(self) -> None:
         after = 0
         while True:
-            after = await self._mirror.changed(after)
+            after = await self._change(after)
+            self._pause_ends_ns = None
             if not self._mirror.ready:
                 await asyncio.sleep(_PAUSE_S)
-                after = 0
+                after, self._refusals = 0, {}
             elif self._mirror.waiting_count() == 0:
-                self._reasons = {}
+                self._reasons, self._refusals = {}, {}
             else:
                 after = await self._place(self._mirror.snapshot())
+
+    async def _change(self, after: int) -> int:
+        """Wait for a change after this revision, or for the end of a pause, which no change announces."""
+        left_s = None if self._pause_ends_ns is None else (self._pause_ends_ns - self._world.boot_ns()) / _NS
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(left_s):
+                return await self._mirror.changed(after)
+        return after
 
     async def _place(self, snapshot: view.Snapshot) -> int:
         """Plan once and commit it; answers with the revision after whose change to plan again."""
@@ -111,8 +123,12 @@ class Loop:
                 return standing.revision
             snapshot = standing
         began_ns = self._world.boot_ns()
+        births = {kept.noun.id: kept.created for kept in snapshot.waiting()}
         waiting = [kept.noun for kept in snapshot.waiting()]
-        plan = placement.plan(waiting, list(hosts.hosts(snapshot, self._homes.silent)))
+        self._refusals = pauses.observe(self._refusals, waiting, began_ns)
+        self._pause_ends_ns = pauses.next_end_ns(self._refusals, began_ns)
+        paused = pauses.paused(self._refusals, began_ns)
+        plan = placement.plan(waiting, list(hosts.hosts(snapshot, self._homes.silent)), births, paused)
         self._reasons = {wait.instance: wait for wait in plan if isinstance(wait, placement.Wait)}
         took_s = (self._world.boot_ns() - began_ns) / _NS
         revision = await self._commit_places(snapshot, plan)

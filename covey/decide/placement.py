@@ -2,9 +2,10 @@
 
 A node's room is what its *ledger* leaves (promise I3): every claim counts, also of VMs that nobody wants any more and
 of placements that were withdrawn, until the node says that nothing of them is left. Instances are served by priority,
-then by age. Of the nodes that can take one, those that hold its template already come first (a pull costs minutes),
-then those that refused it least; among these the emptiest wins: starts spread, so that a node's disk and network are
-shared by few and its loss hits few. Ties go by node id, so that the same snapshot gives the same plan.
+then by age, in the order in which the store took them. Of the nodes that can take one, those that hold its template
+already come first (a pull costs minutes), then those that refused it least; among these the emptiest wins: starts
+spread, so that a node's disk and network are shared by few and its loss hits few. Ties go by node id, so that the same
+snapshot gives the same plan. A node that has just refused an instance is no candidate for it during a pause (`pauses`).
 
 Every instance that stays waiting has a reason that a person can act on.
 """
@@ -13,12 +14,17 @@ import heapq
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from covey import model
+from covey.decide import pauses
 
 REFUSALS = 3  # by one node, after which it gets this instance only when no other node is left
 _TROUBLES_SHOWN = 3
+_NONE: Mapping[model.InstanceId, Any] = MappingProxyType({})
+
+Births = Mapping[model.InstanceId, int]
 
 
 class Reason(StrEnum):
@@ -32,6 +38,7 @@ class Reason(StrEnum):
     TROUBLE = "the nodes that could take it are in trouble"
     TOO_LARGE = "no node is large enough"
     FULL = "all nodes that could take it are full"
+    REFUSED = "a node refused it and is tried again after a pause"
 
 
 class Place(NamedTuple):
@@ -114,26 +121,32 @@ def room(host: Host) -> Room:
     )
 
 
-def queue(instances: Iterable[model.Instance]) -> list[model.Instance]:
-    """In the order in which they are served."""
-    return sorted(instances, key=lambda instance: (instance.spec.priority, instance.created_ns, instance.id))
+def queue(instances: Iterable[model.Instance], births: Births = _NONE) -> list[model.Instance]:
+    """In the order in which they are served. `created_ns` orders those of one request: it is one controller's clock."""
+    return sorted(
+        instances,
+        key=lambda instance: (instance.spec.priority, births.get(instance.id, 0), instance.created_ns, instance.id),
+    )
 
 
-def plan(instances: Iterable[model.Instance], hosts: Sequence[Host]) -> list[Place | Wait]:
-    """A decision for every waiting instance, in the order in which they are served."""
+def plan(
+    instances: Iterable[model.Instance], hosts: Sequence[Host], births: Births = _NONE, paused: pauses.Paused = _NONE
+) -> list[Place | Wait]:
+    """A decision for every waiting instance, in the order in which they are served. `births`: the revision at which
+    each was created. `paused`: nodes that refused it a moment ago."""
     rooms = [room(host) for host in sorted(hosts, key=lambda host: host.id)]
     kinds: dict[_Kind, _Candidates] = {}
     reasons: dict[_Kind, Wait] = {}
     decisions: list[Place | Wait] = []
-    for instance in queue(instances):
-        kind = _kind(instance)
+    for instance in queue(instances, births):
+        kind = _kind(instance, paused.get(instance.id, ()))
         candidates = kinds.get(kind)
         if candidates is None:
             candidates = kinds[kind] = _Candidates(rooms, kind)
         best = candidates.best(instance)
         if best is None:
             if kind not in reasons:
-                reasons[kind] = _wait(instance, rooms)
+                reasons[kind] = _wait(instance, rooms, kind.paused)
             decisions.append(reasons[kind]._replace(instance=instance.id))
         else:
             best.take(instance)
@@ -150,11 +163,15 @@ class _Kind(NamedTuple):
     vcpu: int
     vram_mb: int
     refused: tuple[str, ...]
+    paused: tuple[str, ...]
+    said: str  # by the node that refused it last: a part of why it waits
 
 
-def _kind(instance: model.Instance) -> _Kind:
+def _kind(instance: model.Instance, paused: tuple[model.NodeId, ...]) -> _Kind:
     spec = instance.spec
-    return _Kind(spec.arch, spec.digest, spec.node, spec.vcpu, spec.vram_mb, tuple(sorted(instance.refused)))
+    refused = tuple(sorted(instance.refused))
+    said = instance.message if paused else ""
+    return _Kind(spec.arch, spec.digest, spec.node, spec.vcpu, spec.vram_mb, refused, paused, said)
 
 
 class _Candidates:
@@ -165,7 +182,7 @@ class _Candidates:
         self._heap = [
             (self._weight(room), index, room.version, room)
             for index, room in enumerate(rooms)
-            if _verdict(room.host, kind.arch, kind.node) is None
+            if _verdict(room.host, kind.arch, kind.node, kind.paused) is None
         ]
         heapq.heapify(self._heap)
 
@@ -199,7 +216,7 @@ def _missing(host: Host, digest: str) -> int:
     return 0 if digest in host.images else 1
 
 
-def _verdict(host: Host, arch: model.Arch, pinned: str) -> Reason | None:
+def _verdict(host: Host, arch: model.Arch, pinned: str, paused: Collection[str] = ()) -> Reason | None:
     """Why this node is no candidate whatever its room; None when it is one."""
     if pinned and host.id != pinned:
         return Reason.UNKNOWN_NODE
@@ -211,11 +228,14 @@ def _verdict(host: Host, arch: model.Arch, pinned: str) -> Reason | None:
         return Reason.DRAINING
     if host.owed or host.trouble:
         return Reason.TROUBLE
+    if host.id in paused:
+        return Reason.REFUSED
     return None
 
 
 # The reason nearest to a placement is the most telling: "full" means that waiting helps.
 _TELLING = (
+    Reason.REFUSED,
     Reason.FULL,
     Reason.TOO_LARGE,
     Reason.TROUBLE,
@@ -226,15 +246,18 @@ _TELLING = (
 )
 
 
-def _wait(instance: model.Instance, rooms: Sequence[Room]) -> Wait:
+def _wait(instance: model.Instance, rooms: Sequence[Room], paused: Collection[str] = ()) -> Wait:
     if not rooms:
         return Wait(instance.id, Reason.NO_NODES, f"Waiting: {Reason.NO_NODES}")
     counts: dict[Reason, int] = {}
     for room in rooms:
-        reason = _verdict(room.host, instance.spec.arch, instance.spec.node) or _shortage(room, instance.spec)
+        verdict = _verdict(room.host, instance.spec.arch, instance.spec.node, paused)
+        reason = verdict or _shortage(room, instance.spec)
         counts[reason] = counts.get(reason, 0) + 1
     reason = next(reason for reason in _TELLING if reason in counts)
     text = _text(instance, reason, counts, len(rooms))
+    if reason == Reason.REFUSED:
+        text += _refusers((room.host for room in rooms if room.host.id in paused), instance.message)
     if reason == Reason.TROUBLE:
         text += _troubles(room.host for room in rooms if not instance.spec.node or room.host.id == instance.spec.node)
     return Wait(instance.id, reason, text)
@@ -247,6 +270,12 @@ def _troubles(hosts: Iterable[Host]) -> str:
         if host.trouble:
             found.setdefault(host.trouble, host.name)
     return "".join(f"; {name}: {trouble}" for trouble, name in list(found.items())[:_TROUBLES_SHOWN])
+
+
+def _refusers(hosts: Iterable[Host], said: str) -> str:
+    """Which nodes are tried again, and what was last said of it."""
+    names = ", ".join(host.name for host in list(hosts)[:_TROUBLES_SHOWN])
+    return f"; refused by {names}" + (f": {said}" if said else "")
 
 
 def _shortage(room: Room, spec: model.Spec) -> Reason:
@@ -269,6 +298,7 @@ def _text(instance: model.Instance, reason: Reason, counts: Mapping[Reason, int]
 
 
 _SHORT = {
+    Reason.REFUSED: "tried again",
     Reason.FULL: "full",
     Reason.TOO_LARGE: "too small",
     Reason.TROUBLE: "in trouble",

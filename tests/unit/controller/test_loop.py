@@ -298,6 +298,35 @@ async def test_one_thing_that_cannot_be_done_keeps_no_other_from_its_time() -> N
         assert (await c.values(schema.order(node, "x")))[0].value == b"?"
 
 
+async def test_a_node_that_refused_gets_it_again_after_a_pause_and_meanwhile_it_says_why() -> None:
+    """A short trouble of the only node must not use up all attempts. Nothing changes in the store when a pause ends."""
+    async with cloud.running() as c, looping(c, replicas=2) as (one, _):
+        node = await c.join()
+        (id,) = await c.create()
+        me = model.InstanceId(id)
+        for epoch, least_s in ((1, 0.9), (2, 1.9)):
+            await until(lambda: _on(c, id, node))
+            refused_ns = c.world.boot_ns()
+            await c.report(node, nouns.item(Said.REFUSED, me, epoch=epoch, message="disk full"))
+            await c.report(node, nouns.item(Said.GONE, me, epoch=epoch))
+            await until(lambda: _true("refused by host: disk full" in one.why_waiting(id)))
+            await until(lambda: _on(c, id, node))
+            assert least_s < (c.world.boot_ns() - refused_ns) / 1e9 < least_s + 3
+        assert (await c.instance(id)).epoch == 3
+
+
+async def test_another_node_gets_at_once_what_one_refused() -> None:
+    async with cloud.running() as c, looping(c):
+        node = await c.join()
+        (id,) = await c.create()
+        await until(lambda: _on(c, id, node))
+        other = await c.join()
+        refused_ns = c.world.boot_ns()
+        await c.report(node, nouns.item(Said.REFUSED, model.InstanceId(id), message="disk full"))
+        await until(lambda: _on(c, id, other))
+        assert (c.world.boot_ns() - refused_ns) / 1e9 < 0.9
+
+
 async def test_a_placement_without_progress_is_made_elsewhere() -> None:
     """Safety S10: its node named it and then got stuck."""
     async with cloud.running() as c:

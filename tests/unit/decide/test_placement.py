@@ -117,6 +117,29 @@ def test_nodes_that_refused_come_last() -> None:
     assert placed(placement.plan([one], nodes[:1])) == {one.id: "a"}
 
 
+def test_a_node_that_has_just_refused_it_is_left_alone_with_it_alone() -> None:
+    one, two = instance(refused=(model.NodeId("a"),), message="disk full"), instance()
+    a, b = host("a", name="a1", slots=5), host("b", slots=5)
+    paused = {one.id: (a.id,)}
+    assert placed(placement.plan([one, two], [a], paused=paused)) == {two.id: "a"}
+    assert placed(placement.plan([one], [a, b], paused=paused)) == {one.id: "b"}
+    assert placed(placement.plan([one], [a])) == {one.id: "a"}
+    (wait,) = placement.plan([one], [a, host(held=2)], paused=paused)
+    assert wait == placement.Wait(
+        one.id,
+        Reason.REFUSED,
+        "Waiting: a node refused it and is tried again after a pause (of 2 nodes: 1 tried again, 1 full)"
+        "; refused by a1: disk full",
+    )
+
+
+def test_age_is_the_order_of_creation_and_no_clock() -> None:
+    """Two controllers' clocks may differ; the store's order does not."""
+    first, second = instance(created_ns=9), instance(created_ns=1)
+    plan = placement.plan([first, second], [host(slots=1)], births={first.id: 4, second.id: 5})
+    assert set(placed(plan)) == {first.id}
+
+
 def test_capacity_by_processors_and_memory() -> None:
     node = host("a", slots=1, cpu_count=8, ram_mb=8192, capacity_mode=model.CapacityMode.RESOURCE)
     wanted = [instance(spec=spec(vcpu=4, vram_mb=2048)) for _ in range(3)]
