@@ -123,8 +123,8 @@ class Spec(Noun, frozen=True, kw_only=True):
     priority: int = 1000  # 1..10000, lower is sooner
     node: NodeId = NOWHERE  # pinned to this node
     group: str = ""
-    vcpu: int = 0  # 0: the template's
-    vram_mb: int = 0  # 0: the template's
+    vcpu: int = 0  # the template's when none was given; 0: it has none, the hypervisor's default
+    vram_mb: int = 0  # likewise
     forwards: tuple[Forward, ...] = ()
     script: Script | None = None
     vnc_password: str = ""

@@ -115,7 +115,8 @@ class TemplateItem(View, frozen=True, kw_only=True):
 
 
 class VersionView(View, frozen=True, kw_only=True):
-    """One version. File names are as pushed; `number` grows from 0 in push order and is never given twice."""
+    """One version. File names are as pushed; `number` grows from 0 in push order and is never given twice. `vcpu` and
+    `ram_mb` are its VMs' size when a start gives none; 0: the hypervisor chooses."""
 
     tag: str
     number: int
@@ -128,6 +129,8 @@ class VersionView(View, frozen=True, kw_only=True):
     state_files: list[str] = []
     nvram: str = ""
     config_file: str = ""
+    vcpu: int = 0
+    ram_mb: int = 0
 
 
 class TemplateView(TemplateItem, frozen=True, kw_only=True):

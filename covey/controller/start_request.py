@@ -184,7 +184,8 @@ def _port(where: str, value: str | int, *, least: int) -> int:
 
 
 def spec(request: StartRequest, pin: oci.Resolved, script_key: str) -> model.Spec:
-    """What was asked for, as accepted: of the template as it was just resolved (safety S14)."""
+    """What was asked for, as accepted: of the template as it was just resolved (safety S14). A size that was not given
+    is the template's: what a VM takes of its node is what its claim counts."""
     script = None
     if script_key:
         script = model.Script(
@@ -207,8 +208,8 @@ def spec(request: StartRequest, pin: oci.Resolved, script_key: str) -> model.Spe
         name_template=request.name_template or "",
         priority=request.priority or 1000,
         node=model.NodeId(request.node_id or ""),
-        vcpu=request.vcpu or 0,
-        vram_mb=request.vram or 0,
+        vcpu=request.vcpu or pin.vcpu,
+        vram_mb=request.vram or pin.ram_mb,
         forwards=forwards(request),
         script=script,
         vnc_password=request.vnc_password or "",

@@ -14,6 +14,7 @@ from covey import errors, failpoint, model, world
 from covey.client import oci
 from covey.registry import blobs, views
 
+_FIGURE_LIMIT = 16 << 20  # processors, or MiB of memory
 _EMPTY = views.Repository(name="")
 
 
@@ -218,6 +219,8 @@ class Catalog:
             config=_file(manifest.config),
             files=tuple(_file(layer) for layer in manifest.layers),
             description=manifest.annotations.get(oci.DESCRIPTION, ""),
+            vcpu=_figure(config, "vcpu"),
+            ram_mb=_figure(config, "ram_mb"),
         )
 
     async def _config(self, reference: oci.Descriptor) -> oci.TemplateConfig:
@@ -307,6 +310,12 @@ class Catalog:
 
 def _number_of(repository: views.Repository, tag: str) -> int:
     return next((version.number for version in repository.versions if version.tag == tag), -1)
+
+
+def _figure(config: oci.TemplateConfig, name: str) -> int:
+    """A size that the configuration gives; 0 when it gives none that makes sense: the hypervisor says what is wrong."""
+    value = config.vm.get(name, 0)
+    return value if type(value) is int and 0 < value <= _FIGURE_LIMIT else 0
 
 
 def check_template_name(name: str) -> None:

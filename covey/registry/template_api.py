@@ -174,6 +174,8 @@ def _version(version: views.Numbered) -> oci.VersionView:
         state_files=[_name(file) for file in release.files if file.media_type.startswith(oci.STATE)],
         nvram=next((_name(file) for file in release.files if file.media_type == oci.NVRAM), ""),
         config_file=_name(release.config),
+        vcpu=release.vcpu,
+        ram_mb=release.ram_mb,
     )
 
 

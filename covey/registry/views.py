@@ -43,6 +43,8 @@ class Release(model.Noun, frozen=True, kw_only=True):
     config: File
     files: tuple[File, ...]
     description: str = ""
+    vcpu: int = 0  # of its configuration, as is `ram_mb`; 0: it does not say
+    ram_mb: int = 0
 
 
 class Known(model.Noun, frozen=True, kw_only=True):

@@ -40,6 +40,7 @@ class FakeRegistry:
     asked: list[str] = field(default_factory=list)
     delay_s: float = 0.0
     fails: bool = False
+    size: tuple[int, int] = (0, 0)  # processors and MiB of its VMs
     server: serve.Server | None = None
 
     @property
@@ -55,6 +56,8 @@ class FakeRegistry:
             size=1000,
             arch=model.Arch.AMD64,
             creation_date=1_700_000_000,
+            vcpu=self.size[0],
+            ram_mb=self.size[1],
         )
         return dict(msgspec.to_builtins(view))
 

@@ -189,6 +189,24 @@ async def test_a_hundred_at_once_in_the_order_of_the_answer(house: cloud.Cloud) 
     assert [wrapper["instance_id"] for wrapper in await listed(house.api)] == ids
 
 
+async def test_a_start_that_gives_no_size_counts_with_the_template_s(house: cloud.Cloud) -> None:
+    """Else a node whose room is its processors and memory would take any number of them."""
+    house.registry.size = (4, 6000)
+    joined = await cloud.Agent(house.api).join()
+    await house.api.ok("POST", "/api/v1/node/config", {"node_id": joined.node, "capacity_mode": "resource"})
+    for _ in range(3):
+        await house.api.start()
+    mirror = house.replicas[0]._mirror
+
+    def claims() -> list[tuple[int, int]]:
+        ledger = mirror.snapshot().ledger(joined.node)
+        return [] if ledger is None else [(claim.vcpu, claim.vram_mb) for claim in ledger.noun.claims]
+
+    await cloud.until(lambda: len(claims()) == 2)
+    await cloud.until(lambda: mirror.snapshot().waiting_count() == 1)
+    assert claims() == [(4, 6000), (4, 6000)], "8 processors are taken by two"
+
+
 async def test_a_latin1_body_is_taken(house: cloud.Cloud) -> None:
     body = json.dumps({"vmid": cloud.TEMPLATE, "name": "café"}, ensure_ascii=False).encode("latin-1")
     [id] = await house.api.ok("POST", "/api/v1/vm", body + b"\n")

@@ -11,6 +11,7 @@ import pytest
 from covey import errors, failpoint, model
 from covey.client import oci, templates
 from covey.client import registry as client
+from covey.controller import start_request
 from tests.support import registry
 
 TAG = "a b#ü"
@@ -245,6 +246,30 @@ async def test_one_version_by_tag_by_number_and_the_newest(
         assert (await remote.resolve(wanted, "v1", 0)).digest == first.digest
     whole = await view(server, f"/registry/vm/info?id={first.template}&version=1")
     assert (whole["id"], whole["name"], whole["tag"], whole["arch"]) == (first.template, "mac", TAG, "amd64")
+
+
+@pytest.mark.parametrize(
+    ("vm", "size"),
+    [
+        ({"vcpu": 3, "ram_mb": 1536}, (3, 1536)),
+        ({}, (0, 0)),
+        ({"vcpu": "3", "ram_mb": True}, (0, 0)),
+        ({"vcpu": -1, "ram_mb": 10**30}, (0, 0)),
+    ],
+)
+async def test_a_version_tells_the_size_of_its_vms(
+    server: registry.Server, remote: client.Registry, files: Mapping[str, Path], vm: dict[str, Any], size: object
+) -> None:
+    """A start that gives none counts with it, on what the registry itself answers."""
+    pushed = await push(remote, "v1", files["base.img"], vm=vm)
+    found = await remote.resolve(pushed.template)
+    assert (found.vcpu, found.ram_mb) == size
+    (version,) = (await remote.template(pushed.template)).versions
+    assert (version.vcpu, version.ram_mb) == size
+    spec = start_request.spec(start_request.StartRequest(vmid=pushed.template), found, "")
+    assert (spec.vcpu, spec.vram_mb) == size
+    given = start_request.spec(start_request.StartRequest(vmid=pushed.template, vcpu=1, vram=99), found, "")
+    assert (given.vcpu, given.vram_mb) == (1, 99)
 
 
 async def test_what_does_not_resolve(remote: client.Registry, files: Mapping[str, Path]) -> None:
