@@ -92,7 +92,7 @@ def read(path: Path, kind: type[T]) -> T | None:
         return None
     try:
         return msgspec.json.decode(content, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         aside = path.with_name(path.name + ".corrupt")
         path.rename(aside)
         _log.error("a file is damaged and was set aside", path=str(path), aside=str(aside), error=str(error))

@@ -264,7 +264,7 @@ def places(
 def _read_ports(file: Path) -> dict[str, int]:
     try:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, int])
-    except (FileNotFoundError, msgspec.MsgspecError):  # a torn file only costs other ports
+    except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):  # a torn file only costs other ports
         return {}
 
 

@@ -139,7 +139,7 @@ class Endpoints:
         )
         try:
             envelope = msgspec.json.decode(content, type=wire.Envelope)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise errors.RemoteError(f"{method} {path}: HTTP {status} without the API's envelope", status) from error
         if status != 200:
             raise errors.RemoteError(envelope.message or f"HTTP {status}", status)
@@ -149,5 +149,5 @@ class Endpoints:
             return None  # type: ignore[return-value]
         try:
             return msgspec.json.decode(envelope.body, type=kind)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise errors.RemoteError(f"{method} {path}: unexpected body: {error}", status) from error

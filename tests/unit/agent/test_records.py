@@ -72,11 +72,12 @@ def test_tombstones_are_kept_30_days(tmp_path: Path) -> None:
     assert not list((tmp_path / "tombstones").iterdir())
 
 
-def test_a_damaged_file_is_set_aside_and_the_others_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [b'{"instance": "v', b'{"instance": "\xff\xfe', b""])
+def test_a_damaged_file_is_set_aside_and_the_others_are_read(tmp_path: Path, damage: bytes) -> None:
     made = loaded(tmp_path)
     made.save(record(1))
     made.save(record(2))
-    (tmp_path / "records" / "vm.1.json").write_text('{"instance": "v')
+    (tmp_path / "records" / "vm.1.json").write_bytes(damage)
     (tmp_path / "records" / "vm.3.json.tmp").write_text("torn")
     assert [one.epoch for one in loaded(tmp_path).all()] == [2]
     assert {path.name for path in (tmp_path / "records").iterdir()} == {"vm.1.json.corrupt", "vm.2.json"}
