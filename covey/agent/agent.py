@@ -95,6 +95,7 @@ class Agent:
             limits=config.limits,
             changed=self.wake,
             host_ip=lambda: self._ip,
+            suspect=self._suspect,
         )
         self._questions = questions.Questions(self._parts)
         self._workers: dict[model.InstanceId, worker.Worker] = {}
@@ -104,11 +105,17 @@ class Agent:
         self._tag = ""
         self._explicit = config.explicit
         self._trouble = ""
+        self._suspected = False
         self._outbox.on_settled = self._wake_worker
 
     def wake(self) -> None:
         """A VM may have changed by itself: the hypervisor's `Wake`."""
         self._changed.set()
+
+    def _suspect(self) -> None:
+        """A VM could not be prepared by this host's fault: look at once, so that the node is offered no more."""
+        self._suspected = True
+        self.wake()
 
     async def run(self) -> None:
         """For ever; end it by cancelling. VMs run on. Raises HypervisorError, with the remedy, in a group of one, when
@@ -263,7 +270,8 @@ class Agent:
             self._changed.clear()
             try:
                 checked_s = (self._clock.boot_ns() - checked_ns) / 1e9
-                if checked_s > (_FACTS_S if not self._trouble else self.session.heartbeat_s):
+                if self._suspected or checked_s > (_FACTS_S if not self._trouble else self.session.heartbeat_s):
+                    self._suspected = False
                     checked_ns = self._clock.boot_ns()
                     await self._driver.facts()
                     self._trouble = ""

@@ -29,3 +29,4 @@ class Parts:
     limits: Limits
     changed: Callable[[], None]  # a VM is no longer as the last look showed it
     host_ip: Callable[[], str]
+    suspect: Callable[[], None]  # this host may not be able to run VMs now

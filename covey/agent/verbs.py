@@ -221,6 +221,7 @@ class Verbs:
         try:
             await self._parts.driver.facts()
         except errors.HypervisorError:
+            self._parts.suspect()
             return True
         return False
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from covey import model, wire
+from covey import errors, model, wire
 from covey.agent import session
 from tests.support import nouns
 from tests.unit.agent import fake
@@ -47,6 +47,26 @@ async def test_a_vm_starts_and_ends(cloud: fake.Controller, make_node: MakeNode)
     await fake.until(lambda: Said.GONE in cloud.said(vm), "gone")
     assert await node.phases() == {}
     assert [ask.instance for ask in cloud.launches] == [vm]
+
+
+async def test_a_host_that_cannot_prepare_says_so_at_once(
+    cloud: fake.Controller, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is offered nothing more, long before its facts would be looked at in their turn."""
+
+    async def broken(*_: object) -> None:
+        raise errors.HypervisorError("qemu-system-x86_64 is not there")
+
+    node, vm = make_node(), name()
+    await node.start()
+    await fake.until(lambda: bool(cloud.words), "a word")
+    with monkeypatch.context() as patch:
+        patch.setattr(node.driver, "prepare", broken)
+        patch.setattr(node.driver, "facts", broken)
+        cloud.want(RUN, vm)
+        await fake.until(lambda: Said.REFUSED in cloud.said(vm), "refused")
+        await fake.until(lambda: cloud.words[-1].trouble == "qemu-system-x86_64 is not there", "its trouble")
+    await fake.until(lambda: cloud.words[-1].trouble == "", "it is well again")
 
 
 async def test_a_stopped_vm_keeps_its_disk_and_starts_again_under_a_new_epoch(
