@@ -32,7 +32,7 @@ class Spans(NamedTuple):
 
     unacknowledged_ns: int = int(wire.ACKNOWLEDGE_S * _S)
     stalled_ns: int = 15 * 60 * _S  # a percent of the largest template over the slowest line
-    silent_ns: int = 3 * wire.LEASE_TTL_S * _S  # a word is written once per 60 s, and two TTLs are the same
+    silent_ns: int = 4 * wire.LEASE_TTL_S * _S  # two TTLs, and the 60 s that a word may take to be written
     lost_ns: int = 24 * 3600 * _S
     terminated_ns: int = 60 * _S
     error_ns: int = 24 * 3600 * _S
