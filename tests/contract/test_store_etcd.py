@@ -97,6 +97,8 @@ class TestLostReplies:
         async with connected([between.address], attempt_s=0.5, timeout_s=1) as through:
             await through.range(key)
             await between.turn(proxy.Mood.CLOSED)
+            with pytest.raises(errors.Unavailable):
+                await through.range(key)  # by now the broken connection was noticed: a write on it would be unsure
             began = time.monotonic()
             with pytest.raises(errors.Unavailable):
                 await through.commit(put(key))
