@@ -331,30 +331,3 @@ class Output(Noun, frozen=True, kw_only=True):
     offset: int  # of the first byte of `data`
     size: int  # how much was written so far
     end: bool = False  # `data` reaches the end, and nothing more will be written
-
-
-# ---- templates, as the registry shows them ---------------------------------------------------------------------
-
-
-class Version(Noun, frozen=True, kw_only=True):
-    """One tag of a template. `number` grows from 0 in push order and is never given twice."""
-
-    tag: str
-    number: int
-    digest: Digest
-    size_bytes: int
-    pushed_s: int = 0
-    description: str = ""
-
-
-class Template(Noun, frozen=True, kw_only=True):
-    """A template with its versions, oldest first."""
-
-    id: TemplateId
-    name: str
-    arch: Arch
-    size_bytes: int
-    versions: tuple[Version, ...] = ()
-    created_s: int = 0
-    last_push_s: int = 0
-    last_pull_s: int = 0

@@ -73,8 +73,3 @@ def ripe(observed: Mapping[Thing, Since], spans: Spans, now_ns: int, patience_ns
     for thrift, not for correctness."""
     over = (thing for thing, since in observed.items() if now_ns - since.first_ns >= spans.of(thing.kind) + patience_ns)
     return sorted(over)
-
-
-def next_ripe_ns(observed: Mapping[Thing, Since], spans: Spans) -> int | None:
-    """When the next span ends, on the observer's clock."""
-    return min((since.first_ns + spans.of(thing.kind) for thing, since in observed.items()), default=None)

@@ -59,7 +59,6 @@ class Mirror:
         self._targets: collections.deque[tuple[int, int]] = collections.deque()  # (revision shown by a probe, when)
         self._direct: asyncio.Task[view.Snapshot] | None = None
         self._watching: asyncio.Task[None] | None = None
-        self.relists = 0
 
     # ---- reading
 
@@ -186,7 +185,6 @@ class Mirror:
         old = self._draft
         self._draft = await listing(self._store)
         self._draft.touched |= old.touched | {*old.node_ids(), *self._draft.node_ids()}
-        self.relists += 1
         self._listed.set()
         self._ring()
 
