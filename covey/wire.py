@@ -85,6 +85,7 @@ class Wanted(model.Noun, frozen=True, kw_only=True):
     decision: model.Decision | None = None
     vm_name: str = ""  # name_template expanded
     acknowledged: bool = False
+    final: bool = False  # DESTROY: the instance itself ends, not only this placement of it (safety S19)
 
 
 class Ask(model.Noun, frozen=True, kw_only=True):
@@ -97,7 +98,8 @@ class Ask(model.Noun, frozen=True, kw_only=True):
 
 
 class WantedState(model.Noun, frozen=True, kw_only=True):
-    """`hold`: launch, place and destroy nothing (the store's history is not the one the agent knows)."""
+    """`hold`: launch, place and destroy nothing (the store's history is not the one the agent knows).
+    `controllers`: URLs at which agents may reach the cloud's controllers now; empty: those that they were given."""
 
     seen: Seen
     tag: str
@@ -106,6 +108,7 @@ class WantedState(model.Noun, frozen=True, kw_only=True):
     heartbeat_s: float = HEARTBEAT_S
     hold: bool = False
     questions: tuple[model.Question, ...] = ()  # open ones; one may be shown again until its answer was taken
+    controllers: tuple[str, ...] = ()
 
 
 class LaunchAsk(model.Noun, frozen=True, kw_only=True):
@@ -187,6 +190,48 @@ class Answered(model.Noun, frozen=True, kw_only=True):
     lease: LeaseTerms
     seen: Seen
     taken: bool = False
+
+
+class Held(model.Noun, frozen=True, kw_only=True):
+    """One VM of this cloud that the node has, as its own durable record says (safety S19)."""
+
+    instance: model.InstanceId
+    epoch: int
+    spec: model.Spec
+    launched: bool = False  # guest code may have run
+    running: bool = False
+    stopped: bool = False  # stopped as asked, and may be started again
+    message: str = ""  # why it failed or was refused
+    vm: model.VmInfo | None = None
+
+
+class Buried(model.Noun, frozen=True, kw_only=True):
+    """A tombstone: this epoch of the instance, and every older one, was ordered destroyed. `final`: because the
+    instance itself ended; else it was only placed elsewhere."""
+
+    instance: model.InstanceId
+    epoch: int
+    decision: model.Decision
+    final: bool = False
+
+
+class Adopt(model.Noun, frozen=True, kw_only=True):
+    """POST adopt: all that a held node knows, so that a store with another history learns what it has forgotten
+    (safety S19). Sent in parts; `last` ends it, and only then is the node released from its hold. Repeats are
+    harmless."""
+
+    seen: Seen  # of the history that the agent knows
+    messages: int
+    vms: tuple[Held, ...] = ()
+    buried: tuple[Buried, ...] = ()
+    last: bool = False
+
+
+class Adopted(model.Noun, frozen=True, kw_only=True):
+    """`seen`: the view to go on from, once the part marked `last` was taken."""
+
+    lease: LeaseTerms
+    seen: Seen
 
 
 class Leave(model.Noun, frozen=True, kw_only=True):
