@@ -41,6 +41,7 @@ PARTS = (
     Part("vm", 420, 1200, tests=("tests/vm",)),
     Part("outage", 300, 900, tests=("tests/outage",)),
     Part("cluster", 240, 900, tests=("tests/cluster",)),
+    Part("topology", 170, 600, tests=("tests/topology",)),
     Part("contract", 150, 600, tests=("tests/contract",)),
     Part(
         "sim",
