@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Awaitable, Callable, Sequence
 
 import covey
-from covey import errors, observe, serve, settings
+from covey import errors, observe, serve, server, settings
 from covey import world as worlds
 from covey.controller import (
     api_agent,
@@ -60,7 +60,7 @@ class Replica:
         self._renewals = renewals.Renewals(self._store, world)
         self._templates = templates.Templates(chosen.local_registries)
         self._status, routes = self._api()
-        self.server = serve.Server(routes, world=world, on_gap=lambda _: self._mirror.doubt())
+        self.server = server.Server(routes, world=world, on_gap=lambda _: self._mirror.doubt())
 
     def _api(self) -> tuple[api_status.StatusApi, Sequence[serve.Route]]:
         registry = next(iter((*self._chosen.registries, *self._chosen.local_registries)), "")
@@ -82,9 +82,13 @@ class Replica:
 
     # ---- start and stop --------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Listen, and go about everything else in the background. Raises SettingError when the port is taken."""
-        await self.server.start(self._chosen.listen.host, self._chosen.listen.port)
+    async def start(self, listen: bool = True) -> None:
+        """Listen, and go about everything else in the background. Raises SettingError when the port is taken.
+        Without `listen`, requests come through `server.hand` alone."""
+        if listen:
+            await self.server.start(self._chosen.listen.host, self._chosen.listen.port)
+        else:
+            self.server.begin()
         log.info("the controller listens", host=self._chosen.listen.host, port=self.server.port, id=self._id)
         self._tasks = [
             asyncio.create_task(self._live()),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from covey import observe, serve, world
+from covey import observe, server, world
 from covey.registry import catalog, content_api, disk, journal, oci_faults, template_api, upload_api
 
 log = observe.log("registry")
@@ -38,7 +38,7 @@ class Registry:
             upload_api.UploadApi(self.catalog),
             template_api.TemplateApi(self.catalog),
         )
-        self._server = serve.Server(
+        self._server = server.Server(
             [route for api in apis for route in api.routes()],
             world=world,
             error_bodies={"/v2/": oci_faults.error_body},

@@ -99,7 +99,7 @@ class UploadApi:
             raise answer.Fault(400, "the query names no digest", code="DIGEST_INVALID")
         digest = model.Digest(call.query["digest"])
         try:
-            if call.request.body_exists:
+            if call.request.has_body:
                 await self._write(call, session)
             return await self._publish(name, session, digest)
         except blobs.NoSession:
@@ -134,7 +134,7 @@ def _start(call: serve.Call) -> int | None:
     if found is None:
         raise answer.Fault(400, f"Content-Range {text!r} is not <first>-<last>", code="BLOB_UPLOAD_INVALID")
     first, last = int(found[1]), int(found[2])
-    length = call.request.content_length
+    length = call.request.size_bytes
     if length is not None and length != last - first + 1:
         raise answer.Fault(400, f"Content-Range {text} does not fit {length} bytes", code="SIZE_INVALID")
     return first

@@ -14,7 +14,7 @@ import pytest
 import uvloop
 from aiohttp import web
 
-from covey import answer, errors, serve, world
+from covey import answer, errors, serve, server, world
 
 
 class Thing(msgspec.Struct):
@@ -31,11 +31,19 @@ class StoppableWorld(world.System):
         return super().boot_ns() + self.ahead_ns
 
 
+class _Half(web.StreamResponse):
+    """An answer that goes wrong in its middle."""
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        await self.write(b"x" * 10)
+        raise RuntimeError("boom")
+
+
 @dataclass
 class House:
     """A server with one handler per trait under test, and what the handlers saw."""
 
-    server: serve.Server
+    server: server.Server
     clock: StoppableWorld
     gaps: list[float]
     seen: list[object]
@@ -75,7 +83,11 @@ def _house(load_limit: int = 1000) -> House:
     async def wait(call: serve.Call) -> object:
         seen.append("waiting")
         await gate.wait()
-        call.still_fresh()
+        try:
+            call.still_fresh()
+        except errors.Unavailable:
+            seen.append("too old")
+            raise
         return "done"
 
     async def park(call: serve.Call) -> object:
@@ -98,15 +110,12 @@ def _house(load_limit: int = 1000) -> House:
         return None
 
     async def half(call: serve.Call) -> object:
-        response = web.StreamResponse(headers={"Content-Length": "100"})
-        await response.prepare(call.request)
-        await response.write(b"x" * 10)
-        raise RuntimeError("boom")
+        return _Half(headers={"Content-Length": "100"})
 
     async def repo(call: serve.Call) -> object:
         return dict(call.params)
 
-    server = serve.Server(
+    one = server.Server(
         [
             serve.Route("POST", "/api/v1/thing", echo, body_limit_bytes=10_000),
             serve.Route("DELETE", "/api/v1/thing", echo),
@@ -127,7 +136,7 @@ def _house(load_limit: int = 1000) -> House:
         on_gap=gaps.append,
         load_limit=load_limit,
     )
-    return House(server, clock, gaps, seen, gate)
+    return House(one, clock, gaps, seen, gate)
 
 
 @contextlib.asynccontextmanager
@@ -442,10 +451,71 @@ async def _gap() -> None:
 async def test_a_request_that_slept_through_a_gap_commits_nothing(house: House, http: aiohttp.ClientSession) -> None:
     waiting = asyncio.create_task(_status(http, "/wait"))
     await until(lambda: house.seen == ["waiting"])
-    call = serve.Call(house.server, serve.Route("GET", "/", lambda c: asyncio.sleep(0)), None, {})  # type: ignore[arg-type]
-    call.still_fresh()
     house.clock.ahead_ns = 11_000_000_000
-    with pytest.raises(errors.Unavailable):
-        call.still_fresh()
-    with pytest.raises(aiohttp.ClientError):
+    house.gate.set()
+    await until(lambda: house.seen == ["waiting", "too old"])
+    await asyncio.gather(waiting, return_exceptions=True)  # 503, or the gap was found first and the connection cut
+
+
+# ---- without sockets ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Door:
+    """The same house, where requests are handed over in this process."""
+
+    house: House
+
+    async def ask(self, method: str, target: str, body: bytes = b"", **headers: str) -> tuple[int, dict[str, object]]:
+        reply = await self.house.server.hand(method, target, headers, body, peer="10.0.0.9")
+        return reply.status, json.loads(reply.body)
+
+
+@pytest.fixture
+async def door(house: House) -> AsyncIterator[Door]:
+    house.server.begin()
+    yield Door(house)
+    house.gate.set()
+    await house.server.drain(0.2)
+
+
+async def test_what_is_handed_over_gets_the_same_answers(door: Door) -> None:
+    thing = {"count": 2, "name": "a"}
+    assert await door.ask("POST", "//api/v1/thing?x=1", b'{"count":2,"name":"a"}') == (
+        200,
+        {"status": "OK", "message": "", "body": thing},
+    )
+    assert await door.ask("GET", "/refuse?tag=a%20%23b") == (200, {"status": "FAIL", "message": "No such tag a #b"})
+    assert (await door.ask("GET", "/v2/a/b/blobs/sha256:0"))[1]["body"] == {"name": "a/b", "digest": "sha256:0"}
+    assert (await door.ask("GET", "/nowhere"))[0] == 404
+    assert (await door.ask("PATCH", "/api/v1/thing"))[0] == 405
+    assert (await door.ask("POST", "/api/v1/thing", b" " * 20_000))[0] == 413
+    assert (await door.ask("POST", "/api/v1/thing", b"{}", **{"content-encoding": "gzip"}))[0] == 415
+    assert (await door.ask("GET", "/burst"))[0] == 500
+    assert (await door.ask("GET", "/slow"))[0] == 503
+    assert (await door.house.server.hand("HEAD", "/empty")).body == b""
+
+
+async def test_what_is_handed_over_counts_as_load_and_drains() -> None:
+    house = _house(load_limit=1)
+    house.server.begin()
+    waiting = asyncio.create_task(house.server.hand("GET", "/wait"))
+    await until(lambda: house.seen == ["waiting"])
+    refused = await house.server.hand("GET", "/empty")
+    assert (refused.status, refused.headers["Retry-After"]) == (503, "1")
+    draining = asyncio.create_task(house.server.drain(5.0))
+    house.gate.set()
+    assert (await waiting).status == 200
+    assert await draining == 0
+
+
+async def test_a_gap_breaks_the_connection_of_what_was_handed_over(door: Door) -> None:
+    waiting = asyncio.create_task(door.ask("GET", "/wait"))
+    await until(lambda: door.house.seen == ["waiting"])
+    door.house.clock.ahead_ns = 3_000_000_000
+    with pytest.raises(ConnectionResetError):  # it lay there while the process stood still
+        await door.ask("GET", "/empty")
+    door.house.gate.set()
+    with pytest.raises(ConnectionResetError):
         await waiting
+    assert (await door.ask("GET", "/empty"))[0] == 200

@@ -13,6 +13,7 @@ import aiohttp
 import msgspec
 
 from covey import errors, model, serve, settings, wire, world
+from covey import server as servers
 from covey.client import oci
 from covey.controller import replica
 from covey.store import base, memory
@@ -41,7 +42,7 @@ class FakeRegistry:
     delay_s: float = 0.0
     fails: bool = False
     size: tuple[int, int] = (0, 0)  # processors and MiB of its VMs
-    server: serve.Server | None = None
+    server: servers.Server | None = None
 
     @property
     def url(self) -> str:
@@ -97,7 +98,7 @@ class FakeRegistry:
             serve.Route("GET", "/registry/vm/info", self._info),
             serve.Route("GET", "/registry/disk", self._disk),
         ]
-        self.server = serve.Server(routes, world=world.System())
+        self.server = servers.Server(routes, world=world.System())
         await self.server.start("127.0.0.1", 0)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import aiohttp
 
-from covey import model, serve, wire, world
+from covey import model, wire, world
+from covey import server as servers
 from covey.controller import api_log
 from covey.store import base, schema
 from tests.unit.controller import cloud
@@ -119,7 +120,7 @@ async def impatient(house: cloud.Cloud, wait_s: float) -> AsyncIterator[cloud.Ap
     """The first replica's route, waiting less long for the node."""
     parts = house.replicas[0]
     routes = api_log.LogApi(parts._mirror, parts._writer, wait_s=wait_s).routes()
-    server = serve.Server(routes, world=world.System())
+    server = servers.Server(routes, world=world.System())
     await server.start("127.0.0.1", 0)
     try:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as http:

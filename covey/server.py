@@ -1,0 +1,256 @@
+"""The HTTP server that controller and registry share: sockets, drain, and waking up frozen.
+
+    connection ──► aiohttp's parser ──► dispatch (routes, limits, envelope) ──► the answer's last byte
+
+Frozen (safety S24): after a gap of the event loop what lies in the sockets is of unknown age. Every client connection
+is closed unread, the backlog too.
+
+Drain: the listener closes, parked polls and uploads are told (`dispatch`), requests in flight finish.
+"""
+
+import asyncio
+import errno
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import aiohttp
+from aiohttp import web, web_protocol
+
+from covey import answer, dispatch, errors, observe, serve, world
+
+_AFTERSHOCK_S = 0.05  # connections accepted this soon after a gap had been waiting in the backlog
+_KEEPALIVE_S = 150.0  # above 120 s: a client's pooled connection must not be closed under its POST
+_LINGER_S = 3.0
+_CUT_SHARE = 0.7  # uploads are cut after this share of the grace
+
+log = observe.log("http")
+
+
+class Server:
+    """One listening program: start → (serve by itself) → drain. Or without sockets: begin → hand → drain."""
+
+    def __init__(
+        self,
+        routes: Sequence[serve.Route],
+        *,
+        world: world.World,
+        error_bodies: Mapping[str, answer.ErrorBody] = {},
+        on_gap: Callable[[float], None] | None = None,
+        load_limit: int = 1000,
+    ) -> None:
+        self.host = ""
+        self.port = 0
+        self._world = world
+        self._dispatch = dispatch.Dispatch(routes, world=world, error_bodies=error_bodies, load_limit=load_limit)
+        self._dispatch.on_gap += [on_gap, self._close_unread] if on_gap is not None else [self._close_unread]
+        self.draining = self._dispatch.draining
+        self.hand = self._dispatch.hand
+        self._shaken_until_ns = 0
+        self._web: _WebServer | None = None
+        self._listener: asyncio.Server | None = None
+        self._sockets: list[socket.socket] = []
+
+    # ---- start and drain -------------------------------------------------------------------------------------------
+
+    async def start(self, host: str, port: int) -> None:
+        """Listen on host:port ("" is every address, port 0 any free one). Raises SettingError in one clear line."""
+        self._sockets = [_listen(host, port)]
+        self._web = _WebServer(self._serve, self)
+        self._listener = await asyncio.get_running_loop().create_server(self._web, sock=self._sockets[0], backlog=4096)
+        self.host, self.port = host, self._sockets[0].getsockname()[1]
+        self.begin()
+
+    def begin(self) -> None:
+        """Serve what is handed over, without a listener."""
+        self._dispatch.begin()
+
+    async def drain(self, grace_s: float) -> int:
+        """Take nothing new, finish what runs within `grace_s`, close everything. Returns how many requests had to be
+        broken off."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + grace_s
+        self.draining.set()
+        if self._listener is not None:
+            self._listener.close()
+        await self._dispatch.wait_until_idle(grace_s * _CUT_SHARE)
+        self._dispatch.cut()
+        await self._dispatch.wait_until_idle(end - loop.time())
+        while self._unsent_bytes() and loop.time() < end:
+            await asyncio.sleep(0.01)
+        broken = self._dispatch.in_flight
+        if self._web is not None:
+            await self._web.shutdown(0.1)
+        self._dispatch.end()
+        return broken
+
+    def _unsent_bytes(self) -> int:
+        transports = (connection.transport for connection in self.connections)
+        return sum(transport.get_write_buffer_size() for transport in transports if transport is not None)
+
+    @property
+    def connections(self) -> Sequence[web_protocol.RequestHandler]:
+        return self._web.connections if self._web is not None else ()
+
+    # ---- frozen (safety S24) ---------------------------------------------------------------------------------------
+
+    def _close_unread(self, _gap_s: float) -> None:
+        self._shaken_until_ns = self._world.boot_ns() + int(_AFTERSHOCK_S * 1e9)
+        for sock in self._sockets:
+            try:
+                while True:
+                    sock.accept()[0].close()
+            except OSError:  # BlockingIOError: the backlog is empty
+                continue
+        for connection in self.connections:
+            if connection.transport is not None:
+                connection.transport.abort()
+
+    def shaken(self) -> bool:
+        """Whether a gap was found just now: what is accepted at this moment had been waiting through it."""
+        return self._world.boot_ns() < self._shaken_until_ns
+
+    # ---- one request -----------------------------------------------------------------------------------------------
+
+    async def _serve(self, raw: web.BaseRequest) -> web.StreamResponse:
+        """aiohttp's entry: the answer is sent in here, so that `drain` counts a request until its last byte."""
+        started_ns = self._world.boot_ns()
+        with self._dispatch.passing():
+            request = _Wired(raw)
+            if request.gone():  # also: read just before a gap was found
+                raise ConnectionResetError("the connection was closed unread")
+            response = await self._dispatch.answer(request)
+            if self.draining.is_set():
+                response.force_close()
+            await _send(response, raw)
+        took_ms = (self._world.boot_ns() - started_ns) / 1e6
+        log.debug("answered", method=raw.method, path=raw.path, status=response.status, ms=round(took_ms, 1))
+        return response
+
+
+async def _send(response: web.StreamResponse, raw: web.BaseRequest) -> None:
+    try:
+        await response.prepare(raw)
+        await response.write_eof()
+    except ConnectionError:
+        response.force_close()
+    except Exception:
+        log.exception("an answer broke off", method=raw.method, path=raw.path)
+        if raw.transport is not None:  # half of it may be out: the client must not take it for the whole
+            raw.transport.abort()
+        raise ConnectionResetError("the answer was broken off") from None
+
+
+class _Wired:
+    """A request from a socket."""
+
+    __slots__ = ("_raw",)
+
+    def __init__(self, raw: web.BaseRequest) -> None:
+        self._raw = raw
+
+    @property
+    def method(self) -> str:
+        return self._raw.method
+
+    @property
+    def path(self) -> str:
+        return self._raw.path
+
+    @property
+    def query(self) -> Mapping[str, str]:
+        return self._raw.query
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self._raw.headers
+
+    @property
+    def peer(self) -> str:
+        return self._raw.remote or ""
+
+    @property
+    def has_body(self) -> bool:
+        return self._raw.body_exists
+
+    @property
+    def size_bytes(self) -> int | None:
+        return self._raw.content_length
+
+    def gone(self) -> bool:
+        return self._raw.transport is None or self._raw.transport.is_closing()
+
+    async def piece(self) -> bytes:
+        content = self._raw.content
+        try:
+            while True:
+                chunk, _ = await content.readchunk()  # what arrived, without a copy
+                if chunk or content.at_eof():
+                    return chunk
+        except (aiohttp.ClientError, asyncio.IncompleteReadError) as error:
+            raise ConnectionResetError(str(error)) from error
+
+    async def go_ahead(self) -> None:
+        await self._raw.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._raw.writer.output_size = 0  # of the answer itself nothing is out yet
+
+
+class _Protocol(web_protocol.RequestHandler):
+    """aiohttp's connection, with our error bodies and without connections that waited through a gap."""
+
+    __slots__ = ("_owner",)
+
+    def __init__(self, manager: web.Server, owner: Server, **settings: Any) -> None:
+        super().__init__(manager, loop=asyncio.get_running_loop(), **settings)
+        self._owner = owner
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if self._owner.shaken() and self.transport is not None:
+            self.transport.abort()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Reached for requests that are no HTTP; our handler turns its own faults into answers."""
+        text = " ".join((message or "the request could not be read").split())
+        response = answer.respond(answer.Fault(status, f"malformed HTTP request: {text}"), answer.enveloped_fault)
+        response.force_close()
+        return response
+
+
+class _WebServer(web.Server):
+    def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], owner: Server) -> None:
+        super().__init__(handler)
+        self._owner = owner
+
+    def __call__(self) -> web_protocol.RequestHandler:
+        return _Protocol(
+            self,
+            self._owner,
+            keepalive_timeout=_KEEPALIVE_S,
+            lingering_time=_LINGER_S,
+            access_log=None,
+            auto_decompress=False,
+            read_bufsize=serve.MIB,
+        )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        if not host and socket.has_dualstack_ipv6():
+            sock = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
+        else:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            sock = socket.create_server((host, port), family=family, backlog=4096)
+    except OSError as error:
+        where = f"{host or '*'}:{port}"
+        if error.errno == errno.EADDRINUSE:
+            raise errors.SettingError(f"{where} is taken by another program; choose another listen address") from error
+        raise errors.SettingError(f"cannot listen on {where}: {error.strerror or error}") from error
+    sock.setblocking(False)
+    return sock
