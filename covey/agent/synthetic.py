@@ -4,7 +4,9 @@ It lets hundreds of nodes run in one process, shows a whole cloud on a laptop, a
 tests. On disk its VMs outlive the agent's kill -9, as real ones do:
 
     vms/<instance>.<epoch>/vm.json      what the VM is (`_Vm`)
-    vms/starts.log                      one line per guest start, for tests that count them
+    vms/journal.log                     what was done to guests, for tests: ``<instance> <epoch> start|stop|destroy <ns>``,
+                                        by the clock that never jumps; a start is written before the guest runs, an end
+                                        before it ends, so a crash in between leaves no guest out
 
 A start script is not run: its lines ``echo TEXT [>&2]``, ``sleep SECONDS``, ``exit CODE`` and ``poweroff`` do what a
 shell would have done with them; other lines do nothing.
@@ -24,7 +26,7 @@ from covey.agent import hypervisor, images, tail
 
 Phase = hypervisor.Phase
 _FAIL_AT = ("prepare", "start", "boot", "stop")
-_STARTS = "starts.log"
+_JOURNAL = "journal.log"
 
 
 class Knobs(model.Noun, frozen=True, kw_only=True):
@@ -151,9 +153,7 @@ class Synthetic:
             raise errors.HypervisorError(f"VM {instance} epoch {epoch} cannot start: {vm.phase if vm else 'absent'}")
         await self._take(instance, 0.0, "start")
         failpoint.reach("synthetic.forking")
-        if self._root is not None:
-            with (self._root / _STARTS).open("a") as log:
-                log.write(f"{instance} {epoch}\n")
+        self._note(vm, "start")
         self._save(msgspec.structs.replace(vm, phase=Phase.RUNNING, started_ns=self._clock.boot_ns()))
         failpoint.reach("synthetic.forked")
         if _befalls("vanish", instance, self.knobs.vanish_share):
@@ -213,10 +213,14 @@ class Synthetic:
         if vm is None or vm.phase is not Phase.RUNNING:
             return
         await self._take(instance, self.knobs.stop_s, "stop")
+        self._note(vm, "stop")
         self._save(msgspec.structs.replace(vm, phase=Phase.STOPPED))
 
     async def destroy(self, instance: model.InstanceId, epoch: int) -> None:
         failpoint.reach("synthetic.destroy")
+        vm = self._vms.get((instance, epoch))
+        if vm is not None and vm.phase is not Phase.PREPARED:
+            self._note(vm, "destroy")
         self._remove((instance, epoch))
 
     # ---- how a VM stands -------------------------------------------------------------------------------------------
@@ -250,6 +254,11 @@ class Synthetic:
             await asyncio.sleep(seconds)
         if self.knobs.fail == step and _befalls("fail", instance, self.knobs.fail_share):
             raise errors.HypervisorError(f"the VM cannot {step} (synthetic fail={step})")
+
+    def _note(self, vm: _Vm, what: str) -> None:
+        if self._root is not None:
+            with (self._root / _JOURNAL).open("a") as journal:
+                journal.write(f"{vm.instance} {vm.epoch} {what} {self._clock.boot_ns()}\n")
 
     def _save(self, vm: _Vm) -> None:
         self._vms[vm.instance, vm.epoch] = vm

@@ -95,8 +95,9 @@ class Program:
 
     def starts(self) -> list[str]:
         """One line per guest that ever started on this node."""
-        log = self.folder / "vms" / "starts.log"
-        return log.read_text().splitlines() if log.exists() else []
+        journal = self.folder / "vms" / "journal.log"
+        lines = journal.read_text().splitlines() if journal.exists() else []
+        return [" ".join(line.split()[:2]) for line in lines if line.split()[2] == "start"]
 
     async def ended(self, limit_s: float = 20.0) -> int:
         await fake.until(lambda: self.process.poll() is not None, "the agent's process ended", limit_s)

@@ -35,7 +35,7 @@ async def test_kill_9_at_each_step_of_a_start(cloud: fake.Controller, make_progr
     assert (Said.BOOTED in cloud.said(VM)) == booted
     assert second.starts() == ([f"{VM} 1"] if booted else [])
     await destroyed(cloud)
-    assert [path.name for path in (second.folder / "vms").iterdir()] in (["starts.log"], [])
+    assert [path.name for path in (second.folder / "vms").iterdir()] in (["journal.log"], [])
     assert not list((second.folder / "records").iterdir())
 
 
@@ -50,7 +50,7 @@ async def test_kill_9_at_each_step_of_a_removal(cloud: fake.Controller, make_pro
     second = make_program()
     await fake.until(lambda: Said.GONE in cloud.said(VM), "gone")
     assert second.starts() == [f"{VM} 1"]
-    assert [path.name for path in (second.folder / "vms").iterdir()] == ["starts.log"]
+    assert [path.name for path in (second.folder / "vms").iterdir()] == ["journal.log"]
 
 
 async def test_sigterm_ends_the_agent_with_0_and_no_vm(cloud: fake.Controller, make_program: MakeProgram) -> None:
