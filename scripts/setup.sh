@@ -3,7 +3,8 @@
 #
 #   * Runs again at any time: what is there is left alone (a stamp holds the hash of all inputs), and is then quick.
 #   * Two at once wait for each other: one lock per clone, one per machine around apt.
-#   * etcd is unpacked into .deps/, never installed: the package would start a server on etcd's standard ports.
+#   * etcd and the balancers are unpacked into .deps/, never installed: their packages would start servers on the
+#     standard ports.
 #   * Every Python package is checked against a hash in requirements.lock; where it comes from is the machine's own
 #     choice (pip's and uv's settings and variables), see docs/decisions/0002-lock-without-addresses.md.
 set -euo pipefail
@@ -14,6 +15,7 @@ mkdir -p .deps
 log="$root/.deps/setup.log"
 venv="$root/.venv"
 etcd="$root/.deps/etcd"
+balancers="$root/.deps/balancers"
 started=$SECONDS
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -80,6 +82,13 @@ missing_packages() {
 
 have_etcd() { { have etcd && have etcdctl; } || { [ -x "$etcd/usr/bin/etcd" ] && [ -x "$etcd/usr/bin/etcdctl" ]; }; }
 
+have_balancers() {
+    local program
+    for program in haproxy nginx keepalived; do
+        [ -x "$balancers/bin/$program" ] || return 1
+    done
+}
+
 # ---- steps ------------------------------------------------------------------------------------------------------
 
 # Called with the machine-wide lock held. Lists of a fresh machine are absent or stale: refresh them, once.
@@ -118,11 +127,50 @@ unpack_etcd() {
     trap - EXIT
 }
 
+# haproxy, nginx and keepalived with the libraries that this machine does not have, each behind a script in bin/ that
+# shows it those libraries. What is missing is what apt would install.
+unpack_balancers() {
+    have apt-get || fail "this is no Debian; please link haproxy, nginx and keepalived into .deps/balancers/bin"
+    local work packages program
+    work=$(mktemp -d "$root/.deps/balancers.XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+    if [ "$(id -u)" = 0 ]; then apt_update_once; fi
+    say "unpacking haproxy, nginx and keepalived into .deps/balancers"
+    packages=$(apt-get install -s --no-install-recommends --reinstall haproxy nginx keepalived 2>>"$log" |
+        sed -n 's/^Inst \([^ ]*\) .*/\1/p')
+    # shellcheck disable=SC2086  # a list of words
+    (cd "$work" && quietly apt-get download -q -o APT::Sandbox::User=root -o Acquire::Retries=3 $packages)
+    for package in "$work"/*.deb; do
+        quietly dpkg -x "$package" "$work/tree"
+    done
+    mkdir "$work/tree/bin.covey"
+    for program in haproxy nginx keepalived; do
+        cat >"$work/tree/bin.covey/$program" <<'SCRIPT'
+#!/bin/sh
+tree=$(dirname "$(dirname "$(readlink -f "$0")")")
+for folder in "$tree"/lib/*-linux-gnu* "$tree"/usr/lib/*-linux-gnu*; do
+    libraries="${libraries:+$libraries:}$folder"
+done
+LD_LIBRARY_PATH="$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" exec "$tree/usr/sbin/$(basename "$0")" "$@"
+SCRIPT
+        chmod +x "$work/tree/bin.covey/$program"
+    done
+    rm -rf "$work/tree/bin"
+    mv "$work/tree/bin.covey" "$work/tree/bin"
+    for program in haproxy nginx keepalived; do
+        quietly "$work/tree/bin/$program" -v
+    done
+    rm -rf "$balancers"
+    mv "$work/tree" "$balancers"
+    rm -rf "$work"
+    trap - EXIT
+}
+
 system_part() {
     local missing
     missing=$(missing_packages | sort -u | tr '\n' ' ')
     missing=${missing% }
-    [ -z "$missing" ] && have_etcd && return
+    [ -z "$missing" ] && have_etcd && have_balancers && return
     # apt's list lock knows no waiting, so two clones on one machine take turns here. Whoever cannot open the lock
     # file (not root, another user's file) goes on without it.
     if { exec 8>>"${TMPDIR:-/tmp}/covey-setup-apt.lock"; } 2>/dev/null; then
@@ -130,6 +178,7 @@ system_part() {
     fi
     [ -n "$missing" ] && install_packages "$missing"
     have_etcd || unpack_etcd
+    have_balancers || unpack_balancers
     exec 8>&-
 }
 
