@@ -61,11 +61,13 @@ class Rejected(StoreError):
 
 
 class RemoteError(CoveyError):
-    """An HTTP peer could not be reached, or did not answer as it should. ``status`` is 0 when there was no answer."""
+    """An HTTP peer could not be reached, or did not answer as it should. ``status`` is 0 when there was no answer;
+    ``retry_after_s`` is more than 0 when all peers asked to be left alone for so long."""
 
-    def __init__(self, text: str, status: int = 0) -> None:
+    def __init__(self, text: str, status: int = 0, *, retry_after_s: float = 0.0) -> None:
         super().__init__(text)
         self.status = status
+        self.retry_after_s = retry_after_s
 
 
 class HypervisorError(CoveyError):

@@ -206,7 +206,8 @@ class Agent:
             tag=self._tag if not standing.hold else "",
             wait_s=wire.POLL_LIMIT_S,
         )
-        answer = await standing.call("wanted", wire.WantedState, ask, timeout_s=wire.POLL_LIMIT_S + _POLL_GRACE_S)
+        limit_s = wire.POLL_LIMIT_S + _POLL_GRACE_S
+        answer = await standing.call("wanted", wire.WantedState, ask, timeout_s=limit_s, parks=bool(ask.tag))
         standing.heartbeat_s = answer.heartbeat_s
         if answer.hold:
             if not standing.hold:

@@ -94,7 +94,7 @@ class Session:
             )
             sent_ns = self._clock.boot_ns()
             try:
-                answer = await self._endpoints.ask("POST", "/agent/v1/join", wire.Joined, ask)
+                answer = await self._endpoints.ask("POST", "/agent/v1/join", wire.Joined, ask, repeatable=True)
             except errors.Refused as error:
                 refusal = error
             except errors.RemoteError as error:
@@ -109,14 +109,24 @@ class Session:
                 return answer
         raise errors.Refused(f"this node may not join: {refusal}")
 
-    async def call(self, path: str, kind: type[T], body: msgspec.Struct, *, timeout_s: float = 10.0) -> T:
-        """One call in the session's name. Raises SessionLost, Refused, or RemoteError (ask again)."""
+    async def call(
+        self, path: str, kind: type[T], body: msgspec.Struct, *, timeout_s: float = 10.0, parks: bool = False
+    ) -> T:
+        """One call in the session's name; `parks` when the cloud may wait with its answer. Any call may be repeated
+        (promise I7). Raises SessionLost, Refused, or RemoteError (ask again)."""
         counter = self.counter
         headers = {"Authorization": f"Covey {self.node}.{counter}.{self._file.now.secret}"}
         sent_ns = self.sent_ns = self._clock.boot_ns()
         try:
             answer = await self._endpoints.ask(
-                "POST", f"/agent/v1/{path}", kind, body, headers=headers, timeout_s=timeout_s
+                "POST",
+                f"/agent/v1/{path}",
+                kind,
+                body,
+                repeatable=True,
+                parks=parks,
+                headers=headers,
+                timeout_s=timeout_s,
             )
         except errors.RemoteError as error:
             if error.status not in (409, 410):

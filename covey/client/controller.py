@@ -18,6 +18,7 @@ from covey import errors, model, world
 from covey.client import http
 
 _POLL_S = 0.5
+_PATIENCE_S = 10.0  # with controllers that all say they are busy
 SETTLED = frozenset({model.State.STARTED, model.State.ERROR, model.State.TERMINATED, model.State.TERMINATING})
 
 
@@ -159,7 +160,7 @@ class Controller:
     """One cloud, by the URLs of its controllers. Any of them will do for any call."""
 
     def __init__(self, urls: Sequence[str], clock: world.World, *, timeout_s: float = 15.0) -> None:
-        self.endpoints = http.Endpoints(urls, timeout_s=timeout_s)
+        self.endpoints = http.Endpoints(urls, salt=clock.token(), timeout_s=timeout_s, patience_s=_PATIENCE_S)
         self._world = clock
 
     async def __aenter__(self) -> Self:
@@ -224,7 +225,8 @@ class Controller:
         return await self.endpoints.ask("GET", "/api/v1/node", list[Node])
 
     async def drain(self, node_id: str, drain: bool) -> None:
-        await self.endpoints.ask("POST", "/api/v1/node/config", type(None), {"node_id": node_id, "drain_mode": drain})
+        body = {"node_id": node_id, "drain_mode": drain}
+        await self.endpoints.ask("POST", "/api/v1/node/config", type(None), body, repeatable=True)
 
     async def templates(self) -> list[Template]:
         return await self.endpoints.ask("GET", "/api/v1/registry/vm", list[Template])

@@ -1,57 +1,147 @@
-"""HTTP to one of several equal servers: the typed client's transport (used by CLI, agent, registry peers, tests).
+"""HTTP to one of several equal servers: the transport of every typed client (CLI, agent, registry peers, tests).
 
-Rules: every attempt has a deadline; a call goes to the endpoint that answered best last; a refusal, a time-out, a 503
-or a frozen peer moves it to the next one at once; an endpoint that failed is tried again after a pause. A call that
-is not `repeatable` (a POST without an idempotency key) is only repeated when the first server certainly never saw it
-(connection refused) or said itself that nothing was done (503).
+    Endpoints ── which one? ─► balance.Balance        rules alone
+        └────── send ────────► Exchange               Sockets (aiohttp), or something without sockets in a simulation
+
+Rules:
+
+* A server that refuses, breaks off, says 503 or lets a call wait while another one answers is left for the next one at
+  once; when it is used again is `balance`'s to say.
+* A call that may be repeated and has no answer after about a second is also sent to another server that is well, and
+  the first good answer counts: a frozen peer accepts connections and never answers. Copies are few on the whole, so
+  that servers which are all slow get no more load from it.
+* A call that waits for news on purpose (`parks`) is not copied. When its server fails another call it is given up and
+  asked elsewhere at once.
+* A call that may not be repeated (a POST without an Idempotency-Key) goes to another server only when the first
+  certainly did nothing: no connection, or its own word (503).
+* `Retry-After` counts when all servers say so. Until then the next one is asked.
+
+All time is the running loop's, so that a simulation can run in time of its own.
 """
 
 import asyncio
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import aiohttp
 import msgspec
 
 from covey import errors, wire
+from covey.client import balance
 
 T = TypeVar("T")
 
-_PAUSE_S = 3.0  # a failed endpoint is left alone this long while another one works
+_LOOK_LIMIT_S = 2.0
+_BROKEN_S = 0.5  # a connection that breaks so soon may have been an old one that the server had closed
+_BYTES_PER_S = 1e6  # a line this slow is no reason for a second copy
 
 
-class Endpoints:
-    """Several base URLs of equal servers, with their own health."""
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A server's answer, whatever its status."""
 
-    def __init__(
-        self, urls: Sequence[str], *, timeout_s: float = 10.0, connect_s: float = 2.0, headers: Mapping[str, str] = {}
-    ) -> None:
-        if not urls:
-            raise errors.SettingError("no server URL is given; name one with --controller or --registry")
-        self._urls = [url.rstrip("/") for url in urls]
-        self._bad_until = dict.fromkeys(self._urls, 0.0)
-        self._current = 0
-        self._timeout_s = timeout_s
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class NotSent(errors.RemoteError):
+    """No connection: the server certainly did nothing."""
+
+
+class Lost(errors.RemoteError):
+    """The connection broke or time was up: nobody knows what the server did."""
+
+
+class Exchange(Protocol):
+    """Carries one request to one server and its answer back. Any number at once; cancelling gives one up."""
+
+    async def send(
+        self, url: str, method: str, path: str, data: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> Reply:
+        """The answer of the server at `url`. Raises NotSent or Lost, and nothing else."""
+        ...
+
+
+class Sockets:
+    """Exchange over real sockets: a pool of connections, opened at first use inside the running loop."""
+
+    def __init__(self, connect_s: float = 2.0) -> None:
         self._connect_s = connect_s
-        self._headers = dict(headers)
         self._session: aiohttp.ClientSession | None = None
 
     @property
-    def urls(self) -> tuple[str, ...]:
-        return tuple(self._urls)
-
-    @property
     def session(self) -> aiohttp.ClientSession:
-        """The connection pool, opened at first use inside the running loop."""
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s)
-            self._session = aiohttp.ClientSession(
-                connector=connector, timeout=timeout, headers=self._headers, auto_decompress=False
-            )
+            self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
         return self._session
+
+    async def send(
+        self, url: str, method: str, path: str, data: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> Reply:
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self.session.request(method, url + path, data=data, headers=headers) as answer,
+            ):
+                return Reply(answer.status, answer.headers, await answer.read())
+        except aiohttp.ClientConnectorError as error:
+            raise NotSent(f"cannot connect ({error.os_error.strerror or error.os_error})") from error
+        except aiohttp.ConnectionTimeoutError as error:
+            raise NotSent(f"cannot connect within {self._connect_s:g} s") from error
+        except TimeoutError as error:
+            raise Lost(f"no answer within {timeout_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise Lost(f"{type(error).__name__}{f' {error}' if str(error) else ''}") from error
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+
+class Endpoints:
+    """Several base URLs of equal servers, and what this client knows of their health.
+
+    `learnt`: URLs that the cloud named earlier; they come before `urls`. `salt`: clients with different ones prefer
+    different servers ("": the first). `patience_s`: how long `ask` may wait in all while every server says that it is
+    busy. `exchange`: may be shared with others, and is closed by whoever made it.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        learnt: Sequence[str] = (),
+        salt: str = "",
+        timeout_s: float = 10.0,
+        connect_s: float = 2.0,
+        patience_s: float = 0.0,
+        exchange: Exchange | None = None,
+    ) -> None:
+        if not urls:
+            raise errors.SettingError("no server URL is given; name one with --controller or --registry")
+        self._balance = balance.Balance([_base(url) for url in urls], [_base(url) for url in learnt], salt)
+        self._sockets = exchange if isinstance(exchange, Sockets) else Sockets(connect_s)
+        self._exchange: Exchange = exchange or self._sockets
+        self._shared = exchange is not None
+        self._timeout_s = timeout_s
+        self._patience_s = patience_s
+        self._looks: set[asyncio.Task[None]] = set()
+        self._parked: dict[asyncio.Task[Reply], str] = {}
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        return self._balance.urls
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """For requests whose bodies are streams."""
+        return self._sockets.session
 
     async def __aenter__(self) -> Self:
         return self
@@ -62,22 +152,55 @@ class Endpoints:
         await self.close()
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        for look in self._looks:
+            look.cancel()
+        await asyncio.gather(*self._looks, return_exceptions=True)
+        if not self._shared:
+            await self._sockets.close()
+
+    # ---- which server ----------------------------------------------------------------------------------------------
+
+    def learn(self, urls: Sequence[str]) -> None:
+        """The servers that the cloud has now, in place of those it named before. The given ones stay, as a last
+        resort; with an empty list they are all there is."""
+        self._balance.learn([_base(url) for url in urls])
 
     def pick(self) -> str:
-        """The endpoint to use now: the current one while it is well, else the next that is, else the least bad."""
-        now = time.monotonic()
-        for step in range(len(self._urls)):
-            index = (self._current + step) % len(self._urls)
-            if self._bad_until[self._urls[index]] <= now:
-                self._current = index
-                return self._urls[index]
-        return min(self._urls, key=lambda url: self._bad_until[url])
+        """The server to use now."""
+        self._look_around()
+        return self._balance.order(_now())[0]
 
     def mark_bad(self, url: str) -> None:
-        self._bad_until[url] = time.monotonic() + _PAUSE_S
+        """It failed in a way that nobody here has seen. Calls that wait for news from it are asked elsewhere."""
+        self._balance.failed(url, _now())
+        if any(self._balance.well(other) for other in self.urls if other != url):
+            for task, where in self._parked.items():
+                if where == url:
+                    task.cancel()
+
+    def mark_good(self, url: str, took_s: float | None = None) -> None:
+        """It answered; `took_s` says how quickly, where that means something."""
+        self._balance.answered(url, _now(), took_s)
+
+    def _look_around(self) -> None:
+        """Have a look at the servers that may be well again; nobody waits for it."""
+        for url in self._balance.due(_now()):
+            look = asyncio.create_task(self._look(url))
+            self._looks.add(look)
+            look.add_done_callback(self._looks.discard)
+
+    async def _look(self, url: str) -> None:
+        began_s = _now()
+        took_s: float | None = None
+        try:
+            reply = await self._exchange.send(url, "GET", "/readyz", None, {}, _LOOK_LIMIT_S)
+        except (NotSent, Lost):
+            pass
+        else:
+            took_s = _now() - began_s if reply.status < 500 else None
+        self._balance.looked(url, _now(), took_s)
+
+    # ---- calls -----------------------------------------------------------------------------------------------------
 
     async def call(
         self,
@@ -85,41 +208,18 @@ class Endpoints:
         path: str,
         body: Any = None,
         *,
-        repeatable: bool = True,
+        repeatable: bool | None = None,
+        parks: bool = False,
         timeout_s: float | None = None,
         headers: Mapping[str, str] = {},
     ) -> tuple[int, bytes]:
-        """One call with fail-over: (HTTP status, body). Raises RemoteError when no endpoint gave an answer in time;
-        its text then says whether the call may have been carried out."""
-        data = None if body is None else msgspec.json.encode(body)
-        limit_s = self._timeout_s if timeout_s is None else timeout_s
-        failures: list[str] = []
-        for _ in range(len(self._urls) + 1):
-            url = self.pick()
-            try:
-                async with (
-                    asyncio.timeout(limit_s),
-                    self.session.request(method, url + path, data=data, headers=dict(headers)) as answer,
-                ):
-                    content = await answer.read()
-            except aiohttp.ClientConnectorError as error:
-                self.mark_bad(url)
-                failures.append(f"{url}: cannot connect ({error.os_error.strerror or error.os_error})")
-                continue
-            except (TimeoutError, aiohttp.ClientError, OSError) as error:
-                self.mark_bad(url)
-                failures.append(f"{url}: {type(error).__name__}{f' {error}' if str(error) else ''}")
-                if repeatable:
-                    continue
-                raise errors.RemoteError(f"{failures[-1]}; the request may have been carried out") from error
-            if answer.status == 503 and len(self._urls) > 1:
-                self.mark_bad(url)
-                failures.append(f"{url}: not ready (503)")
-                if all(self._bad_until[other] > time.monotonic() for other in self._urls):
-                    return answer.status, content
-                continue
-            return answer.status, content
-        raise errors.RemoteError("; ".join(dict.fromkeys(failures)))
+        """One call with fail-over: (HTTP status, body); 503 when every server says so. Raises RemoteError when none
+        gave an answer in time; its text then says whether the call may have been carried out.
+
+        `repeatable`: may be carried out twice without harm; unless given, all but a POST without Idempotency-Key.
+        `parks`: the server may wait with its answer on purpose. `timeout_s` is each attempt's."""
+        reply = await self._race(method, path, body, repeatable, parks, timeout_s, headers)
+        return reply.status, reply.body
 
     async def ask(
         self,
@@ -128,26 +228,219 @@ class Endpoints:
         kind: type[T],
         body: Any = None,
         *,
-        repeatable: bool = True,
+        repeatable: bool | None = None,
+        parks: bool = False,
         timeout_s: float | None = None,
         headers: Mapping[str, str] = {},
     ) -> T:
         """One call of an enveloped API: the typed body. FAIL at 200 raises Refused (`Not found`: NotFound) with the
         server's message; any other status raises RemoteError carrying it."""
-        status, content = await self.call(
-            method, path, body, repeatable=repeatable, timeout_s=timeout_s, headers=headers
-        )
+        until_s = _now() + self._patience_s
+        while True:
+            busy_s = self._balance.busy_for_s(_now())
+            if busy_s > 0 and _now() + busy_s > until_s:
+                text = f"busy; asked to be left alone for {busy_s:.1f} s: {', '.join(self.urls)}"
+                raise errors.RemoteError(text, 503, retry_after_s=busy_s)
+            await asyncio.sleep(busy_s)
+            reply = await self._race(method, path, body, repeatable, parks, timeout_s, headers)
+            busy_s = self._balance.busy_for_s(_now())
+            if reply.status != 503 or busy_s == 0 or _now() + busy_s > until_s:
+                return _opened(reply, f"{method} {path}", kind, busy_s)
+
+    async def _race(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        repeatable: bool | None,
+        parks: bool,
+        timeout_s: float | None,
+        headers: Mapping[str, str],
+    ) -> Reply:
+        self._look_around()
+        if repeatable is None:
+            repeatable = method != "POST" or any(name.lower() == "idempotency-key" for name in headers)
+        data = None if body is None else msgspec.json.encode(body)
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        return await _Race(self, _Ask(method, path, data, dict(headers), repeatable, parks, limit_s)).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """One call, wherever it goes."""
+
+    method: str
+    path: str
+    data: bytes | None
+    headers: Mapping[str, str]
+    repeatable: bool
+    parks: bool
+    limit_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    url: str
+    began_s: float
+
+
+class _Race:
+    """One call on its way: at one server after the other, sometimes at several at once."""
+
+    def __init__(self, owner: Endpoints, ask: _Ask) -> None:
+        self._owner = owner
+        self._balance = owner._balance
+        self._ask = ask
+        self._running: dict[asyncio.Task[Reply], _Attempt] = {}
+        self._tried: list[str] = []
+        self._again = ""  # a server that may be tried once more
+        self._failures: list[str] = []
+        self._unwilling: list[Reply] = []  # 503
+        self._may_copy = ask.repeatable and not ask.parks
+
+    async def run(self) -> Reply:
+        """The first good answer. Raises RemoteError."""
         try:
-            envelope = msgspec.json.decode(content, type=wire.Envelope)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise errors.RemoteError(f"{method} {path}: HTTP {status} without the API's envelope", status) from error
-        if status != 200:
-            raise errors.RemoteError(envelope.message or f"HTTP {status}", status)
-        if envelope.status != "OK":
-            raise (errors.NotFound if envelope.message == "Not found" else errors.Refused)(envelope.message)
-        if kind is type(None) or bytes(envelope.body) == b"null":
-            return None  # type: ignore[return-value]
+            while True:
+                if not self._running:
+                    url = self._next()
+                    if not url:
+                        return self._no_answer()
+                    self._begin(url)
+                done, _ = await asyncio.wait(
+                    self._running, timeout=self._copy_after_s(), return_when=asyncio.FIRST_COMPLETED
+                )
+                if not done:
+                    self._copy()
+                for task in done:
+                    reply = self._outcome(task, self._running.pop(task))
+                    if reply is not None:
+                        return reply
+        finally:
+            for task in self._running:
+                task.cancel()
+            await asyncio.gather(*self._running, return_exceptions=True)
+
+    def _begin(self, url: str) -> None:
+        ask, owner = self._ask, self._owner
+        self._tried.append(url)
+        sending = owner._exchange.send(url, ask.method, ask.path, ask.data, ask.headers, ask.limit_s)
+        task = asyncio.ensure_future(sending)
+        self._running[task] = _Attempt(url, _now())
+        if ask.parks:
+            owner._parked[task] = url
+            task.add_done_callback(owner._parked.pop)
+
+    def _next(self) -> str:
+        """Where to try now; "" when everything was tried."""
+        for url in self._balance.order(_now()):
+            if url not in self._tried:
+                return url
+        url, self._again = self._again, ""
+        return url
+
+    # ---- second copies ---------------------------------------------------------------------------------------------
+
+    def _copy_after_s(self) -> float | None:
+        """How long to wait for what is running before another server is asked as well; None: as long as it takes."""
+        if not self._may_copy or not self._spare():
+            return None
+        newest = max(self._running.values(), key=lambda attempt: attempt.began_s)
+        late_s = self._balance.late_after_s(newest.url) + len(self._ask.data or b"") / _BYTES_PER_S
+        return max(0.0, newest.began_s + late_s - _now())
+
+    def _spare(self) -> str:
+        """A server that is well and was not asked yet; "" when there is none."""
+        order = self._balance.order(_now())
+        return next((url for url in order if url not in self._tried and self._balance.well(url)), "")
+
+    def _copy(self) -> None:
+        url = self._spare()
+        if url:
+            self._may_copy = self._balance.take_copy()
+            if self._may_copy:
+                self._begin(url)
+
+    # ---- outcomes --------------------------------------------------------------------------------------------------
+
+    def _outcome(self, task: asyncio.Task[Reply], attempt: _Attempt) -> Reply | None:
+        """The answer, or None when another server is to be asked. Raises RemoteError when that may not be."""
+        url, took_s = attempt.url, _now() - attempt.began_s
+        if task.cancelled():  # by `mark_bad`
+            self._failures.append(f"{url}: given up, because another call to it failed")
+            return None
         try:
-            return msgspec.json.decode(envelope.body, type=kind)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise errors.RemoteError(f"{method} {path}: unexpected body: {error}", status) from error
+            reply = task.result()
+        except NotSent as error:
+            self._missed(url, str(error))
+            return None
+        except Lost as error:
+            self._lost(url, str(error), took_s)
+            return None
+        if reply.status in (502, 504) and self._ask.repeatable:  # a gateway had no answer from what is behind it
+            self._lost(url, f"HTTP {reply.status}", took_s)
+            return None
+        if reply.status == 503:
+            self._balance.busy(url, _now(), _retry_after_s(reply.headers))
+            self._failures.append(f"{url}: not ready (503)")
+            self._unwilling.append(reply)
+            return None
+        self._balance.answered(url, _now(), None if self._ask.parks else took_s)
+        self._pass_by(took_s)
+        return reply
+
+    def _missed(self, url: str, why: str) -> None:
+        self._failures.append(f"{url}: {why}")
+        self._owner.mark_bad(url)
+
+    def _lost(self, url: str, why: str, took_s: float) -> None:
+        self._missed(url, why)
+        if not self._ask.repeatable:
+            raise errors.RemoteError(f"{self._failures[-1]}; the request may have been carried out")
+        if took_s < _BROKEN_S and self._tried.count(url) == 1:
+            self._again = url
+
+    def _pass_by(self, took_s: float) -> None:
+        """Those that still owe the answer which another one gave much sooner are not well."""
+        for attempt in self._running.values():
+            if _now() - attempt.began_s > 2 * took_s + balance.LATE_S / 2:
+                self._owner.mark_bad(attempt.url)
+
+    def _no_answer(self) -> Reply:
+        """Every server was asked in vain: their word when all say the same, else RemoteError naming each."""
+        if self._unwilling and len(self._unwilling) == len(self._failures):
+            return self._unwilling[-1]
+        raise errors.RemoteError("; ".join(dict.fromkeys(self._failures)), 503 if self._unwilling else 0)
+
+
+def _opened(reply: Reply, what: str, kind: type[T], busy_s: float) -> T:
+    """What is in the envelope, typed."""
+    try:
+        envelope = msgspec.json.decode(reply.body, type=wire.Envelope)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise errors.RemoteError(f"{what}: HTTP {reply.status} without the API's envelope", reply.status) from error
+    if reply.status != 200:
+        text = envelope.message or f"HTTP {reply.status}"
+        raise errors.RemoteError(text, reply.status, retry_after_s=busy_s)
+    if envelope.status != "OK":
+        raise (errors.NotFound if envelope.message == "Not found" else errors.Refused)(envelope.message)
+    if kind is type(None) or bytes(envelope.body) == b"null":
+        return None  # type: ignore[return-value]
+    try:
+        return msgspec.json.decode(envelope.body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise errors.RemoteError(f"{what}: unexpected body: {error}", reply.status) from error
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float:
+    """Seconds only; a date is not worth comparing clocks for (safety S9)."""
+    text = next((value for name, value in headers.items() if name.lower() == "retry-after"), "")
+    return float(text) if text.isdecimal() else 0.0
+
+
+def _base(url: str) -> str:
+    return url.rstrip("/")
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -67,7 +67,7 @@ class Registry:
 
     async def hold_name(self, name: str) -> model.TemplateId:
         """The id of the template of this name; a new name gets a fresh id. Harmless when repeated."""
-        held = await self._http.ask("POST", "/registry/v2/vm", oci.NameHeld, oci.NameAsk(name=name))
+        held = await self._http.ask("POST", "/registry/v2/vm", oci.NameHeld, oci.NameAsk(name=name), repeatable=True)
         return held.id
 
     # ---- manifests -------------------------------------------------------------------------------------------------
