@@ -20,6 +20,7 @@ All time is the running loop's, so that a simulation can run in time of its own.
 """
 
 import asyncio
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -90,7 +91,7 @@ class Sockets:
             ):
                 return Reply(answer.status, answer.headers, await answer.read())
         except aiohttp.ClientConnectorError as error:
-            raise NotSent(f"cannot connect ({error.os_error.strerror or error.os_error})") from error
+            raise NotSent(f"cannot connect ({_reason(error.os_error)})") from error
         except aiohttp.ConnectionTimeoutError as error:
             raise NotSent(f"cannot connect within {self._connect_s:g} s") from error
         except TimeoutError as error:
@@ -430,6 +431,12 @@ def _opened(reply: Reply, what: str, kind: type[T], busy_s: float) -> T:
         return msgspec.json.decode(envelope.body, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise errors.RemoteError(f"{what}: unexpected body: {error}", reply.status) from error
+
+
+def _reason(error: OSError) -> str:
+    """Why, in the system's plain words: asyncio puts addresses of its own into `strerror`."""
+    plain = error.errno is not None and error.errno > 0
+    return os.strerror(error.errno or 0) if plain else error.strerror or str(error)
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float:
