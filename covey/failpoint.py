@@ -2,17 +2,19 @@
 
 ``COVEY_FAILPOINTS=agent.forking=kill,registry.link=error`` arms them at start; unarmed, `reach` is one dict look-up.
 Actions: ``kill`` (SIGKILL to ourselves: nothing is flushed), ``error`` (raises OSError EIO), ``full`` (raises OSError
-ENOSPC), ``stop`` (SIGSTOP to ourselves: a frozen process).
+ENOSPC), ``stop`` (SIGSTOP to ourselves: a frozen process). A simulation, whose processes are none, `watch`es all points.
 """
 
 import errno
 import os
 import signal
+from collections.abc import Callable
 
 from covey import errors
 
 _ACTIONS = ("kill", "error", "full", "stop")
 _armed: dict[str, str] = {}
+_watcher: Callable[[str], None] | None = None
 
 
 def arm(text: str) -> None:
@@ -27,8 +29,16 @@ def arm(text: str) -> None:
         _armed[name] = action
 
 
+def watch(watcher: Callable[[str], None] | None) -> None:
+    """Tell `watcher` of every point that is reached; it may raise there. None: tell nobody."""
+    global _watcher
+    _watcher = watcher
+
+
 def reach(name: str) -> None:
     """Mark that the program is at `name`; does what is armed for it."""
+    if _watcher is not None:
+        _watcher(name)
     action = _armed.get(name)
     if action is None:
         return

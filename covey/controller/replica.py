@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import covey
 from covey import errors, observe, serve, server, settings
 from covey import world as worlds
+from covey.client import http
 from covey.controller import (
     api_agent,
     api_log,
@@ -42,9 +43,15 @@ log = observe.log("controller")
 
 
 class Replica:
-    """start → (live by itself) → stop. `store` is etcd unless given."""
+    """start → (live by itself) → stop. `store` is etcd unless given; `exchange` carries what it asks of registries."""
 
-    def __init__(self, chosen: settings.Controller, world: worlds.World, store: base.Store | None = None) -> None:
+    def __init__(
+        self,
+        chosen: settings.Controller,
+        world: worlds.World,
+        store: base.Store | None = None,
+        exchange: http.Exchange | None = None,
+    ) -> None:
         self._chosen = chosen
         self._world = world
         self._id = world.uuid()
@@ -58,7 +65,7 @@ class Replica:
         self._loop = loop.Loop(self._mirror, self._writer, world, me=self._id, homes=self._homes, spans=_spans(chosen))
         self._presence = presence.Presence(world)
         self._renewals = renewals.Renewals(self._store, world)
-        self._templates = templates.Templates(chosen.local_registries)
+        self._templates = templates.Templates(chosen.local_registries, exchange)
         self._status, routes = self._api()
         self.server = server.Server(routes, world=world, on_gap=lambda _: self._mirror.doubt())
 
