@@ -23,11 +23,12 @@ from typing import NamedTuple, TypeVar
 import multidict
 from aiohttp import web
 
-from covey import answer, errors, gate, observe, paths, serve, world
+from covey import answer, errors, gate, observe, origin, paths, serve, world
 
 T = TypeVar("T")
 
 GAP_LIMIT_S = 2.0  # safety S24
+LIMITS = {gate.Lane.PEOPLE: gate.Limits(), gate.Lane.AGENTS: gate.Limits()}
 _BEAT_S = 0.25
 
 log = observe.log("http")
@@ -50,7 +51,8 @@ class Dispatch:
         *,
         world: world.World,
         error_bodies: Mapping[str, answer.ErrorBody] = {},
-        load_limit: int = 1000,
+        limits: Mapping[gate.Lane, gate.Limits] = LIMITS,
+        trusted: Sequence[origin.Network] = (),
     ) -> None:
         self.world = world
         self.draining = asyncio.Event()
@@ -59,7 +61,8 @@ class Dispatch:
         self.on_gap: list[Callable[[float], None]] = []
         self._table = paths.Table(routes)
         self._error_bodies = dict(error_bodies)
-        self._gate = gate.Gate(load_limit)
+        self._gate = gate.Gate(limits)
+        self._trusted = tuple(trusted)
         self.in_flight = 0
         self._idle = asyncio.Event()
         self._reads: set[asyncio.Timeout] = set()  # of uploads, waiting for bytes
@@ -118,22 +121,24 @@ class Dispatch:
         return answer.respond(fault, body)
 
     async def _handle(self, route: serve.Route, request: serve.Request, params: Mapping[str, str]) -> object:
-        if route.time_limit_s is None:
-            return await self._run(route, request, params)
-        with self._gate.entered():
-            return await self._run(route, request, params)
+        address = origin.address(request.peer, request.headers, self._trusted)
+        call = serve.Call(self, route, request, params, address)
+        async with self._gate.entered(route.lane, origin.client(address, request.headers)) as ticket:
+            call.admit(ticket)
+            return await self._run(call)
 
-    async def _run(self, route: serve.Route, request: serve.Request, params: Mapping[str, str]) -> object:
+    async def _run(self, call: serve.Call) -> object:
+        route, request = call.route, call.request
         if (request.size_bytes or 0) > route.body_limit_bytes:
             raise answer.too_large(route.body_limit_bytes)
         if request.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise answer.Fault(415, "Content-Encoding: send the body without compression")
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.go_ahead()
-        scope = asyncio.timeout(route.time_limit_s)
+        scope = asyncio.timeout(None if route.time_limit_s is None else max(route.time_limit_s - call.age_s, 0.0))
         try:
             async with scope:
-                return await route.handler(serve.Call(self, route, request, params))
+                return await route.handler(call)
         except TimeoutError as error:
             if not scope.expired():
                 raise
@@ -146,8 +151,7 @@ class Dispatch:
     def passing(self) -> Iterator[None]:
         """A request counts as in flight from its first line until its last byte is out."""
         self.in_flight += 1
-        if self.world.boot_ns() - self._beaten_ns > GAP_LIMIT_S * 1e9:
-            self._look_for_gap()
+        self._look_for_gap()
         try:
             yield
         finally:
@@ -190,6 +194,7 @@ class Dispatch:
         self._beating = asyncio.get_running_loop().call_later(_BEAT_S, self._beat)
 
     def _look_for_gap(self) -> None:
+        """Each request looks too: a loop that is busy with requests for seconds does not stand still."""
         now = self.world.boot_ns()
         gap_s = (now - self._beaten_ns) / 1e9
         self._beaten_ns = now

@@ -17,13 +17,15 @@ This module knows no store and no noun.
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import msgspec
+import multidict
 
-from covey import answer, errors, world
+from covey import answer, errors, gate, world
 
 T = TypeVar("T")
 
@@ -37,7 +39,7 @@ Handler = Callable[["Call"], Awaitable[object]]
 class Route:
     """One method on one path. In `path`, ``{name}`` matches one segment and ``{name:path}`` several.
 
-    `time_limit_s` None is for streams and parked polls: they end by themselves and do not count as load.
+    `time_limit_s` None is for streams and parked polls: they end by themselves.
     """
 
     method: str
@@ -45,6 +47,7 @@ class Route:
     handler: Handler
     body_limit_bytes: int = MIB
     time_limit_s: float | None = AGE_LIMIT_S
+    lane: gate.Lane = gate.Lane.PEOPLE
 
 
 class Request(Protocol):
@@ -60,7 +63,7 @@ class Request(Protocol):
     def query(self) -> Mapping[str, str]: ...
 
     @property
-    def headers(self) -> Mapping[str, str]: ...
+    def headers(self) -> multidict.MultiMapping[str]: ...
 
     @property
     def peer(self) -> str:
@@ -108,14 +111,18 @@ class House(Protocol):
 
 
 class Call:
-    """One request on its way through a handler."""
+    """One request on its way through a handler. `address` is where it comes from."""
 
-    __slots__ = ("_arrived_ns", "_epoch", "_house", "params", "request", "route")
+    __slots__ = ("_arrived_ns", "_epoch", "_house", "_ticket", "address", "params", "request", "route")
 
-    def __init__(self, house: House, route: Route, request: Request, params: Mapping[str, str]) -> None:
+    def __init__(
+        self, house: House, route: Route, request: Request, params: Mapping[str, str], address: str = ""
+    ) -> None:
         self.route = route
         self.request = request
         self.params = params
+        self.address = address
+        self._ticket: gate.Ticket | None = None
         self._house = house
         self._arrived_ns = house.world.boot_ns()
         self._epoch = house.gaps
@@ -125,7 +132,7 @@ class Call:
         return self.request.query
 
     @property
-    def headers(self) -> Mapping[str, str]:
+    def headers(self) -> multidict.MultiMapping[str]:
         return self.request.headers
 
     @property
@@ -145,7 +152,7 @@ class Call:
     @property
     def client(self) -> str:
         """Who asks, for records of decisions."""
-        return self.request.peer or "unknown"
+        return self.address or "unknown"
 
     def still_fresh(self) -> None:
         """Called just before a commit: raises Unavailable for a request that is too old or slept through a gap."""
@@ -157,14 +164,26 @@ class Call:
         if self.request.gone():
             raise ConnectionResetError("the client has gone")
 
+    def admit(self, ticket: gate.Ticket | None) -> None:
+        """It has been let in (`gate`)."""
+        self._ticket = ticket
+
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """While a poll is parked it takes nobody's place."""
+        return contextlib.nullcontext() if self._ticket is None else self._ticket.aside()
+
     async def read(self) -> bytes:
-        """The whole body, up to the route's limit."""
+        """The whole body, up to the route's limit. Raises Fault 503 when bodies fill too much memory already."""
         parts = []
-        size = 0
+        size = held = 0
         while part := await self.request.piece():
             size += len(part)
             if size > self.route.body_limit_bytes:
                 raise answer.too_large(self.route.body_limit_bytes)
+            if size > held and self._ticket is not None:
+                more = max(self.request.size_bytes or 0, size) - held
+                self._ticket.hold(more)
+                held += more
             parts.append(part)
         return b"".join(parts)
 

@@ -15,9 +15,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import aiohttp
+import multidict
 from aiohttp import web, web_protocol
 
-from covey import answer, dispatch, errors, observe, serve, world
+from covey import answer, dispatch, errors, gate, observe, origin, serve, world
 
 _AFTERSHOCK_S = 0.05  # connections accepted this soon after a gap had been waiting in the backlog
 _KEEPALIVE_S = 150.0  # above 120 s: a client's pooled connection must not be closed under its POST
@@ -37,12 +38,17 @@ class Server:
         world: world.World,
         error_bodies: Mapping[str, answer.ErrorBody] = {},
         on_gap: Callable[[float], None] | None = None,
-        load_limit: int = 1000,
+        limits: Mapping[gate.Lane, gate.Limits] = dispatch.LIMITS,
+        trusted: Sequence[origin.Network] = (),
+        read_ahead_bytes: int = 1 << 16,
     ) -> None:
         self.host = ""
         self.port = 0
         self._world = world
-        self._dispatch = dispatch.Dispatch(routes, world=world, error_bodies=error_bodies, load_limit=load_limit)
+        self._dispatch = dispatch.Dispatch(
+            routes, world=world, error_bodies=error_bodies, limits=limits, trusted=trusted
+        )
+        self._read_ahead_bytes = read_ahead_bytes
         self._dispatch.on_gap += [on_gap, self._close_unread] if on_gap is not None else [self._close_unread]
         self.draining = self._dispatch.draining
         self.hand = self._dispatch.hand
@@ -56,7 +62,7 @@ class Server:
     async def start(self, host: str, port: int) -> None:
         """Listen on host:port ("" is every address, port 0 any free one). Raises SettingError in one clear line."""
         self._sockets = [_listen(host, port)]
-        self._web = _WebServer(self._serve, self)
+        self._web = _WebServer(self._serve, self, self._read_ahead_bytes)
         self._listener = await asyncio.get_running_loop().create_server(self._web, sock=self._sockets[0], backlog=4096)
         self.host, self.port = host, self._sockets[0].getsockname()[1]
         self.begin()
@@ -162,7 +168,7 @@ class _Wired:
         return self._raw.query
 
     @property
-    def headers(self) -> Mapping[str, str]:
+    def headers(self) -> multidict.MultiMapping[str]:
         return self._raw.headers
 
     @property
@@ -224,9 +230,15 @@ class _Protocol(web_protocol.RequestHandler):
 
 
 class _WebServer(web.Server):
-    def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], owner: Server) -> None:
+    def __init__(
+        self,
+        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        owner: Server,
+        read_ahead_bytes: int,
+    ) -> None:
         super().__init__(handler)
         self._owner = owner
+        self._read_ahead_bytes = read_ahead_bytes
 
     def __call__(self) -> web_protocol.RequestHandler:
         return _Protocol(
@@ -236,7 +248,7 @@ class _WebServer(web.Server):
             lingering_time=_LINGER_S,
             access_log=None,
             auto_decompress=False,
-            read_bufsize=serve.MIB,
+            read_bufsize=self._read_ahead_bytes,
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 import covey
-from covey import errors, serve
+from covey import errors, gate, serve
 from covey.controller import shared, templates
 from covey.store import mirror
 
@@ -51,7 +51,10 @@ class StatusApi:
 
     def probes(self) -> Sequence[serve.Route]:
         """Those that answer also while this controller is red."""
-        return [serve.Route("GET", "/livez", self.live), serve.Route("GET", "/readyz", self.ready)]
+        return [
+            serve.Route("GET", "/livez", self.live, lane=gate.Lane.OPEN),
+            serve.Route("GET", "/readyz", self.ready, lane=gate.Lane.OPEN),
+        ]
 
     def routes(self) -> Sequence[serve.Route]:
         return [serve.Route("GET", "/api/v1/status", self.status)]

@@ -8,12 +8,13 @@ Everything ambient is made here and handed down: the store, the clock, the setti
 """
 
 import asyncio
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Awaitable, Callable, Sequence
 
 import covey
-from covey import errors, observe, serve, server, settings
+from covey import errors, gate, observe, serve, server, settings
 from covey import world as worlds
 from covey.client import http
 from covey.controller import (
@@ -85,7 +86,7 @@ class Replica:
         agents = api_agent.AgentApi(
             self._mirror, self._writer, self._renewals, terms, self._alarm, self._trouble_of_agents
         )
-        return status, [*status.probes(), *map(self._gated, people), *agents.routes()]
+        return status, [*status.probes(), *map(self._gated, people), *map(_of_agents, agents.routes())]
 
     # ---- start and stop --------------------------------------------------------------------------------------------
 
@@ -220,7 +221,12 @@ class Replica:
                 raise errors.Unavailable(trouble)
             return await route.handler(call)
 
-        return serve.Route(route.method, route.path, handler, route.body_limit_bytes, route.time_limit_s)
+        return dataclasses.replace(route, handler=handler)
+
+
+def _of_agents(route: serve.Route) -> serve.Route:
+    """A route with room of its own: no flood of requests by people makes a node fall silent, nor the other way."""
+    return dataclasses.replace(route, lane=gate.Lane.AGENTS)
 
 
 def _spans(chosen: settings.Controller) -> deadlines.Spans:

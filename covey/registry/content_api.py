@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
-from covey import answer, model, serve
+from covey import answer, gate, model, serve
 from covey.client import oci
 from covey.registry import catalog, oci_faults
 
@@ -28,7 +28,7 @@ class ContentApi:
         blob, manifest = "/v2/{name:path}/blobs/{digest}", "/v2/{name:path}/manifests/{reference}"
         return [
             serve.Route("GET", "/v2/", guard(self.version)),
-            serve.Route("GET", blob, guard(self.get_blob), time_limit_s=None),
+            serve.Route("GET", blob, guard(self.get_blob), time_limit_s=None, lane=gate.Lane.OPEN),
             serve.Route("DELETE", blob, guard(self.delete_blob)),
             serve.Route("GET", manifest, guard(self.get_manifest)),
             serve.Route("PUT", manifest, guard(self.put_manifest), body_limit_bytes=oci.MANIFEST_LIMIT),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from covey import observe, server, world
+from covey import observe, serve, server, world
 from covey.registry import catalog, content_api, disk, journal, oci_faults, template_api, upload_api
 
 log = observe.log("registry")
@@ -42,6 +42,7 @@ class Registry:
             [route for api in apis for route in api.routes()],
             world=world,
             error_bodies={"/v2/": oci_faults.error_body},
+            read_ahead_bytes=serve.MIB,
         )
 
     async def start(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from aiohttp import web
 
-from covey import answer, model, serve
+from covey import answer, gate, model, serve
 from covey.client import oci
 from covey.registry import blobs, catalog, oci_faults
 
@@ -122,7 +122,7 @@ class UploadApi:
 
 def _stream(method: str, path: str, handler: serve.Handler) -> serve.Route:
     """A route whose body is as long as it likes."""
-    return serve.Route(method, path, handler, body_limit_bytes=sys.maxsize, time_limit_s=None)
+    return serve.Route(method, path, handler, body_limit_bytes=sys.maxsize, time_limit_s=None, lane=gate.Lane.OPEN)
 
 
 def _start(call: serve.Call) -> int | None:

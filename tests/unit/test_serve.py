@@ -15,6 +15,7 @@ import uvloop
 from aiohttp import web
 
 from covey import answer, errors, serve, server, world
+from covey import gate as gates
 
 
 class Thing(msgspec.Struct):
@@ -54,7 +55,10 @@ class House:
         return f"http://127.0.0.1:{self.server.port}"
 
 
-def _house(load_limit: int = 1000) -> House:
+ROOMY = gates.Limits()
+
+
+def _house(limits: gates.Limits = ROOMY) -> House:
     clock = StoppableWorld()
     gaps: list[float] = []
     seen: list[object] = []
@@ -92,7 +96,8 @@ def _house(load_limit: int = 1000) -> House:
 
     async def park(call: serve.Call) -> object:
         seen.append("parked")
-        await call.draining.wait()
+        with call.aside():
+            await call.draining.wait()
         raise errors.Unavailable("this controller goes down")
 
     async def upload(call: serve.Call) -> object:
@@ -134,7 +139,7 @@ def _house(load_limit: int = 1000) -> House:
         world=clock,
         error_bodies={"/v2/": lambda fault: answer.ascii_json({"errors": [{"code": fault.code}]})},
         on_gap=gaps.append,
-        load_limit=load_limit,
+        limits={gates.Lane.PEOPLE: limits},
     )
     return House(one, clock, gaps, seen, gate)
 
@@ -324,14 +329,14 @@ async def test_a_half_sent_answer_is_broken_off(http: aiohttp.ClientSession) -> 
             await got.read()
 
 
-async def test_too_much_load_is_503_at_once() -> None:
-    house = _house(load_limit=1)
+async def test_too_much_load_is_503() -> None:
+    house = _house(gates.Limits(at_once=1, waiting=0))
     async with running(house) as http:
-        waiting = asyncio.create_task(_status(http, "/wait"))
-        await until(lambda: house.seen == ["waiting"])
-        assert await _status(http, "/empty") == 503
         parked = asyncio.create_task(_status(http, "/park"))
-        await until(lambda: "parked" in house.seen)
+        await until(lambda: house.seen == ["parked"])
+        waiting = asyncio.create_task(_status(http, "/wait"))
+        await until(lambda: house.seen == ["parked", "waiting"])
+        assert await _status(http, "/empty") == 503
         house.gate.set()
         assert await waiting == 200
         assert await _status(http, "/empty") == 200
@@ -497,7 +502,7 @@ async def test_what_is_handed_over_gets_the_same_answers(door: Door) -> None:
 
 
 async def test_what_is_handed_over_counts_as_load_and_drains() -> None:
-    house = _house(load_limit=1)
+    house = _house(gates.Limits(at_once=1, waiting=0))
     house.server.begin()
     waiting = asyncio.create_task(house.server.hand("GET", "/wait"))
     await until(lambda: house.seen == ["waiting"])
