@@ -163,7 +163,7 @@ class Replica:
             id=self._id,
             version=covey.__version__,
             format=schema.FORMAT,
-            url=f"{self._chosen.listen.host}:{self.server.port}",
+            url=self._chosen.advertise_url,
             started_ns=self._world.wall_ns(),
         )
         await commit_cloud.announce(self._writer, noun, lease)

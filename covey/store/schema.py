@@ -118,7 +118,7 @@ class Controller(model.Noun, frozen=True, kw_only=True):
     id: str
     version: str
     format: int
-    url: str
+    url: str  # where nodes reach it; "": they are not told
     started_ns: int
 
 
