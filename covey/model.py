@@ -17,6 +17,8 @@ TemplateId = NewType("TemplateId", str)  # a UUID; the OCI repository is templat
 Digest = NewType("Digest", str)  # "sha256:<64 hex>"
 
 NOWHERE = NodeId("")
+DEFAULT_VCPU = 1  # processors of a VM when neither the start nor its template says how many
+DEFAULT_RAM_MB = 1024  # its memory likewise
 
 
 class State(StrEnum):
@@ -123,8 +125,8 @@ class Spec(Noun, frozen=True, kw_only=True):
     priority: int = 1000  # 1..10000, lower is sooner
     node: NodeId = NOWHERE  # pinned to this node
     group: str = ""
-    vcpu: int = 0  # the template's when none was given; 0: it has none, the hypervisor's default
-    vram_mb: int = 0  # likewise
+    vcpu: int = 0  # the template's when none was given; 0: it has none, DEFAULT_VCPU
+    vram_mb: int = 0  # likewise; 0: DEFAULT_RAM_MB
     forwards: tuple[Forward, ...] = ()
     script: Script | None = None
     vnc_password: str = ""
@@ -184,7 +186,10 @@ class Instance(Noun, frozen=True, kw_only=True):
     ended: Decision | None = None  # set when the instance was told to terminate
     before: State | None = None
     refused: tuple[NodeId, ...] = ()  # nodes that could not take it, one entry per refusal
+    learnt: str = ""  # the break after which the store learnt of it from its node (safety S19); "": by a start request
     released: bool = False  # its node said `gone` (or was removed): no claim of this epoch is left
+    aged: int = 0  # how many whole spans of waiting were observed: its turn comes nearer with each
+    aged_from: int = 0  # a revision: a node is kept free for it only by VMs created since (`decide.reservation`)
 
     @property
     def claimed(self) -> bool:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from covey.client import oci
-from covey.controller import api_log, api_node, api_status, api_vm, start_request, views
+from covey.controller import api_explain, api_log, api_node, api_status, api_vm, start_request, views
 from covey.registry import template_api
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +43,12 @@ CONTROLLER = {
         "All instances, as a list of wrappers with the instance in `vm`; with `?id=` the instance itself.",
         None,
         views.Instance,
+    ),
+    ("GET", "/api/v1/vm/explain"): Entry(
+        "Why the instance `?id=` stands where it stands: its place in the queue, who before it may want the same nodes, "
+        "and the verdict of each node with its numbers (see [why an instance waits](../operate/waiting.md)).",
+        None,
+        api_explain.Explanation,
     ),
     ("GET", "/api/v1/vm/log"): Entry(
         "A part of what the start script of the instance `?id=` wrote: of `&stream=` (stdout or stderr) at most "

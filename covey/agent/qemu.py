@@ -58,8 +58,8 @@ class Config(model.Noun, frozen=True, kw_only=True):
     binary: str = "qemu-system-x86_64"
     qemu_img: str = "qemu-img"
     nft: str = "nft"
-    vcpu: int = 1  # of templates that do not say
-    ram_mb: int = 1024
+    vcpu: int = model.DEFAULT_VCPU  # of templates that do not say; placement counts the same
+    ram_mb: int = model.DEFAULT_RAM_MB
     vnc: bool = True
     first_user: int = 0  # as root, the first of the VMs' user ids; 0: a range of this root directory's own
     users: int = 256

@@ -174,8 +174,8 @@ class Synthetic:
             name=vm.name,
             ip="10.0.2.15",
             host_ip=vm.host_ip,
-            cpu_cores=vm.spec.vcpu or 1,
-            ram_mb=vm.spec.vram_mb or 1024,
+            cpu_cores=vm.spec.vcpu or model.DEFAULT_VCPU,
+            ram_mb=vm.spec.vram_mb or model.DEFAULT_RAM_MB,
             forwards=forwards,
             started_ns=self._clock.wall_ns(),
         )

@@ -1,5 +1,6 @@
 """What the views show beside the nouns, gathered for one snapshot: presence of nodes, reasons for waiting, names."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ from covey import model
 from covey.controller import presence, templates, views
 from covey.store import view
 
-WhyWaiting = Callable[[model.InstanceId], str]
+WhyWaiting = Callable[[view.Snapshot, model.InstanceId], str]
 
 
 class Spans(NamedTuple):
@@ -36,7 +37,7 @@ class Display:
         return views.Shown(
             online=lambda node: self._presence.present(snapshot, node, self._spans.node_s),
             talking=lambda node: self._presence.present(snapshot, node, self._spans.instance_s),
-            why_waiting=self._why_waiting,
+            why_waiting=functools.partial(self._why_waiting, snapshot),
             tags=self._templates.known,
             registry=self._registry,
         )

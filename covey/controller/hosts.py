@@ -7,39 +7,33 @@ node, until the mirror shows what it wrote. Nothing rests on that but speed: the
 
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from covey import model, world
-from covey.decide import placement
+from covey.decide import placement, rooms
 from covey.store import codec, view
 
 _REFRESH_NS = 10_000_000  # candidates may be this old; the chosen node is looked at anew
 _BORN_TOGETHER = 8  # more instances of one request than this queue: their transaction would be very large
+_NO_LEDGER = "what it holds cannot be read from the store"  # no placement there could be written down
 
 
-def host(snapshot: view.Snapshot, id: str, silent: frozenset[str] = frozenset()) -> placement.Host | None:
+def host(snapshot: view.Snapshot, id: str, silent: frozenset[str] = frozenset()) -> rooms.Host | None:
     """One node; None when it never joined. `silent`: nodes that this controller has found silent (safety S8)."""
     node, session = snapshot.node(id), snapshot.session(id)
     if node is None or session is None:
         return None
     ledger, word, alive = snapshot.ledger(id), snapshot.word(id), snapshot.alive(id)
-    return placement.Host(
+    trouble = word.noun.trouble if word is not None and word.noun.session == session.noun.counter else ""
+    return rooms.Host(
         node=node.noun,
         facts=session.noun.facts,
         claims=ledger.noun.claims if ledger is not None else (),
         images=_images(word),
         alive=alive is not None and alive.noun.session == session.noun.counter and id not in silent,
         owed=any(order.noun.withdrawn for order in snapshot.orders_on(id)),
-        trouble=word.noun.trouble if word is not None and word.noun.session == session.noun.counter else "",
+        trouble=_NO_LEDGER if ledger is None else trouble,
     )
-
-
-def hosts(snapshot: view.Snapshot, silent: frozenset[str] = frozenset()) -> Iterator[placement.Host]:
-    """Every node that has joined."""
-    for node in snapshot.nodes():
-        found = host(snapshot, node.noun.id, silent)
-        if found is not None:
-            yield found
 
 
 _NONE: frozenset[str] = frozenset()
@@ -49,15 +43,61 @@ def _images(word: codec.Kept[model.Word] | None) -> frozenset[str]:
     return frozenset(word.noun.images) if word is not None and word.noun.images else _NONE
 
 
+class _Known(NamedTuple):
+    """A node as it was worked out last, and what that rests on."""
+
+    rests_on: tuple[object, ...]
+    host: rooms.Host
+    room: rooms.Room
+
+
+class Fleet:
+    """Every node that has joined. Only those that have changed since the last look are worked out anew."""
+
+    def __init__(self) -> None:
+        self.silent: frozenset[str] = frozenset()  # kept up to date by the loop (safety S8)
+        self._known: dict[str, _Known] = {}
+
+    def look(self, snapshot: view.Snapshot) -> None:
+        before, self._known = self._known, {}
+        for kept in snapshot.nodes():
+            id = kept.noun.id
+            rests_on = (kept, *_parts(snapshot, id), id in self.silent)
+            known = before.get(id)
+            if known is None or any(new is not old for new, old in zip(rests_on, known.rests_on, strict=True)):
+                found = host(snapshot, id, self.silent)
+                known = None if found is None else _Known(rests_on, found, rooms.room(found))
+            if known is not None:
+                self._known[id] = known
+
+    def hosts(self, snapshot: view.Snapshot) -> list[rooms.Host]:
+        self.look(snapshot)
+        return [known.host for known in self._known.values()]
+
+    def rooms(self) -> Iterator[rooms.Room]:
+        """As of the last look: not to be written to."""
+        return (known.room for known in self._known.values())
+
+
+def _parts(snapshot: view.Snapshot, id: str) -> tuple[object, ...]:
+    """What a node's room rests on; the snapshot hands out the very same objects as long as they are unchanged."""
+    return (
+        snapshot.session(id),
+        snapshot.ledger(id),
+        snapshot.word(id),
+        snapshot.alive(id),
+        snapshot.orders_key(id),
+    )
+
+
 class Homes:
     """Chooses nodes for instances that are being born, one start per node at a time."""
 
     def __init__(self, world: world.World) -> None:
+        self.fleet = Fleet()
         self._world = world
-        self._rooms: dict[str, tuple[tuple[object, ...], placement.Room]] = {}  # node -> (what it rests on, room)
-        self._at_ns = 0
+        self._looked_ns = -_REFRESH_NS
         self._in_use: dict[str, int | None] = {}  # node -> revision that the mirror must show first; None: not known
-        self.silent: frozenset[str] = frozenset()  # kept up to date by the loop
 
     def reserve(self, snapshot: view.Snapshot, spec: model.Spec, count: int) -> "Reservation":
         """Use as ``with homes.reserve(…) as reservation:``, create at `reservation.nodes` (empty: let them queue), and
@@ -66,10 +106,10 @@ class Homes:
         nodes: list[model.NodeId] = []
         if count <= _BORN_TOGETHER:
             waiting = (kept.noun for kept in snapshot.waiting())
-            for room in placement.candidates_for_new(spec, self._known(snapshot), waiting, self._in_use):
+            for room in placement.candidates_for_new(spec, self._rooms(snapshot), waiting, self._in_use.keys()):
                 if len(nodes) == count:
                     break
-                found = host(snapshot, room.host.id, self.silent)
+                found = host(snapshot, room.host.id, self.fleet.silent)
                 if found is not None and placement.fits(found, spec):
                     nodes.append(found.id)
         if len(nodes) < count:
@@ -86,33 +126,13 @@ class Homes:
         for node in [node for node, until in self._in_use.items() if until is not None and until <= revision]:
             del self._in_use[node]
 
-    def _known(self, snapshot: view.Snapshot) -> Iterator[placement.Room]:
-        """The nodes' rooms, a moment old; only those of nodes that have changed are worked out anew."""
+    def _rooms(self, snapshot: view.Snapshot) -> Iterator[rooms.Room]:
+        """The nodes' rooms, a moment old."""
         now_ns = self._world.boot_ns()
-        if now_ns - self._at_ns > _REFRESH_NS:
-            self._at_ns = now_ns
-            before, self._rooms = self._rooms, {}
-            for kept in snapshot.nodes():
-                id = kept.noun.id
-                rests_on = (kept, *_parts(snapshot, id), id in self.silent)
-                known = before.get(id)
-                if known is None or any(new is not old for new, old in zip(rests_on, known[0], strict=True)):
-                    found = host(snapshot, id, self.silent)
-                    known = None if found is None else (rests_on, placement.room(found))
-                if known is not None:
-                    self._rooms[id] = known
-        return (room for _, room in self._rooms.values())
-
-
-def _parts(snapshot: view.Snapshot, id: str) -> tuple[object, ...]:
-    """What a node's room rests on; the snapshot hands out the very same objects as long as they are unchanged."""
-    return (
-        snapshot.session(id),
-        snapshot.ledger(id),
-        snapshot.word(id),
-        snapshot.alive(id),
-        snapshot.orders_key(id),
-    )
+        if now_ns - self._looked_ns > _REFRESH_NS:
+            self._looked_ns = now_ns
+            self.fleet.look(snapshot)
+        return self.fleet.rooms()
 
 
 class Reservation:

@@ -15,12 +15,12 @@ Nothing is decided while the mirror is not ready, and then every observation sta
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 
 from covey import errors, model, observe
 from covey import world as worlds
-from covey.controller import hosts, watchlist
-from covey.decide import deadlines, pauses, placement, retention
+from covey.controller import hosts, waiting, watchlist
+from covey.decide import deadlines, placement, retention
 from covey.store import base, commit, commit_cloud, commit_instances, commit_nodes, mirror, schema, view
 
 _NS = 1_000_000_000
@@ -49,7 +49,7 @@ class Loop:
         world: worlds.World,
         *,
         me: str,
-        homes: hosts.Homes | None = None,
+        queue: waiting.Waiting | None = None,
         spans: deadlines.Spans = deadlines.Spans(),  # noqa: B008 - immutable
     ) -> None:
         self._mirror = copy
@@ -57,22 +57,18 @@ class Loop:
         self._world = world
         self._me = me
         self._spans = spans
-        self._homes = homes or hosts.Homes(world)
+        self._waiting = queue or waiting.Waiting(world, hosts.Fleet())
+        self._fleet = self._waiting.fleet
         self._observed: deadlines.Observed = {}
-        self._reasons: dict[str, placement.Wait] = {}
-        self._refusals: pauses.Observed = {}
         self._pause_ends_ns: int | None = None
+        self._nap: asyncio.Timeout | None = None
+        self._look_again = False
         self._samples: list[retention.Sample] = []
-
-    def why_waiting(self, instance: str) -> str:
-        """Why this instance waits, as of the last plan; "" when it does not."""
-        wait = self._reasons.get(instance)
-        return wait.text if wait is not None else ""
 
     @property
     def silent(self) -> frozenset[str]:
         """Nodes whose messages stand still although their lease lives (safety S8)."""
-        return self._homes.silent
+        return self._fleet.silent
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -99,19 +95,28 @@ class Loop:
             self._pause_ends_ns = None
             if not self._mirror.ready:
                 await asyncio.sleep(_PAUSE_S)
-                after, self._refusals = 0, {}
+                after = 0
+                self._waiting.forget()
             elif self._mirror.waiting_count() == 0:
-                self._reasons, self._refusals = {}, {}
+                self._waiting.forget()
             else:
                 after = await self._place(self._mirror.snapshot())
 
     async def _change(self, after: int) -> int:
-        """Wait for a change after this revision, or for the end of a pause, which no change announces."""
+        """Wait for a change after this revision, or for what no change announces: the end of a pause, and that a node
+        counts as silent or does so no longer."""
         left_s = None if self._pause_ends_ns is None else (self._pause_ends_ns - self._world.boot_ns()) / _NS
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(left_s):
-                return await self._mirror.changed(after)
+            async with asyncio.timeout(0 if self._look_again else left_s) as self._nap:
+                after = await self._mirror.changed(after)
+        self._nap, self._look_again = None, False
         return after
+
+    def _wake(self) -> None:
+        """Plan again although the store has not changed."""
+        self._look_again = True
+        if self._nap is not None and not self._nap.expired():
+            self._nap.reschedule(asyncio.get_running_loop().time())
 
     async def _place(self, snapshot: view.Snapshot) -> int:
         """Plan once and commit it; answers with the revision after whose change to plan again."""
@@ -120,19 +125,12 @@ class Loop:
             standing = self._mirror.snapshot()
             old = {kept.noun.id for kept in snapshot.waiting()}
             if not any(kept.noun.id in old for kept in standing.waiting()):
-                return standing.revision
+                return snapshot.revision
             snapshot = standing
-        began_ns = self._world.boot_ns()
-        births = {kept.noun.id: kept.created for kept in snapshot.waiting()}
-        waiting = [kept.noun for kept in snapshot.waiting()]
-        self._refusals = pauses.observe(self._refusals, waiting, began_ns)
-        self._pause_ends_ns = pauses.next_end_ns(self._refusals, began_ns)
-        paused = pauses.paused(self._refusals, began_ns)
-        plan = placement.plan(waiting, list(hosts.hosts(snapshot, self._homes.silent)), births, paused)
-        self._reasons = {wait.instance: wait for wait in plan if isinstance(wait, placement.Wait)}
-        took_s = (self._world.boot_ns() - began_ns) / _NS
-        revision = await self._commit_places(snapshot, plan)
-        await asyncio.sleep(2 * took_s)  # never more than a third of the time is spent on planning
+        plan = self._waiting.plan(snapshot)
+        self._pause_ends_ns = plan.pause_ends_ns
+        revision = await self._commit_places(snapshot, plan.decisions)
+        await asyncio.sleep(2 * plan.took_ns / _NS)  # never more than a third of the time is spent on planning
         return max(revision, snapshot.revision)
 
     async def _commit_places(self, snapshot: view.Snapshot, plan: list[placement.Place | placement.Wait]) -> int:
@@ -180,7 +178,7 @@ class Loop:
                 await self._watch(self._mirror.snapshot(), now_ns)
 
     async def _watch(self, snapshot: view.Snapshot, now_ns: int) -> None:
-        present = watchlist.things(snapshot, self._homes.silent)
+        present = watchlist.things(snapshot, self.silent)
         self._observed = deadlines.observe(self._observed, present, now_ns)
         over = deadlines.ripe(self._observed, self._spans, now_ns)
         self._note_silent(over)
@@ -189,7 +187,7 @@ class Loop:
             mine = deadlines.ripe(self._observed, self._spans, now_ns, _PATIENCE_NS)
         works: list[Callable[[], Awaitable[object]]] = [
             *(functools.partial(self._replace, snapshot, kept) for kept in watchlist.stranded(snapshot, self.silent)),
-            *(functools.partial(self._act, snapshot, thing) for thing in mine),
+            *(functools.partial(self._act, snapshot, thing) for thing in _paced(mine)),
             *(functools.partial(self._give_up, snapshot, kept) for kept in watchlist.hopeless(snapshot)),
             *(functools.partial(self._clear, snapshot, id) for id in watchlist.unfinished_removals(snapshot)),
         ]
@@ -200,9 +198,11 @@ class Loop:
 
     def _note_silent(self, over: list[deadlines.Thing]) -> None:
         silent = frozenset(thing.id for thing in over if thing.kind == deadlines.Kind.SILENT)
-        for id in silent - self._homes.silent:
+        for id in silent - self.silent:
             _log.warning("a node is silent although its lease lives", node=id)
-        self._homes.silent = silent
+        if silent != self.silent:
+            self._fleet.silent = silent
+            self._wake()
 
     async def _replace(self, snapshot: view.Snapshot, kept: commit_instances.Instance) -> object:
         """Its node is lost before it was launched: it waits for another one."""
@@ -237,6 +237,8 @@ class Loop:
             case deadlines.Kind.STALLED:
                 decision = model.Decision(who=self._writer.who, why="Its node shows no progress with it")
                 return await commit_instances.withdraw(self._writer, snapshot, kept, decision)
+            case deadlines.Kind.WAITING:
+                return await commit_instances.age(self._writer, snapshot, kept)
             case deadlines.Kind.LOST:
                 return await commit_instances.fail(self._writer, snapshot, kept, "Its node was not heard of for a day")
             case deadlines.Kind.ERROR:
@@ -270,6 +272,15 @@ class Loop:
         revision = retention.compact_to(self._samples, now_ns)
         if revision:
             await self._writer.store.compact(revision)
+
+
+def _paced(over: Iterable[deadlines.Thing]) -> Iterator[deadlines.Thing]:
+    """Not all that wait grow older in the same turn: theirs is no hurry, and other work stands behind it."""
+    aged = 0
+    for thing in over:
+        aged += thing.kind == deadlines.Kind.WAITING
+        if thing.kind != deadlines.Kind.WAITING or aged <= _AT_ONCE:
+            yield thing
 
 
 async def sweep(writer: commit.Writer, snapshot: view.Snapshot) -> int:

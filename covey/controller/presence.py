@@ -26,6 +26,11 @@ class Presence:
         for id in self._seen_ns.keys() - known:
             del self._seen_ns[id]
 
+    def silent_s(self, node: model.NodeId) -> float | None:
+        """How long ago this controller last saw the node alive; None: never."""
+        seen_ns = self._seen_ns.get(node)
+        return None if seen_ns is None else (self._world.boot_ns() - seen_ns) / 1e9
+
     def present(self, snapshot: view.Snapshot, node: model.NodeId, timeout_s: float) -> bool:
         """Whether the node was heard of in the last `timeout_s`; one that was never seen alive from here was not."""
         if snapshot.alive(node) is not None:

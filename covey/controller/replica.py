@@ -19,6 +19,7 @@ from covey import world as worlds
 from covey.client import http
 from covey.controller import (
     api_agent,
+    api_explain,
     api_log,
     api_node,
     api_registry,
@@ -30,6 +31,7 @@ from covey.controller import (
     presence,
     renewals,
     templates,
+    waiting,
 )
 from covey.decide import deadlines
 from covey.store import base, commit, commit_cloud, etcd, etcd_endpoints, mirror, schema
@@ -63,8 +65,11 @@ class Replica:
         self._mirror = mirror.Mirror(self._store, world)
         self._writer = commit.Writer(self._store, world, who=f"controller {self._id}")
         self._homes = hosts.Homes(world)
-        self._loop = loop.Loop(self._mirror, self._writer, world, me=self._id, homes=self._homes, spans=_spans(chosen))
         self._presence = presence.Presence(world)
+        self._waiting = waiting.Waiting(world, self._homes.fleet, self._presence.silent_s)
+        self._loop = loop.Loop(
+            self._mirror, self._writer, world, me=self._id, queue=self._waiting, spans=_spans(chosen)
+        )
         self._renewals = renewals.Renewals(self._store, world)
         self._templates = templates.Templates(chosen.local_registries, exchange)
         self._status, routes = self._api()
@@ -73,12 +78,13 @@ class Replica:
     def _api(self) -> tuple[api_status.StatusApi, Sequence[serve.Route]]:
         registry = next(iter((*self._chosen.registries, *self._chosen.local_registries)), "")
         spans = display.Spans(self._chosen.node_active_timeout_s, self._chosen.instance_active_timeout_s)
-        shown = display.Display(self._presence, self._templates, self._loop.why_waiting, spans, registry)
+        shown = display.Display(self._presence, self._templates, self._waiting.why, spans, registry)
         terms = api_agent.Terms(self._chosen.heartbeat_s, self._chosen.registries)
         status = api_status.StatusApi(self._mirror, self._templates, registry, self._trouble, self._lesser_troubles)
         people = [
             *status.routes(),
             *api_vm.InstanceApi(self._mirror, self._writer, self._templates, shown, self._homes).routes(),
+            *api_explain.ExplainApi(self._mirror, self._waiting, shown).routes(),
             *api_log.LogApi(self._mirror, self._writer).routes(),
             *api_node.NodeApi(self._mirror, self._writer, shown).routes(),
             *api_registry.RegistryApi(self._templates).routes(),

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from covey import model
-from covey.decide import deadlines
+from covey.decide import deadlines, placement
 from covey.store import codec, commit_instances, view
 
 Kind = deadlines.Kind
@@ -20,6 +20,9 @@ def things(snapshot: view.Snapshot, silent: Iterable[str]) -> Iterator[tuple[Thi
     for kept in snapshot.in_state(State.PULLING):
         if kept.noun.claimed and kept.noun.acknowledged and not kept.noun.launched:
             yield Thing(Kind.STALLED, kept.noun.id), kept.revision
+    for kept in snapshot.waiting():
+        if kept.noun.aged < placement.AGES:
+            yield Thing(Kind.WAITING, kept.noun.id), kept.revision
     for kept in snapshot.in_state(State.TERMINATED):
         yield Thing(Kind.TERMINATED, kept.noun.id), kept.revision
     for kept in snapshot.in_state(State.ERROR):

@@ -25,6 +25,7 @@ class Kind(StrEnum):
     TERMINATED = "terminated"  # an instance that is over: forget it
     ERROR = "error"  # an instance that failed: reap it
     UNWANTED = "unwanted"  # a claim that no instance wants: order its VM destroyed
+    WAITING = "waiting"  # an instance without a node: its turn comes nearer
 
 
 class Spans(NamedTuple):
@@ -37,6 +38,7 @@ class Spans(NamedTuple):
     terminated_ns: int = 60 * _S
     error_ns: int = 24 * 3600 * _S
     unwanted_ns: int = 150 * _S
+    waiting_ns: int = 10 * 60 * _S
 
     def of(self, kind: Kind) -> int:
         return int(getattr(self, f"{kind}_ns"))

@@ -1,30 +1,36 @@
 """Which waiting instance goes to which node: pure.
 
-A node's room is what its *ledger* leaves (promise I3): every claim counts, also of VMs that nobody wants any more and
-of placements that were withdrawn, until the node says that nothing of them is left. Instances are served by priority,
-then by age, in the order in which the store took them. Of the nodes that can take one, those that hold its template
-already come first (a pull costs minutes), then those that refused it least; among these the emptiest wins: starts
-spread, so that a node's disk and network are shared by few and its loss hits few. Ties go by node id, so that the same
-snapshot gives the same plan. A node that has just refused an instance is no candidate for it during a pause (`pauses`).
+Instances are served by *turn*, then by age, in the order in which the store took them. The turn is the priority that
+was asked for, divided by ten for each span of waiting that was observed (`deadlines.Kind.WAITING`), so that nobody is
+overtaken for ever because of his priority: after four spans every instance stands before all that are younger.
 
-Every instance that stays waiting has a reason that a person can act on.
+Of the nodes that can take one, those that hold its template already come first (a pull costs minutes), then those that
+refused it least; among these the emptiest wins: starts spread, so that a node's disk and network are shared by few and
+its loss hits few. Ties go by node id, so that the same snapshot gives the same plan. A node that has just refused an
+instance is no candidate for it during a pause (`pauses`). Whoever fits nowhere is passed over, but not for ever: a
+node may be kept free for it (`reservation`).
+
+Every instance that stays waiting has a reason that a person can act on (`explain` has the whole story).
 """
 
 import heapq
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence, Set
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import msgspec
+
 from covey import model
-from covey.decide import pauses
+from covey.decide import pauses, reservation, rooms
 
 REFUSALS = 3  # by one node, after which it gets this instance only when no other node is left
-_TROUBLES_SHOWN = 3
+AGES = 32  # spans of waiting that are counted; from then on an instance stands as it does
+_PER_AGE = 10
+_AGED = 4  # spans after which it has become the first class, whatever was asked for
+_SHOWN = 3
 _NONE: Mapping[model.InstanceId, Any] = MappingProxyType({})
-
-Births = Mapping[model.InstanceId, int]
+_LOOKED_AT = 64  # a newcomer does not look at more that wait: it queues
 
 
 class Reason(StrEnum):
@@ -32,13 +38,17 @@ class Reason(StrEnum):
 
     NO_NODES = "no node has joined"
     NO_ARCH = "no node has this architecture"
+    NO_GROUP = "no node is in the group asked for"
     UNKNOWN_NODE = "the node asked for is not there"
     NOT_ALIVE = "no node that could take it is alive"
+    HELD = "the nodes that could take it have not yet said what they run since the store was restored"
     DRAINING = "the nodes that could take it are draining"
     TROUBLE = "the nodes that could take it are in trouble"
     TOO_LARGE = "no node is large enough"
     FULL = "all nodes that could take it are full"
-    REFUSED = "a node refused it and is tried again after a pause"
+    CLEANING = "what an earlier attempt left on the node must be removed first"
+    RESERVED = "what is free is kept for instances that wait longer"
+    REFUSED = "it was refused and is tried again after a pause"
 
 
 class Place(NamedTuple):
@@ -47,111 +57,117 @@ class Place(NamedTuple):
 
 
 class Wait(NamedTuple):
+    """`reserved`: the node that is kept free for it."""
+
     instance: model.InstanceId
     reason: Reason
     text: str
+    reserved: model.NodeId = model.NOWHERE
 
 
-class Host(model.Noun, frozen=True, kw_only=True):
-    """A node as placement sees it. `owed`: it has an order for a withdrawn placement and gets nothing new (S10)."""
+class Cloud(NamedTuple):
+    """What is decided on beside the queue. `births`: when instances were created. `paused`: nodes that refused an
+    instance a moment ago. `barred`: instances that must not be placed anywhere yet, and why (safety S19)."""
 
-    node: model.Node
-    facts: model.Facts
-    claims: tuple[model.Claim, ...] = ()
-    images: frozenset[str] = frozenset()
-    alive: bool = True
-    owed: bool = False
-    trouble: str = ""
-
-    @property
-    def id(self) -> model.NodeId:
-        return self.node.id
-
-    @property
-    def name(self) -> str:
-        return self.node.name or self.facts.name
+    hosts: Sequence[rooms.Host]
+    births: rooms.Births = lambda _: 0
+    paused: pauses.Paused = _NONE
+    barred: Mapping[model.InstanceId, str] = _NONE
 
 
-@dataclass(slots=True)
-class Room:
-    """What is left on a host while a plan is being made."""
-
-    host: Host
-    slots: int
-    cores: int
-    ram_mb: int
-    holds: set[model.InstanceId]
-    version: int = 0
-    size: tuple[int, int, int] = field(default=(0, 0, 0))
-
-    def fits(self, spec: model.Spec) -> bool:
-        if self.host.node.capacity_mode == model.CapacityMode.NUMBER:
-            return self.slots > 0
-        return self.cores >= spec.vcpu and self.ram_mb >= spec.vram_mb
-
-    def load(self) -> float:
-        """0 empty … 1 full."""
-        if self.host.node.capacity_mode == model.CapacityMode.NUMBER:
-            return 1.0 - self.slots / max(self.size[0], 1)
-        return 1.0 - min(self.cores / max(self.size[1], 1), self.ram_mb / max(self.size[2], 1))
-
-    def take(self, instance: model.Instance) -> None:
-        self.slots -= 1
-        self.cores -= instance.spec.vcpu
-        self.ram_mb -= instance.spec.vram_mb
-        self.holds.add(instance.id)
-        self.version += 1
+# ---- the queue ---------------------------------------------------------------------------------------------------
 
 
-def capacity(node: model.Node, facts: model.Facts) -> tuple[int, int, int]:
-    """(VMs, processors, MiB of memory) that a node offers, as configured or as the host says."""
-    return node.max_vms or facts.slots, node.vcpu_override or facts.cpu_count, node.ram_mb_override or facts.ram_mb
+def turn(instance: model.Instance) -> int:
+    """1 is served first: the priority asked for, and how long it has waited."""
+    asked = instance.spec.priority
+    for _ in range(min(instance.aged, _AGED)):
+        asked //= _PER_AGE
+    return max(asked, 1)
 
 
-def room(host: Host) -> Room:
-    """What the host's ledger leaves."""
-    slots, cores, ram_mb = capacity(host.node, host.facts)
-    return Room(
-        host=host,
-        slots=slots - len(host.claims),
-        cores=cores - sum(claim.vcpu for claim in host.claims),
-        ram_mb=ram_mb - sum(claim.vram_mb for claim in host.claims),
-        holds={claim.instance for claim in host.claims},
-        size=(slots, cores, ram_mb),
-    )
+def older(instance: model.Instance, revision: int) -> model.Instance:
+    """After one more span of waiting, which began at `revision`. A new attempt to keep a node free begins with the
+    first, second, fourth … span."""
+    aged = instance.aged + 1
+    begins_anew = aged & (aged - 1) == 0
+    return msgspec.structs.replace(instance, aged=aged, aged_from=revision if begins_anew else instance.aged_from)
 
 
-def queue(instances: Iterable[model.Instance], births: Births = _NONE) -> list[model.Instance]:
+def queue(instances: Iterable[model.Instance], births: rooms.Births = lambda _: 0) -> list[model.Instance]:
     """In the order in which they are served. `created_ns` orders those of one request: it is one controller's clock."""
     return sorted(
         instances,
-        key=lambda instance: (instance.spec.priority, births.get(instance.id, 0), instance.created_ns, instance.id),
+        key=lambda instance: (turn(instance), births(instance.id), instance.created_ns, instance.id),
     )
 
 
-def plan(
-    instances: Iterable[model.Instance], hosts: Sequence[Host], births: Births = _NONE, paused: pauses.Paused = _NONE
-) -> list[Place | Wait]:
-    """A decision for every waiting instance, in the order in which they are served. `births`: the revision at which
-    each was created. `paused`: nodes that refused it a moment ago."""
-    rooms = [room(host) for host in sorted(hosts, key=lambda host: host.id)]
-    kinds: dict[_Kind, _Candidates] = {}
-    reasons: dict[_Kind, Wait] = {}
-    decisions: list[Place | Wait] = []
-    for instance in queue(instances, births):
-        kind = _kind(instance, paused.get(instance.id, ()))
-        candidates = kinds.get(kind)
+# ---- the plan ----------------------------------------------------------------------------------------------------
+
+
+def plan(instances: Iterable[model.Instance], cloud: Cloud) -> list[Place | Wait]:
+    """A decision for every waiting instance, in the order in which they are served."""
+    planning = Planning(cloud)
+    return [planning.decide(instance) for instance in queue(instances, cloud.births)]
+
+
+class Planning:
+    """A plan in the making: `decide` for one instance after the other, in the queue's order."""
+
+    def __init__(self, cloud: Cloud) -> None:
+        self.rooms = [rooms.room(host) for host in sorted(cloud.hosts, key=_host_id)]
+        self._by_id = {room.host.id: room for room in self.rooms}
+        self._cloud = cloud
+        self._kinds: dict[_Kind, _Candidates] = {}
+        self._reasons: dict[_Kind, Wait] = {}
+        self._reservations = reservation.Reservations(self.rooms, cloud.births)
+        self._hopeless: dict[_Kind, int] = {}  # kind -> since when no reservation helps
+
+    def decide(self, instance: model.Instance) -> Place | Wait:
+        barred = self._cloud.barred.get(instance.id)
+        if barred:
+            return Wait(instance.id, Reason.HELD, f"Waiting: {barred}")
+        kind = _kind(instance, self._cloud.paused.get(instance.id, ()))
+        candidates = self._kinds.get(kind)
         if candidates is None:
-            candidates = kinds[kind] = _Candidates(rooms, kind)
-        best = candidates.best(instance)
-        if best is None:
-            if kind not in reasons:
-                reasons[kind] = _wait(instance, rooms, kind.paused)
-            decisions.append(reasons[kind]._replace(instance=instance.id))
-        else:
-            best.take(instance)
-            decisions.append(Place(instance.id, best.host.id))
-    return decisions
+            candidates = self._kinds[kind] = _Candidates(self._asked_for(kind), kind)
+        best = candidates.best(instance.id)
+        if best is not None:
+            best.take(instance.id, kind.need)
+            return Place(instance.id, best.host.id)
+        reserved = self._reserve(instance, kind)
+        if reserved is None and kind in self._reasons:
+            return self._reasons[kind]._replace(instance=instance.id)
+        wait = _wait(instance, kind, self._asked_for(kind))
+        if reserved is None:
+            self._reasons[kind] = wait
+            return wait
+        return wait._replace(reserved=reserved.host.id, text=f"{wait.text}; {reserved.host.name} is kept free for it")
+
+    def _reserve(self, instance: model.Instance, kind: "_Kind") -> rooms.Room | None:
+        """Keep a node free for it. What helps none of its kind helps no younger one."""
+        if self._reservations.exhausted:
+            return None
+        since = max(self._cloud.births(instance.id), instance.aged_from)
+        alike = kind._replace(digest="", refused=(), said="")
+        if since >= self._hopeless.get(alike, since + 1):
+            return None
+        could = (room for room in self._asked_for(kind) if verdict(room.host, kind) is None)
+        reserved = self._reservations.reserve(instance.id, kind.need, since, could)
+        if reserved is None:
+            self._hopeless[alike] = since
+        return reserved
+
+    def _asked_for(self, kind: "_Kind") -> Sequence[rooms.Room]:
+        """The node that it asks for, or all of them."""
+        if not kind.node:
+            return self.rooms
+        room = self._by_id.get(model.NodeId(kind.node))
+        return () if room is None else (room,)
+
+
+def _host_id(host: rooms.Host) -> str:
+    return host.id
 
 
 class _Kind(NamedTuple):
@@ -160,44 +176,50 @@ class _Kind(NamedTuple):
     arch: model.Arch
     digest: str
     node: str
-    vcpu: int
-    vram_mb: int
-    refused: tuple[str, ...]
-    paused: tuple[str, ...]
-    said: str  # by the node that refused it last: a part of why it waits
+    group: str
+    need: rooms.Size
+    refused: tuple[str, ...] = ()
+    paused: tuple[str, ...] = ()
+    said: str = ""  # by the node that refused it last: a part of why it waits
 
 
 def _kind(instance: model.Instance, paused: tuple[model.NodeId, ...]) -> _Kind:
-    spec = instance.spec
-    refused = tuple(sorted(instance.refused))
+    kind = kind_of(instance.spec)
+    if not instance.refused:
+        return kind
     said = instance.message if paused else ""
-    return _Kind(spec.arch, spec.digest, spec.node, spec.vcpu, spec.vram_mb, refused, paused, said)
+    return kind._replace(refused=tuple(sorted(instance.refused)), paused=paused, said=said)
+
+
+def kind_of(spec: model.Spec) -> _Kind:
+    """Of an instance that nobody has refused."""
+    return _Kind(spec.arch, spec.digest, spec.node, spec.group, rooms.size(spec))
 
 
 class _Candidates:
     """The nodes that can take one kind, best first: a heap whose stale entries are weighed again when they come up."""
 
-    def __init__(self, rooms: Sequence[Room], kind: _Kind) -> None:
+    def __init__(self, fleet: Sequence[rooms.Room], kind: _Kind) -> None:
         self._kind = kind
         self._heap = [
             (self._weight(room), index, room.version, room)
-            for index, room in enumerate(rooms)
-            if _verdict(room.host, kind.arch, kind.node, kind.paused) is None
+            for index, room in enumerate(fleet)
+            if room.fits(kind.need) and verdict(room.host, kind) is None
         ]
         heapq.heapify(self._heap)
 
-    def best(self, instance: model.Instance) -> Room | None:
+    def best(self, instance: model.InstanceId) -> rooms.Room | None:
         """The best node with room; None when no candidate is left. Nodes that became full are dropped for good: while
         a plan is being made rooms only shrink."""
         passed = []
-        found: Room | None = None
+        found: rooms.Room | None = None
         while self._heap:
             _, index, version, room = self._heap[0]
-            if not room.fits(instance.spec):
+            if not room.fits(self._kind.need):
                 heapq.heappop(self._heap)
             elif version != room.version:
                 heapq.heapreplace(self._heap, (self._weight(room), index, room.version, room))
-            elif instance.id in room.holds:  # an older epoch of it is still being cleaned up there
+            elif instance in room.holds:  # an older epoch of it is still being cleaned up there
                 passed.append(heapq.heappop(self._heap))
             else:
                 found = room
@@ -206,132 +228,165 @@ class _Candidates:
             heapq.heappush(self._heap, entry)
         return found
 
-    def _weight(self, room: Room) -> tuple[bool, int, float]:
+    def _weight(self, room: rooms.Room) -> tuple[bool, int, float]:
         """Less is better."""
         refusals = self._kind.refused.count(room.host.id)
         return refusals >= REFUSALS, _missing(room.host, self._kind.digest) + 2 * refusals, room.load()
 
 
-def _missing(host: Host, digest: str) -> int:
+def _missing(host: rooms.Host, digest: str) -> int:
     return 0 if digest in host.images else 1
 
 
-def _verdict(host: Host, arch: model.Arch, pinned: str, paused: Collection[str] = ()) -> Reason | None:
+def verdict(host: rooms.Host, kind: _Kind) -> Reason | None:
     """Why this node is no candidate whatever its room; None when it is one."""
-    if pinned and host.id != pinned:
+    if kind.node and host.id != kind.node:
         return Reason.UNKNOWN_NODE
-    if host.facts.arch != arch:
+    if host.facts.arch != kind.arch:
         return Reason.NO_ARCH
+    if kind.group and kind.group not in host.node.groups:
+        return Reason.NO_GROUP
     if not host.alive:
         return Reason.NOT_ALIVE
+    if host.held:
+        return Reason.HELD
     if host.node.drain:
         return Reason.DRAINING
     if host.owed or host.trouble:
         return Reason.TROUBLE
-    if host.id in paused:
+    if kind.paused and (host.id in kind.paused or pauses.EVERYWHERE in kind.paused):
         return Reason.REFUSED
     return None
 
 
+def shortage(room: rooms.Room, instance: model.InstanceId, need: rooms.Size) -> Reason | None:
+    """Why a node that is a candidate has no room for it; None when it has."""
+    if not room.large_enough(need):
+        return Reason.TOO_LARGE
+    if not room.has_room(need):
+        return Reason.FULL
+    if room.reserved not in (None, instance):
+        return Reason.RESERVED
+    return Reason.CLEANING if instance in room.holds else None
+
+
+# ---- the reason --------------------------------------------------------------------------------------------------
+
 # The reason nearest to a placement is the most telling: "full" means that waiting helps.
-_TELLING = (
+TELLING = (
     Reason.REFUSED,
+    Reason.RESERVED,
+    Reason.CLEANING,
     Reason.FULL,
     Reason.TOO_LARGE,
     Reason.TROUBLE,
     Reason.DRAINING,
+    Reason.HELD,
     Reason.NOT_ALIVE,
+    Reason.NO_GROUP,
     Reason.NO_ARCH,
     Reason.UNKNOWN_NODE,
 )
 
+_SHORT = {
+    Reason.REFUSED: "tried again",
+    Reason.RESERVED: "kept for another",
+    Reason.CLEANING: "being cleaned",
+    Reason.FULL: "full",
+    Reason.TOO_LARGE: "too small",
+    Reason.TROUBLE: "in trouble",
+    Reason.DRAINING: "draining",
+    Reason.HELD: "not yet heard",
+    Reason.NOT_ALIVE: "not alive",
+    Reason.NO_GROUP: "not in the group",
+    Reason.NO_ARCH: "of another architecture",
+    Reason.UNKNOWN_NODE: "not the one asked for",
+}
 
-def _wait(instance: model.Instance, rooms: Sequence[Room], paused: Collection[str] = ()) -> Wait:
-    if not rooms:
-        return Wait(instance.id, Reason.NO_NODES, f"Waiting: {Reason.NO_NODES}")
+
+def _wait(instance: model.Instance, kind: _Kind, fleet: Sequence[rooms.Room]) -> Wait:
+    if not fleet:
+        reason = Reason.UNKNOWN_NODE if kind.node else Reason.NO_NODES
+        return Wait(instance.id, reason, _text(instance, reason, {}, 0))
     counts: dict[Reason, int] = {}
-    for room in rooms:
-        verdict = _verdict(room.host, instance.spec.arch, instance.spec.node, paused)
-        reason = verdict or _shortage(room, instance.spec)
-        counts[reason] = counts.get(reason, 0) + 1
-    reason = next(reason for reason in _TELLING if reason in counts)
-    text = _text(instance, reason, counts, len(rooms))
+    for room in fleet:
+        found = verdict(room.host, kind) or shortage(room, instance.id, kind.need) or Reason.FULL
+        counts[found] = counts.get(found, 0) + 1
+    reason = next(reason for reason in TELLING if reason in counts)
+    text = _text(instance, reason, counts, len(fleet))
     if reason == Reason.REFUSED:
-        text += _refusers((room.host for room in rooms if room.host.id in paused), instance.message)
+        text += _refusers(fleet, instance)
     if reason == Reason.TROUBLE:
-        text += _troubles(room.host for room in rooms if not instance.spec.node or room.host.id == instance.spec.node)
+        text += _troubles(room.host for room in fleet)
     return Wait(instance.id, reason, text)
 
 
-def _troubles(hosts: Iterable[Host]) -> str:
+def _troubles(hosts: Iterable[rooms.Host]) -> str:
     """What the nodes say of their troubles: each kind once, with the first node that says it."""
     found: dict[str, str] = {}
     for host in hosts:
         if host.trouble:
             found.setdefault(host.trouble, host.name)
-    return "".join(f"; {name}: {trouble}" for trouble, name in list(found.items())[:_TROUBLES_SHOWN])
+    return "".join(f"; {name}: {trouble}" for trouble, name in list(found.items())[:_SHOWN])
 
 
-def _refusers(hosts: Iterable[Host], said: str) -> str:
-    """Which nodes are tried again, and what was last said of it."""
-    names = ", ".join(host.name for host in list(hosts)[:_TROUBLES_SHOWN])
-    return f"; refused by {names}" + (f": {said}" if said else "")
-
-
-def _shortage(room: Room, spec: model.Spec) -> Reason:
-    resource = room.host.node.capacity_mode == model.CapacityMode.RESOURCE
-    if resource and (spec.vcpu > room.size[1] or spec.vram_mb > room.size[2]):
-        return Reason.TOO_LARGE
-    return Reason.FULL
+def _refusers(fleet: Iterable[rooms.Room], instance: model.Instance) -> str:
+    """Which nodes refused it, and what was last said of it."""
+    names = [room.host.name for room in fleet if room.host.id in instance.refused]
+    told = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    said = f": {instance.message}" if instance.message else ""
+    return f"; refused by {told or 'nodes that are not there any more'}{said}"
 
 
 def _text(instance: model.Instance, reason: Reason, counts: Mapping[Reason, int], nodes: int) -> str:
     """A sentence with the verdicts on all nodes, the telling one first."""
     if reason == Reason.UNKNOWN_NODE:
         return f"Waiting: node {instance.spec.node} is not there"
+    if reason == Reason.NO_NODES:
+        return f"Waiting: {reason}"
     if reason == Reason.NO_ARCH:
         return f"Waiting: no node has the architecture {instance.spec.arch}"
+    if reason == Reason.NO_GROUP:
+        return f"Waiting: no node of architecture {instance.spec.arch} is in the group {instance.spec.group}"
     others = [
-        f"{count} {_SHORT[other]}" for other, count in sorted(counts.items(), key=lambda item: _TELLING.index(item[0]))
+        f"{count} {_SHORT[other]}" for other, count in sorted(counts.items(), key=lambda item: TELLING.index(item[0]))
     ]
     return f"Waiting: {reason} (of {nodes} {'node' if nodes == 1 else 'nodes'}: {', '.join(others)})"
 
 
-_SHORT = {
-    Reason.REFUSED: "tried again",
-    Reason.FULL: "full",
-    Reason.TOO_LARGE: "too small",
-    Reason.TROUBLE: "in trouble",
-    Reason.DRAINING: "draining",
-    Reason.NOT_ALIVE: "not alive",
-    Reason.NO_ARCH: "of another architecture",
-    Reason.UNKNOWN_NODE: "not the one asked for",
-}
+# ---- those about to be born --------------------------------------------------------------------------------------
 
 
 def candidates_for_new(
-    spec: model.Spec, rooms: Iterable[Room], waiting: Iterable[model.Instance], taken: Collection[str]
-) -> list[Room]:
+    spec: model.Spec, fleet: Iterable[rooms.Room], waiting: Iterable[model.Instance], taken: Set[str]
+) -> list[rooms.Room]:
     """Nodes for an instance that is about to be born, best first, to create and place it in one transaction; none
-    when it should rather queue: because no node fits, or because one that waits already could take what there is.
-    `taken`: nodes that another start of this process is using at this moment."""
-    if any(_competes(other, spec) for other in waiting):
-        return []
+    when it should rather queue: because no node fits, or because one that stands before it could take what there is,
+    or has a node kept free. `taken`: nodes that another start of this process is using at this moment."""
+    for looked_at, other in enumerate(waiting):
+        if looked_at >= _LOOKED_AT or _competes(other, spec):
+            return []
+    kind = kind_of(spec)
     fitting = [
         room
-        for room in rooms
-        if room.fits(spec) and room.host.id not in taken and _verdict(room.host, spec.arch, spec.node) is None
+        for room in fleet
+        if room.fits(kind.need) and room.host.id not in taken and verdict(room.host, kind) is None
     ]
     fitting.sort(key=lambda room: (_missing(room.host, spec.digest), room.load(), room.host.id))
     return fitting
 
 
-def fits(host: Host, spec: model.Spec) -> bool:
+def fits(host: rooms.Host, spec: model.Spec) -> bool:
     """Whether the host can take one more of this spec."""
-    return _verdict(host, spec.arch, spec.node) is None and room(host).fits(spec)
+    kind = kind_of(spec)
+    return verdict(host, kind) is None and rooms.room(host).fits(kind.need)
 
 
 def _competes(other: model.Instance, spec: model.Spec) -> bool:
     """Whether one that waits would be overtaken by a new one."""
-    same_nodes = not other.spec.node or not spec.node or other.spec.node == spec.node
-    return other.spec.arch == spec.arch and same_nodes and other.spec.priority <= spec.priority
+    return turn(other) <= spec.priority and share_nodes(other.spec, spec)
+
+
+def share_nodes(one: model.Spec, other: model.Spec) -> bool:
+    """Whether there may be nodes that could take either."""
+    return one.arch == other.arch and (not one.node or not other.node or one.node == other.node)

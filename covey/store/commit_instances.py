@@ -1,4 +1,4 @@
-"""What happens to instances by decision: place, withdraw, launch, terminate, fail, update, forget."""
+"""What happens to instances by decision: place, withdraw, age, launch, terminate, fail, update, forget."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -6,6 +6,7 @@ from typing import NamedTuple
 import msgspec
 
 from covey import lifecycle, model
+from covey.decide import placement
 from covey.store import base, codec, commit, schema, view
 
 Event = lifecycle.Event
@@ -100,6 +101,20 @@ async def withdraw(
             reading.event("withdrawn", waiting.id, decision, node=old.noun.node),
         )
         return commit.Write(ops, lambda revision: commit.Done(commit.kept(waiting, revision, old)))
+
+    return await writer.once(snapshot, rule)
+
+
+async def age(writer: commit.Writer, snapshot: view.Snapshot, instance: Instance) -> bool | commit.Lost:
+    """It has waited for a whole span since its revision: its turn comes nearer. Kept with the instance, so that every
+    controller sees the same queue."""
+
+    def rule(reading: commit.Reading) -> commit.Write[bool | commit.Lost] | commit.Lost:
+        old = reading.instance(instance.noun.id)
+        if old is None or old.revision != instance.revision or not old.noun.waiting:
+            return commit.Lost("it changed meanwhile")
+        noun = msgspec.structs.replace(placement.older(old.noun, old.revision), tx=reading.tx)
+        return commit.Write((reading.put(schema.instance(noun.id), noun),), lambda _: True)
 
     return await writer.once(snapshot, rule)
 

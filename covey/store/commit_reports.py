@@ -14,6 +14,7 @@ from typing import NamedTuple
 import msgspec
 
 from covey import lifecycle, model, wire
+from covey.decide import pauses
 from covey.store import base, codec, commit, commit_instances, schema, view
 
 Event = lifecycle.Event
@@ -21,7 +22,6 @@ Said = wire.ReportEvent
 
 _ITEMS = 20  # per transaction: each may need six operations
 _TEXT = 4096  # characters kept of a message or fault: the instance is one small key
-_REFUSALS = 10  # after so many the instance goes to Error instead of to the next node
 
 
 class Applied(NamedTuple):
@@ -163,8 +163,11 @@ class _Page:
 
     def _refused(self, old: model.Instance, item: wire.Item) -> model.Instance | None:
         """The next node may do better; but not for ever."""
-        if old.launched or len(old.refused) >= _REFUSALS:
+        if old.launched:
             return self._failed(old, item)
+        if len(old.refused) >= pauses.LIMIT:
+            message = f"It was refused {len(old.refused) + 1} times, now: {item.message}"
+            return self._failed(old, msgspec.structs.replace(item, message=message))
         new = commit.stepped(old, Event.REFUSED, self.reading, message=item.message, refused=(*old.refused, self.node))
         if new is not None:
             decision = model.Decision(who=self.node, why=f"refused: {item.message}")
@@ -182,7 +185,7 @@ class _Page:
         new = commit.stepped(old, Event.GONE, self.reading, released=True, vm=vm)
         if new is not None:
             return new
-        if not old.launched and old.state == model.State.PULLING and len(old.refused) < _REFUSALS:
+        if not old.launched and old.state == model.State.PULLING and len(old.refused) < pauses.LIMIT:
             return commit.stepped(old, Event.REFUSED, self.reading, refused=(*old.refused, self.node))
         message = item.message or "The node says that nothing of the VM is left"
         failed = commit.stepped(old, Event.FAILED, self.reading, released=True, vm=vm, message=message)

@@ -5,7 +5,7 @@ import uuid
 from typing import Any
 
 from covey import model, wire
-from covey.decide import placement
+from covey.decide import rooms
 
 _count = itertools.count(1)
 
@@ -51,13 +51,13 @@ def instance(**changes: Any) -> model.Instance:
     return model.Instance(**(values | changes))
 
 
-def host(id: str = "", *, slots: int = 2, held: int = 0, **changes: Any) -> placement.Host:
+def host(id: str = "", *, slots: int = 2, held: int = 0, **changes: Any) -> rooms.Host:
     """A node with `slots`, of which `held` are claimed."""
     id = id or str(uuid.uuid4())
     node_changes = {name: changes.pop(name) for name in model.Node.__struct_fields__ if name in changes}
     facts_changes = {name: changes.pop(name) for name in model.Facts.__struct_fields__ if name in changes}
     claims = tuple(model.Claim(instance=instance_id(), epoch=1) for _ in range(held))
-    return placement.Host(
+    return rooms.Host(
         node=model.Node(id=model.NodeId(id), created_ns=1, **node_changes),
         facts=facts(slots=slots, **facts_changes),
         claims=changes.pop("claims", claims),

@@ -49,6 +49,11 @@ async def until(condition: Callable[[], Awaitable[bool]], limit_s: float = 20.0)
             await asyncio.sleep(0.02)
 
 
+def why(one: loop.Loop, id: str) -> str:
+    """What this replica tells of a waiting instance."""
+    return one._waiting.why(one._mirror.snapshot(), model.InstanceId(id))
+
+
 async def states(c: cloud.Cloud) -> dict[str, State]:
     return {kept.noun.id: kept.noun.state for kept in (await c.look()).instances()}
 
@@ -56,11 +61,11 @@ async def states(c: cloud.Cloud) -> dict[str, State]:
 async def test_what_waits_is_placed_when_a_node_comes() -> None:
     async with cloud.running() as c, looping(c) as (one,):
         ids = await c.create(3)
-        await until(lambda: _true(one.why_waiting(ids[0]) == "Waiting: no node has joined"))
+        await until(lambda: _true(why(one, ids[0]) == "Waiting: no node has joined"))
         node = await c.join()
         await until(lambda: _count(c, State.PULLING, 2))
         assert len(await c.claims(node)) == 2
-        await until(lambda: _true("full" in "".join(map(one.why_waiting, ids))))
+        await until(lambda: _true("full" in "".join(why(one, id) for id in ids)))
 
 
 async def test_three_replicas_place_each_instance_once() -> None:
@@ -248,8 +253,8 @@ async def _true(value: bool) -> bool:
 
 
 async def _text(one: loop.Loop, id: str) -> str:
-    await until(lambda: _true(one.why_waiting(id) != ""))
-    return one.why_waiting(id)
+    await until(lambda: _true(why(one, id) != ""))
+    return why(one, id)
 
 
 async def _count(c: cloud.Cloud, state: State, count: int) -> bool:
@@ -309,7 +314,7 @@ async def test_a_node_that_refused_gets_it_again_after_a_pause_and_meanwhile_it_
             refused_ns = c.world.boot_ns()
             await c.report(node, nouns.item(Said.REFUSED, me, epoch=epoch, message="disk full"))
             await c.report(node, nouns.item(Said.GONE, me, epoch=epoch))
-            await until(lambda: _true("refused by host: disk full" in one.why_waiting(id)))
+            await until(lambda: _true("refused by host: disk full" in why(one, id)))
             await until(lambda: _on(c, id, node))
             assert least_s < (c.world.boot_ns() - refused_ns) / 1e9 < least_s + 3
         assert (await c.instance(id)).epoch == 3

@@ -5,6 +5,7 @@ import base64
 import pytest
 
 from covey import model, wire
+from covey.decide import pauses
 from covey.store import base, commit_reports, schema
 from tests.support import cloud, flaky, nouns
 
@@ -133,12 +134,12 @@ async def test_refusals_end_in_error_and_not_in_a_circle() -> None:
         node = await c.join()
         (id,) = await c.create()
         me = model.InstanceId(id)
-        for epoch in range(1, 12):
+        for epoch in range(1, pauses.LIMIT + 2):
             await c.place(node, id)
             await c.report(node, nouns.item(Said.REFUSED, me, epoch=epoch, message="disk full"))
             await c.report(node, nouns.item(Said.GONE, me, epoch=epoch))
         instance = await c.instance(id)
-        assert (instance.state, instance.message) == (State.ERROR, "disk full")
+        assert (instance.state, instance.message) == (State.ERROR, "It was refused 51 times, now: disk full")
         assert await c.claims(node) == []
 
 
@@ -276,7 +277,7 @@ async def test_a_node_that_only_says_gone_is_not_tried_for_ever() -> None:
     async with cloud.running() as c:
         node = await c.join()
         (id,) = await c.create(homes=[node])
-        for epoch in range(1, 12):
+        for epoch in range(1, pauses.LIMIT + 2):
             await c.report(node, nouns.item(Said.GONE, model.InstanceId(id), epoch=epoch))
             await c.place(node, id)
         assert (await c.instance(id)).state == State.ERROR
