@@ -39,6 +39,7 @@ class Controller(_Settings, frozen=True, kw_only=True):
     """A controller replica. Endpoints of etcd are host:port."""
 
     listen: settings_reader.Address
+    advertise_url: str  # "": nodes do not learn of this controller
     etcd_endpoints: tuple[str, ...]
     etcd_request_timeout_s: float
     etcd_tls: bool
@@ -54,6 +55,8 @@ class Controller(_Settings, frozen=True, kw_only=True):
     node_active_timeout_s: float
     unknown_vm_threshold_s: float
     graceful_shutdown_timeout_s: float
+    shutdown_delay_s: float
+    trusted_proxies: tuple[settings_reader.Network, ...]
     heartbeat_s: float
     standalone: bool
     run_registry: bool
@@ -65,6 +68,7 @@ class Registry(_Settings, frozen=True, kw_only=True):
     listen: settings_reader.Address
     base_path: Path
     graceful_shutdown_timeout_s: float
+    trusted_proxies: tuple[settings_reader.Network, ...]
 
 
 class Agent(_Settings, frozen=True, kw_only=True):
@@ -135,8 +139,14 @@ def controller(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Controlle
     login = read.switch("USE_ETCD_LOGIN")
     if login and not read.text("ETCD_USERNAME"):
         raise errors.SettingError("USE_ETCD_LOGIN is true but ETCD_USERNAME is not set")
+    advertised = read.urls("ADVERTISE_URL")
+    if len(advertised) > 1:
+        raise errors.SettingError(
+            f"ADVERTISE_URL={read.text('ADVERTISE_URL')} is more than one URL: give this one's own"
+        )
     return Controller(
         listen=read.listen("LISTEN_ADDR"),
+        advertise_url=next(iter(advertised), ""),
         etcd_endpoints=tuple(settings_reader.host_port(endpoint) for endpoint in endpoints),
         etcd_request_timeout_s=read.duration("ETCD_REQUEST_TIMEOUT"),
         etcd_tls=read.switch("USE_ETCD_TLS") or any(endpoint.startswith("https://") for endpoint in endpoints),
@@ -152,6 +162,8 @@ def controller(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Controlle
         node_active_timeout_s=read.duration("NODE_ACTIVE_TIMEOUT"),
         unknown_vm_threshold_s=float(read.number("UNKNOWN_VM_THRESHOLD")),
         graceful_shutdown_timeout_s=read.duration("GRACEFUL_SHUTDOWN_TIMEOUT"),
+        shutdown_delay_s=read.duration("SHUTDOWN_DELAY"),
+        trusted_proxies=read.networks("TRUSTED_PROXIES"),
         heartbeat_s=read.positive("HEARTBEAT"),
         standalone=alone,
         run_registry=run_registry,
@@ -166,6 +178,7 @@ def registry(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Registry:
         listen=read.listen("LISTEN_ADDR"),
         base_path=read.path("BASE_PATH") or read.data_dir() / "registry",
         graceful_shutdown_timeout_s=read.duration("GRACEFUL_SHUTDOWN_TIMEOUT"),
+        trusted_proxies=read.networks("TRUSTED_PROXIES"),
         **read.common(),
     )
 

@@ -66,6 +66,14 @@ _PLACES = (
         "127.0.0.1:8090",
         "Where the controller listens; port 0 takes a free one.",
     ),
+    Setting(
+        "ADVERTISE_URL",
+        _C,
+        _K.URLS,
+        "",
+        "The URL at which nodes reach this very controller. Nodes learn it and spread over all that have one; leave it"
+        " unset where nodes shall go through a balancer only.",
+    ),
     Setting("LISTEN_ADDR", _R, _K.ADDRESS, "127.0.0.1:8089", "Where the registry listens; port 0 takes a free one."),
     Setting(
         "ALLOW_ANONYMOUS",
@@ -82,6 +90,14 @@ _PLACES = (
         "Where everything is kept: etcd below etcd/, the registry below registry/, a node below agent/.",
     ),
     Setting("BASE_PATH", _R, _K.PATH, "registry/ in DATA_DIR", "The registry's data directory."),
+    Setting(
+        "TRUSTED_PROXIES",
+        _SERVERS,
+        _K.LIST,
+        "",
+        "Addresses or networks of balancers whose X-Forwarded-For is believed: it tells whose decision is recorded and"
+        " whose share of the server a request takes.",
+    ),
     Setting(
         "ANKA_REGISTRY", _CS, _K.URLS, "", "Registry URLs that nodes pull templates from.", aliases=("NODE_REGISTRY",)
     ),
@@ -174,6 +190,14 @@ _TIMES = (
     ),
     Setting(
         "GRACEFUL_SHUTDOWN_TIMEOUT", _SERVERS, _K.DURATION, "10s", "How long requests in flight may take at shutdown."
+    ),
+    Setting(
+        "SHUTDOWN_DELAY",
+        _CS,
+        _K.DURATION,
+        "2s",
+        "At shutdown /readyz is red for this long while requests are still taken, so that balancers look away first;"
+        " skipped when nobody has asked /readyz for half a minute.",
     ),
     Setting("HEARTBEAT", _CS, _K.DURATION, "5s", "How often agents send a sign of life."),
     Setting(

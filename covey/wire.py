@@ -52,6 +52,7 @@ class Join(model.Noun, frozen=True, kw_only=True):
     last_secret: str = ""
     explicit: bool = False
     cloud: str = ""  # the cloud the agent belongs to; another one is refused
+    last_session: int = 0  # the new one's number is higher, also when the store has forgotten that one (safety S19)
 
 
 class Joined(model.Noun, frozen=True, kw_only=True):
@@ -99,7 +100,7 @@ class Ask(model.Noun, frozen=True, kw_only=True):
 
 class WantedState(model.Noun, frozen=True, kw_only=True):
     """`hold`: launch, place and destroy nothing (the store's history is not the one the agent knows).
-    `controllers`: URLs at which agents may reach the cloud's controllers now; empty: those that they were given."""
+    `controllers`: URLs at which agents may reach the cloud's controllers now; empty: this teaches nothing."""
 
     seen: Seen
     tag: str
@@ -201,6 +202,7 @@ class Held(model.Noun, frozen=True, kw_only=True):
     launched: bool = False  # guest code may have run
     running: bool = False
     stopped: bool = False  # stopped as asked, and may be started again
+    buried: bool = False  # ordered destroyed here: it goes by itself
     message: str = ""  # why it failed or was refused
     vm: model.VmInfo | None = None
 
@@ -213,6 +215,7 @@ class Buried(model.Noun, frozen=True, kw_only=True):
     epoch: int
     decision: model.Decision
     final: bool = False
+    seen: Seen = Seen()  # the view that the order was in: a store whose own it is has not forgotten it
 
 
 class Adopt(model.Noun, frozen=True, kw_only=True):

@@ -167,6 +167,7 @@ class Agent:
                 trouble, pause_s = f"this host cannot run VMs now: {error}", _REFUSED_PAUSE_S
             except errors.RemoteError as error:
                 away = f"no controller answers: {error}"
+                pause_s = max(pause_s, error.retry_after_s)
             except OSError as error:
                 trouble, pause_s = f"this node's files cannot be written: {error}", _REFUSED_PAUSE_S
             self._contact.lost(self, away) if away else self._contact.found(self)
@@ -221,6 +222,7 @@ class Agent:
             standing.hold = False
             self._wake_all()
         self._tag = answer.tag
+        standing.told_of_controllers(answer.controllers)
         self._apply(answer)
         if self._group is not None:
             self._questions.take(answer.questions, self._group)

@@ -1,4 +1,5 @@
-"""Who this node is, on disk: its id, session, secrets, and the newest view at its last join (safety S7, S18).
+"""Who this node is, on disk: its id, session, secrets, and the newest view at its last join (safety S7, S18); and where
+the cloud's controllers were last.
 
 A session's secret is durable before it is sent. After a crash, or an answer that never came, nobody knows which of
 the secrets sent since is the current one; so all of them are kept until one has surely been taken.
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import msgspec
 
-from covey import durable, model, wire, world
+from covey import durable, model, observe, wire, world
 
 _KEPT = 16  # secrets of joins whose answer was lost
 _SPARE_BYTES = 64 << 10
+
+_log = observe.log("agent")
 
 
 class Identity(model.Noun, frozen=True, kw_only=True):
@@ -30,10 +33,24 @@ class Identity(model.Noun, frozen=True, kw_only=True):
     seen: wire.Seen = wire.Seen()
 
 
+class _Controllers(model.Noun, frozen=True, kw_only=True):
+    """controllers.json: what the cloud said last. Without it there are those that the node was joined with."""
+
+    urls: tuple[str, ...]
+
+
+def learnt(data: Path | None) -> tuple[str, ...]:
+    """URLs of the controllers that the cloud had when it was asked last."""
+    known = None if data is None else durable.read(data / "controllers.json", _Controllers)
+    return () if known is None else known.urls
+
+
 class File:
     """The identity file; without a directory it lives in memory."""
 
     def __init__(self, data: Path | None, clock: world.World) -> None:
+        self._data = data
+        self._learnt = learnt(data)
         self._path = None if data is None else data / "node.json"
         known = None if self._path is None else durable.read(self._path, Identity)
         self.now = known or Identity(host_key=clock.secret())
@@ -68,6 +85,17 @@ class File:
 
     def remember(self, seen: wire.Seen) -> None:
         self.write(msgspec.structs.replace(self.now, seen=seen))
+
+    def learn(self, controllers: tuple[str, ...]) -> None:
+        """Keep where the cloud's controllers are now: those that this node was joined with may be replaced one day."""
+        if controllers == self._learnt:
+            return
+        self._learnt = controllers
+        if self._data is not None:
+            try:
+                durable.write(self._data / "controllers.json", _Controllers(urls=controllers))
+            except OSError as error:
+                _log.warning("where the controllers are could not be written down", error=str(error))
 
     def joined(self, answer: wire.Joined, secret: str, seen: wire.Seen) -> None:
         """The session has begun: its secret is the one to show from now on."""

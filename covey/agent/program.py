@@ -4,8 +4,8 @@
     ended   the one reason why an agent ends by itself: this host cannot run VMs, and never was a node
     stop    let go of everything; VMs run on
 
-Below the agent's directory are node.json, records/, tombstones/ (`agent.records`), vms/ (the hypervisor's) and images/;
-of many nodes each has a directory of its own, node-001 and so on.
+Below the agent's directory are node.json, controllers.json, records/, tombstones/ (`agent.records`), vms/ (the
+hypervisor's) and images/; of many nodes each has a directory of its own, node-001 and so on.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from covey import errors, settings, world
-from covey.agent import agent, contact, host, hypervisor, images, qemu, synthetic
+from covey.agent import agent, contact, host, hypervisor, identity, images, qemu, synthetic
 from covey.client import http, registry
 
 
@@ -28,8 +28,8 @@ class Program:
         self._clock = clock
         self._folder = folder
         self._explicit = explicit
-        self._controllers = http.Endpoints(chosen.controllers)
-        self._registries: list[http.Endpoints] = []
+        self._sockets = http.Sockets()
+        self._endpoints: list[http.Endpoints] = []
         self._contact = contact.Contact()
         self._tasks: list[asyncio.Task[None]] = []
         self._ip = ""
@@ -55,8 +55,9 @@ class Program:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for endpoints in (self._controllers, *self._registries):
+        for endpoints in self._endpoints:
             await endpoints.close()
+        await self._sockets.close()
 
     # ---- putting together ------------------------------------------------------------------------------------------
 
@@ -95,7 +96,7 @@ class Program:
             self._clock,
             driver,
             cache,
-            self._controllers,
+            self._controllers(folder),
             use=host.use,
             touch=self._contact,
         )
@@ -112,7 +113,7 @@ class Program:
         cache = synthetic.Images(self._chosen.pull_s)
         # Pretended VMs need not survive the host, and hundreds of nodes in one process must not wait for its disk.
         config = self._config(name, folder, sync=False)
-        made = agent.Agent(config, self._clock, driver, cache, self._controllers, touch=self._contact)
+        made = agent.Agent(config, self._clock, driver, cache, self._controllers(folder), touch=self._contact)
         wakes.agent = made
         return made
 
@@ -126,10 +127,17 @@ class Program:
             sync=sync,
         )
 
+    def _controllers(self, folder: Path | None) -> http.Endpoints:
+        """Each node chooses its controller by itself; their connections are in one pool."""
+        learnt = identity.learnt(folder)
+        made = http.Endpoints(self._chosen.controllers, learnt=learnt, salt=self._clock.token(), exchange=self._sockets)
+        self._endpoints.append(made)
+        return made
+
     def _connect(self, urls: tuple[str, ...]) -> images.Source:
-        endpoints = http.Endpoints(urls, timeout_s=30)
-        self._registries.append(endpoints)
-        return registry.Registry(endpoints)
+        made = http.Endpoints(urls, salt=self._clock.token(), timeout_s=30, exchange=self._sockets)
+        self._endpoints.append(made)
+        return registry.Registry(made)
 
 
 class _Wakes:

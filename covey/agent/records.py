@@ -2,6 +2,7 @@
 
     <data>/
     ├── node.json, spare                 who this node is; room to write that on a full disk (agent.identity)
+    ├── controllers.json                 where the cloud's controllers were last (agent.identity)
     ├── records/<instance>.<epoch>.json  Record: written before each act that could not be guessed afterwards
     ├── tombstones/<instance>.json       Tombstone: ordered destroyed; kept 30 days (safety S19)
     ├── vms/                             the hypervisor's

@@ -162,6 +162,13 @@ class Session:
         self.seen = seen
         return True
 
+    def told_of_controllers(self, urls: tuple[str, ...]) -> None:
+        """Where the cloud's controllers are now. An empty list teaches nothing: a controller that enters the cloud is
+        not listed yet, and those that are known may be all there is."""
+        if urls:
+            self._endpoints.learn(urls)
+            self._file.learn(urls)
+
     async def leave(self, *, force: bool = False) -> None:
         """The operator takes this node out of the cloud. Raises Refused while it holds claims, unless `force`."""
         await self.call("leave", type(None), wire.Leave(force=force))

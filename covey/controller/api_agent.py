@@ -16,7 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from covey import answer, errors, model, observe, serve, wire
-from covey.controller import naming, renewals, wanted
+from covey.controller import naming, parking, renewals, wanted
 from covey.store import (
     codec,
     commit,
@@ -78,6 +78,7 @@ class AgentApi:
         self._renewals = renewals
         self._terms = terms
         self._alarm = alarm
+        self._parking = parking.Parking()
         self._trouble = trouble
 
     def routes(self) -> Sequence[serve.Route]:
@@ -150,7 +151,8 @@ class AgentApi:
         until_ns = arrived_ns + int(min(max(ask.wait_s, 0.0), wire.POLL_LIMIT_S) * 1e9)
         wants = wanted.for_node(snapshot, caller.node)
         while not hold and not wants.news_for(ask.tag) and self._writer.world.boot_ns() < until_ns:
-            await self._park(caller.node, snapshot.revision, until_ns)
+            if not await self._park(call, caller.node, snapshot.revision, until_ns):
+                break
             self._check_ready()
             call.still_here()
             snapshot = max(snapshot, self._mirror.snapshot(), key=_revision)  # the first may be a direct one (S21)
@@ -164,23 +166,28 @@ class AgentApi:
             heartbeat_s=self._terms.heartbeat_s,
             hold=hold,
             questions=wants.questions,
+            controllers=tuple(sorted(one.noun.url for one in snapshot.controllers() if one.noun.url)),
         )
 
-    async def _park(self, node: model.NodeId, revision: int, until_ns: int) -> None:
-        """Until the node's wanted state may have changed, time is up, or the alarm is raised."""
+    async def _park(self, call: serve.Call, node: model.NodeId, revision: int, until_ns: int) -> bool:
+        """Until the node's wanted state may have changed, time is up, or the alarm is raised. False: this poll gives
+        way to a newer one of the node."""
         left_s = (until_ns - self._writer.world.boot_ns()) / 1e9
         if self._alarm.is_set():  # about to be lowered: this controller is ready again
             await asyncio.sleep(_PAUSE_S)
-        waits = {
-            asyncio.ensure_future(self._mirror.node_changed(node, revision)),
-            asyncio.ensure_future(self._alarm.wait()),
-        }
-        try:
-            await asyncio.wait(waits, timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+        with self._parking.spot(node) as wanted_by_another, call.aside():
+            waits = {
+                asyncio.ensure_future(self._mirror.node_changed(node, revision)),
+                asyncio.ensure_future(self._alarm.wait()),
+                asyncio.ensure_future(wanted_by_another.wait()),
+            }
+            try:
+                await asyncio.wait(waits, timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+                await asyncio.gather(*waits, return_exceptions=True)
+            return not wanted_by_another.is_set()
 
     async def _view(self, seen: wire.Seen) -> tuple[view.Snapshot, bool]:
         """A view at least as new as what the agent saw, and whether the agent must hold: the store has another history
