@@ -1,10 +1,10 @@
-"""`covey vm …`: start, look at and terminate instances."""
+"""`covey vm …`: start, look at, explain and terminate instances."""
 
 import asyncio
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Instances: VMs asked for by users.", no_args_is_help=True)
 
+T = TypeVar("T")
+
 _SCRIPT_LIMIT_BYTES = 256 * 1024
+_NODES_SHOWN = 50
+_BEFORE_SHOWN = 3
 
 
 @app.command()
@@ -121,6 +125,42 @@ def show(
 
 
 @app.command()
+def explain(
+    instance: Annotated[str, typer.Argument(metavar="INSTANCE", help="An instance's id.")],
+    controller: flags.Controller = None,
+    json: flags.Json = False,
+) -> None:
+    """Say why an instance waits: its place in the queue, and what each node says of it."""
+
+    async def run() -> "controller_client.Explanation":
+        async with flags.connect(controller) as cloud:
+            return await found(cloud.explain(instance), instance)
+
+    told = asyncio.run(run())
+    if json:
+        out.as_json(told)
+        return
+    out.fields(
+        [
+            ("instance", told.instance_id),
+            ("state", told.instance_state),
+            ("why", told.text),
+            ("queue", _place_in_queue(told)),
+            ("turn", _turn(told)),
+        ]
+    )
+    nodes = told.nodes or []
+    if nodes:
+        out.say("")
+        out.table(
+            ("node", "verdict", "because"),
+            [(node.node_name, node.verdict.replace("_", " "), node.text) for node in nodes[:_NODES_SHOWN]],
+        )
+    if len(nodes) > _NODES_SHOWN:
+        out.note(f"{len(nodes) - _NODES_SHOWN} more nodes; --json shows all")
+
+
+@app.command()
 def terminate(
     instances: Annotated[list[str], typer.Argument(metavar="INSTANCE…", help="Ids of instances.")],
     controller: flags.Controller = None,
@@ -156,10 +196,29 @@ async def _instance(id: str, controller: str | None) -> "controller_client.Insta
 
 async def find(cloud: "controller_client.Controller", id: str) -> "controller_client.Instance":
     """One instance. Raises NotFound with the remedy."""
+    return await found(cloud.instance(id), id)
+
+
+async def found(ask: Awaitable[T], id: str) -> T:
+    """What is asked of an instance. Raises NotFound with the remedy."""
     try:
-        return await cloud.instance(id)
+        return await ask
     except errors.NotFound:
         raise errors.NotFound(f"there is no instance {id}; `covey vm list` shows those there are") from None
+
+
+def _place_in_queue(told: "controller_client.Explanation") -> str:
+    if not told.position:
+        return ""
+    before = told.before or []
+    names = ", ".join(before[:_BEFORE_SHOWN]) + (", …" if told.competitors > _BEFORE_SHOWN else "")
+    rivals = f"; before it, for the same nodes: {told.competitors} ({names})" if before else ""
+    return f"{told.position} of {told.waiting} waiting{rivals}"
+
+
+def _turn(told: "controller_client.Explanation") -> str:
+    """Only when waiting has changed it."""
+    return f"{told.turn}, by waiting; its priority is {told.priority}" if told.turn != told.priority else ""
 
 
 def _script_text(file: Path | None) -> str:

@@ -91,6 +91,28 @@ class _Wrapper(_View, frozen=True, kw_only=True):
     vm: Instance
 
 
+class NodeVerdict(_View, frozen=True, kw_only=True):
+    node_id: str = ""
+    node_name: str = ""
+    verdict: str = ""
+    text: str = ""
+
+
+class Explanation(_View, frozen=True, kw_only=True):
+    """Why an instance stands where it stands. `position` 0: it does not wait for a node."""
+
+    instance_id: str = ""
+    instance_state: str = ""
+    text: str = ""
+    priority: int = 0
+    turn: int = 0
+    position: int = 0
+    waiting: int = 0
+    competitors: int = 0
+    before: list[str] | None = None
+    nodes: list[NodeVerdict] | None = None
+
+
 class Log(_View, frozen=True, kw_only=True):
     """A part of what a start script wrote. `offset`: of its first byte; later than asked for when more was not kept."""
 
@@ -189,6 +211,9 @@ class Controller:
     async def instance(self, id: str) -> Instance:
         shown = await self.endpoints.ask("GET", f"/api/v1/vm?id={parse.quote(id, safe='')}", Instance)
         return shown if shown.instance_id else msgspec.structs.replace(shown, instance_id=id)
+
+    async def explain(self, id: str) -> Explanation:
+        return await self.endpoints.ask("GET", f"/api/v1/vm/explain?id={parse.quote(id, safe='')}", Explanation)
 
     async def wait_until_settled(
         self, ids: Sequence[str], timeout_s: float, watch: Callable[[Mapping[str, Instance]], None] | None = None

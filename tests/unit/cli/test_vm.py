@@ -134,6 +134,49 @@ def test_an_empty_list_is_a_header_or_an_empty_array(cloud: Cloud, covey: Covey)
     assert covey("vm", "list", "--json").json == []
 
 
+EXPLAINED = {
+    "instance_id": "i-9",
+    "instance_state": "Scheduling",
+    "text": "Waiting: all nodes that could take it are full (of 1 node: 1 full)",
+    "priority": 1000,
+    "turn": 100,
+    "position": 5,
+    "waiting": 7,
+    "competitors": 4,
+    "before": ["i-1", "i-2", "i-3", "i-4"],
+    "nodes": [{"node_id": "n", "node_name": "mac-1", "verdict": "too_large", "text": "full: 2 of 2 slots are taken"}],
+}
+
+
+def test_explain(cloud: Cloud, covey: Covey) -> None:
+    cloud.ok("GET", "/api/v1/vm/explain?id=i-9", EXPLAINED)
+    assert covey("vm", "explain", "i-9").out.splitlines() == [
+        "instance  i-9",
+        "state     Scheduling",
+        "why       Waiting: all nodes that could take it are full (of 1 node: 1 full)",
+        "queue     5 of 7 waiting; before it, for the same nodes: 4 (i-1, i-2, i-3, …)",
+        "turn      100, by waiting; its priority is 1000",
+        "",
+        "NODE   VERDICT    BECAUSE",
+        "mac-1  too large  full: 2 of 2 slots are taken",
+    ]
+    assert covey("vm", "explain", "i-9", "--json").json == EXPLAINED
+
+
+def test_explain_shows_no_queue_to_one_that_has_a_node_and_not_every_node_of_a_thousand(
+    cloud: Cloud, covey: Covey
+) -> None:
+    told = {"instance_id": "i", "instance_state": "Pulling", "text": "Node a pulls the template: 43 %"}
+    cloud.ok("GET", "/api/v1/vm/explain?id=i", told)
+    assert len(covey("vm", "explain", "i").out.splitlines()) == 3
+    cloud.ok("GET", "/api/v1/vm/explain?id=i", {**EXPLAINED, "nodes": EXPLAINED["nodes"] * 1000})  # type: ignore[operator]
+    ran = covey("vm", "explain", "i")
+    assert len(ran.out.splitlines()) == 57
+    assert ran.err == "950 more nodes; --json shows all\n"
+    cloud.fail("GET", "/api/v1/vm/explain?id=no", "Not found")
+    assert "`covey vm list`" in covey("vm", "explain", "no").err
+
+
 def test_show(cloud: Cloud, covey: Covey) -> None:
     cloud.ok("GET", "/api/v1/vm?id=i-1", instance(metadata={"a": 1}))
     shown = dict(line.split("  ", 1) for line in covey("vm", "show", "i-1").out.splitlines())
