@@ -28,7 +28,6 @@ from typing import NamedTuple
 from covey import answer
 
 _MIB = 1 << 20
-_PAUSE_S = 0.5  # before a refusal is told
 _PAUSED_LIMIT = 4096  # beyond that many, refusals are told at once
 
 
@@ -46,6 +45,7 @@ class Limits(NamedTuple):
     at_once: int = 256
     waiting: int = 1024
     wait_s: float = 3.0
+    pause_s: float = 0.5  # before a refusal is told
     body_bytes: int = 64 * _MIB
 
 
@@ -98,7 +98,7 @@ class Gate:
             yield None
             return
         if not await room.enter(client):
-            await self._pause()
+            await self._pause(room.pause_s)
             raise _busy("this server has too much to do and nothing was done; try again")
         ticket = Ticket(room, client)
         try:
@@ -106,11 +106,11 @@ class Gate:
         finally:
             ticket.end()
 
-    async def _pause(self) -> None:
+    async def _pause(self, pause_s: float) -> None:
         if self._paused < _PAUSED_LIMIT:
             self._paused += 1
             try:
-                await asyncio.sleep(_PAUSE_S)
+                await asyncio.sleep(pause_s)
             finally:
                 self._paused -= 1
 
@@ -119,6 +119,7 @@ class _Lane:
     """`_turns` holds the clients that have somebody waiting, the next one first."""
 
     def __init__(self, limits: Limits) -> None:
+        self.pause_s = limits.pause_s
         self._limits = limits
         self._share = max(limits.at_once // 2, 1)
         self._clients: dict[str, _Client] = {}

@@ -5,11 +5,14 @@
 Frozen (safety S24): after a gap of the event loop what lies in the sockets is of unknown age. Every client connection
 is closed unread, the backlog too.
 
-Drain: the listener closes, parked polls and uploads are told (`dispatch`), requests in flight finish.
+Drain: once `draining` is set, parked polls are told (`dispatch`) and each answer closes its connection, but requests
+are taken until `drain` closes the listener: a balancer that asks /readyz has time to look away. Connections that are
+idle then stay open until the end, so that what was sent on one at that moment is still answered.
 """
 
 import asyncio
 import errno
+import resource
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -24,6 +27,9 @@ _AFTERSHOCK_S = 0.05  # connections accepted this soon after a gap had been wait
 _KEEPALIVE_S = 150.0  # above 120 s: a client's pooled connection must not be closed under its POST
 _LINGER_S = 3.0
 _CUT_SHARE = 0.7  # uploads are cut after this share of the grace
+_CONNECTION_LIMIT = 10_000
+_SPARE_FILES = 256  # descriptors left for everything else
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 log = observe.log("http")
 
@@ -44,6 +50,8 @@ class Server:
     ) -> None:
         self.host = ""
         self.port = 0
+        self.open = 0  # connections
+        self.connection_limit = _CONNECTION_LIMIT
         self._world = world
         self._dispatch = dispatch.Dispatch(
             routes, world=world, error_bodies=error_bodies, limits=limits, trusted=trusted
@@ -62,6 +70,9 @@ class Server:
     async def start(self, host: str, port: int) -> None:
         """Listen on host:port ("" is every address, port 0 any free one). Raises SettingError in one clear line."""
         self._sockets = [_listen(host, port)]
+        self.connection_limit = max(
+            min(_CONNECTION_LIMIT, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES), 64
+        )
         self._web = _WebServer(self._serve, self, self._read_ahead_bytes)
         self._listener = await asyncio.get_running_loop().create_server(self._web, sock=self._sockets[0], backlog=4096)
         self.host, self.port = host, self._sockets[0].getsockname()[1]
@@ -212,8 +223,18 @@ class _Protocol(web_protocol.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        if self._owner.shaken() and self.transport is not None:
+        self._owner.open += 1
+        if self.transport is None:
+            return
+        if self._owner.shaken():
             self.transport.abort()
+        elif self._owner.open > self._owner.connection_limit:
+            self.transport.write(_FULL)
+            self.transport.close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._owner.open -= 1
+        super().connection_lost(exc)
 
     def handle_error(
         self,

@@ -21,6 +21,7 @@ Part = settings_table.Part
 Kind = settings_table.Kind
 TABLE = settings_table.TABLE
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Flags = Mapping[str, object]  # setting name -> value as typed; None: not given
 
 
@@ -201,6 +202,13 @@ class Reader:
 
     def items(self, name: str) -> tuple[str, ...]:
         return tuple(part.strip() for part in self.text(name).split(",") if part.strip())
+
+    def networks(self, name: str) -> tuple[Network, ...]:
+        """Addresses are networks of one."""
+        try:
+            return tuple(ipaddress.ip_network(part, strict=False) for part in self.items(name))
+        except ValueError:
+            raise self._bad(name, "a comma separated list of addresses or networks such as 10.0.0.0/24") from None
 
     def urls(self, name: str) -> tuple[str, ...]:
         if self.find(name) is None and not self._rows[name].default.startswith("http"):

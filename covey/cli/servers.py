@@ -6,6 +6,7 @@ stops a start is one line and exit code 1.
 
 import asyncio
 import os
+import resource
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from covey import observe, settings
 
 Part = settings_table.Part
+
+_FILES = 65_536
 
 
 class _Program(Protocol):
@@ -63,6 +66,7 @@ def registry(flags: flags.Flags) -> None:
         host=chosen.listen.host,
         port=chosen.listen.port,
         grace_s=chosen.graceful_shutdown_timeout_s,
+        trusted_proxies=chosen.trusted_proxies,
     )
     _run(lambda: service.Registry(config, world.System()), quick=False)
 
@@ -138,6 +142,8 @@ def _run(make: Callable[[], P], *, quick: bool, ended: Callable[[P], Awaitable[N
     """Start, wait for a signal (or until `ended` says that it ended by itself), stop. `quick`: on uvloop, which has no
     sendfile but is faster at small requests."""
 
+    _take_all_file_descriptors()
+
     async def main() -> None:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -156,6 +162,13 @@ def _run(make: Callable[[], P], *, quick: bool, ended: Callable[[P], Awaitable[N
             runner.run(main())
     else:
         asyncio.run(main())
+
+
+def _take_all_file_descriptors() -> None:
+    """A connection is one, and the usual limit of 1024 is lower than what this process may have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if most == resource.RLIM_INFINITY else min(_FILES, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 async def _unless(starting: Awaitable[None], stop: asyncio.Event) -> None:

@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 import covey
-from covey import errors, gate, serve
+from covey import errors, gate, serve, world
 from covey.controller import shared, templates
 from covey.store import mirror
+
+_WATCHED_NS = 30_000_000_000  # the slowest usual probe asks each 10 s
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,12 +40,15 @@ class StatusApi:
         registry: str,
         trouble: Callable[[], str],
         lesser: Callable[[], list[str]],
+        world: world.World,
     ) -> None:
+        self._world = world
         self._mirror = mirror
         self._templates = templates
         self._registry = registry
         self._trouble = trouble
         self._lesser = lesser
+        self._asked_ns: int | None = None
         self._registry_runs: shared.Shared[str, bool] = shared.Shared(lambda _: templates.running())
 
     async def close(self) -> None:
@@ -62,7 +67,13 @@ class StatusApi:
     async def live(self, _call: serve.Call) -> None:
         """The process turns its loop: nothing more, or a store's outage would get controllers restarted."""
 
+    @property
+    def watched(self) -> bool:
+        """Whether somebody looks at /readyz, as balancers do: they must see it red before this controller goes."""
+        return self._asked_ns is not None and self._world.boot_ns() - self._asked_ns < _WATCHED_NS
+
     async def ready(self, call: serve.Call) -> Ready:
+        self._asked_ns = self._world.boot_ns()
         if call.draining.is_set():
             raise errors.Unavailable("this controller is going down")
         trouble = self._trouble()

@@ -73,14 +73,18 @@ class Replica:
         self._renewals = renewals.Renewals(self._store, world)
         self._templates = templates.Templates(chosen.local_registries, exchange)
         self._status, routes = self._api()
-        self.server = server.Server(routes, world=world, on_gap=lambda _: self._mirror.doubt())
+        self.server = server.Server(
+            routes, world=world, on_gap=lambda _: self._mirror.doubt(), trusted=chosen.trusted_proxies
+        )
 
     def _api(self) -> tuple[api_status.StatusApi, Sequence[serve.Route]]:
         registry = next(iter((*self._chosen.registries, *self._chosen.local_registries)), "")
         spans = display.Spans(self._chosen.node_active_timeout_s, self._chosen.instance_active_timeout_s)
         shown = display.Display(self._presence, self._templates, self._waiting.why, spans, registry)
         terms = api_agent.Terms(self._chosen.heartbeat_s, self._chosen.registries)
-        status = api_status.StatusApi(self._mirror, self._templates, registry, self._trouble, self._lesser_troubles)
+        status = api_status.StatusApi(
+            self._mirror, self._templates, registry, self._trouble, self._lesser_troubles, self._world
+        )
         people = [
             *status.routes(),
             *api_vm.InstanceApi(self._mirror, self._writer, self._templates, shown, self._homes).routes(),
@@ -110,9 +114,12 @@ class Replica:
         ]
 
     async def stop(self) -> None:
-        """Answer parked polls, finish what runs within the grace, then end. Harmless when repeated."""
+        """Let balancers look away first, answer parked polls, finish what runs within the grace, then end. Harmless
+        when repeated."""
         self.server.draining.set()
         self._alarm.set()
+        if self._tasks and self._status.watched:
+            await asyncio.sleep(self._chosen.shutdown_delay_s)
         broken = await self.server.drain(self._chosen.graceful_shutdown_timeout_s)
         for task in self._tasks:
             task.cancel()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from covey import observe, serve, server, world
+from covey import observe, origin, serve, server, world
 from covey.registry import catalog, content_api, disk, journal, oci_faults, template_api, upload_api
 
 log = observe.log("registry")
@@ -21,6 +21,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8089
     grace_s: float = 10.0
+    trusted_proxies: tuple[origin.Network, ...] = ()
     reserved_bytes: int = 64 << 20
     fsync: bool = True  # False is for benchmarks: a crash may then lose what was acknowledged
 
@@ -42,6 +43,7 @@ class Registry:
             [route for api in apis for route in api.routes()],
             world=world,
             error_bodies={"/v2/": oci_faults.error_body},
+            trusted=config.trusted_proxies,
             read_ahead_bytes=serve.MIB,
         )
 

@@ -49,11 +49,6 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-@pytest.fixture(autouse=True)
-def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "_PAUSE_S", 0)
-
-
 @pytest.fixture
 async def halls() -> AsyncIterator[list[Hall]]:
     made: list[Hall] = []
@@ -67,7 +62,7 @@ async def halls() -> AsyncIterator[list[Hall]]:
 
 
 def a_hall(halls: list[Hall], **limits: float) -> Hall:
-    halls.append(Hall(gate.Limits(**limits)))  # type: ignore[arg-type]
+    halls.append(Hall(gate.Limits(pause_s=0, **limits)))  # type: ignore[arg-type]
     return halls[-1]
 
 
@@ -170,7 +165,7 @@ async def test_bodies_are_bounded_in_sum_and_by_client(halls: list[Hall]) -> Non
 
 
 async def test_what_is_parked_takes_nobodys_place() -> None:
-    parked = gate.Gate({AGENTS: gate.Limits(at_once=1, waiting=0)})
+    parked = gate.Gate({AGENTS: gate.Limits(at_once=1, waiting=0, pause_s=0)})
     async with parked.entered(AGENTS, "a") as ticket:
         assert ticket is not None
         with ticket.aside():

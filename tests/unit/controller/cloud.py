@@ -271,7 +271,8 @@ class Cloud:
 
 
 def chosen(**environ: str) -> settings.Controller:
-    return settings.controller({"COVEY_LISTEN_ADDR": "127.0.0.1:0", "COVEY_GRACEFUL_SHUTDOWN_TIMEOUT": "2s", **environ})
+    quick = {"COVEY_GRACEFUL_SHUTDOWN_TIMEOUT": "2s", "COVEY_SHUTDOWN_DELAY": "0s"}
+    return settings.controller({"COVEY_LISTEN_ADDR": "127.0.0.1:0", **quick, **environ})
 
 
 @contextlib.asynccontextmanager
