@@ -12,6 +12,7 @@ program has its standard port, because each host has its own network. Nothing he
 """
 
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import http.client
@@ -301,6 +302,12 @@ class Cloud:
         answer = self.ask(f"{url or self.controllers[0].url}/api/v1/vm?id={id}")
         shown = answer.status == 200 and answer.body["status"] == "OK"
         return str(answer.body["body"]["instance_state"] if shown else answer.body)
+
+    def guest_starts(self) -> collections.Counter[str]:
+        """Ground truth: how often each instance's guest was started, by the journals of the synthetic nodes."""
+        journals = self.directory.glob("n*/**/journal.log")
+        lines = (line.split() for journal in journals for line in journal.read_text().splitlines())
+        return collections.Counter(instance for instance, _epoch, what, _ns in lines if what == "start")
 
     def etcd_values(self, prefix: str) -> dict[str, Any]:
         """Ground truth: key → value below `prefix`, read from etcd itself by a quorum."""

@@ -1,0 +1,81 @@
+"""The balancers of deploy/, run in the lab as shipped: the programs that `make setup` unpacks, the files a user copies.
+
+with lab_cloud.running(more=("lb",)) as cloud:
+    haproxy = balancers.haproxy(cloud, "lb")      # its .url is the API behind it; port 8089 the registry
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from tests.support import lab_cloud
+
+DEPLOY = lab_cloud.ROOT / "deploy"
+
+
+class NotInstalled(Exception):
+    """The program is missing; a test must fail on this, never skip."""
+
+
+def binary(name: str) -> str:
+    """Where `make setup` puts it, else on the PATH or where daemons are."""
+    ours = lab_cloud.ROOT / ".deps" / "balancers" / "bin" / name
+    if ours.exists():
+        return str(ours)
+    if found := shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
+        return found
+    raise NotInstalled(f"{name} is not there: run `make setup`")
+
+
+def haproxy(cloud: lab_cloud.Cloud, host: str) -> lab_cloud.Program:
+    """Ready: it answers for the cloud."""
+    controllers = {f"COVEY_CONTROLLER_{n}": _place(c.url) for n, c in enumerate(cloud.controllers, 1)}
+    registries = {f"COVEY_REGISTRY_{n}": _place(r.url) for n, r in enumerate(cloud.registries, 1)}
+    program = cloud.start_other(
+        f"{host}-haproxy",
+        host,
+        [binary("haproxy"), "-db", "-f", str(DEPLOY / "haproxy" / "haproxy.cfg")],
+        f"http://{cloud.lab[host].ip}:8090",
+        **controllers,
+        **registries,
+    )
+    cloud.wait_ready(program)
+    return program
+
+
+def nginx(cloud: lab_cloud.Cloud, host: str) -> lab_cloud.Program:
+    """Ready. Its folder is a copy of deploy/nginx with this cloud's addresses; the folders that the package makes below
+    /var/lib are on the host's own small file system."""
+    folder = Path(shutil.copytree(DEPLOY / "nginx", cloud.directory / f"{host}-nginx"))
+    _write_servers(folder / "controllers.conf", [c.url for c in cloud.controllers])
+    _write_servers(folder / "registries.conf", [r.url for r in cloud.registries])
+    cloud.lab[host].run(["sh", "-c", "mount -t tmpfs none /var/lib && mkdir /var/lib/nginx"])
+    settings = f"daemon off; user root; pid {folder}/pid; error_log stderr info;"
+    program = cloud.start_other(
+        f"{host}-nginx",
+        host,
+        [binary("nginx"), "-e", "stderr", "-c", str(folder / "nginx.conf"), "-g", settings],
+        f"http://{cloud.lab[host].ip}:8090",
+    )
+    cloud.wait_ready(program)
+    return program
+
+
+def keepalived(cloud: lab_cloud.Cloud, host: str, which: str, addresses: dict[str, str]) -> lab_cloud.Program:
+    """`which` is a or b; `addresses` the values of addresses.conf. Not waited for."""
+    folder = Path(shutil.copytree(DEPLOY / "keepalived", cloud.directory / f"{host}-keepalived"))
+    text = "".join(f"${name}={value}\n" for name, value in addresses.items())
+    (folder / "addresses.conf").write_text(text)
+    files = ["-f", folder / f"keepalived-{which}.conf", "-p", folder / "pid", "-r", folder / "vrrp.pid"]
+    argv = [binary("keepalived"), "--dont-fork", "--log-console", "--log-detail", *map(str, files)]
+    return cloud.start_other(f"{host}-keepalived", host, argv)
+
+
+def _place(url: str) -> str:
+    return url.removeprefix("http://")
+
+
+def _write_servers(file: Path, urls: list[str]) -> None:
+    """Put this cloud's addresses in place of the example's, with the options that the example's lines carry."""
+    options = file.read_text().strip().splitlines()[-1].split(maxsplit=2)[2]
+    file.write_text("".join(f"server {_place(url)} {options}\n" for url in urls))
