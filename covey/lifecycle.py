@@ -148,5 +148,14 @@ def step(
     return Step(state, replace=target == _REPLACE)
 
 
+def adopted(*, launched: bool, running: bool, stopped: bool, complete: bool) -> State:
+    """The state of an instance that the store learns of from its node, after a restore from a backup (safety S19).
+    `complete`: all is known of the VM that an instance in Started shows. What is launched and does not run is Pulling
+    until its node, asked to run it, says that it failed."""
+    if stopped:
+        return State.STOPPED
+    return State.STARTED if launched and running and complete else State.PULLING
+
+
 # Shown by docs/reference/lifecycle.md and used by listings: states in which an instance may hold a slot on its node.
 LIVING = frozenset(State) - {State.TERMINATED}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from covey import answer, errors, model, observe, serve, wire
-from covey.controller import naming, parking, renewals, wanted
+from covey.controller import api_adopt, naming, parking, renewals, wanted
 from covey.store import (
     codec,
     commit,
@@ -33,7 +33,7 @@ _REPORT_LIMIT_BYTES = 16 * serve.MIB
 _PIECE_BYTES = 500_000  # of a report, that goes into one transaction
 _PIECE_ITEMS = 20
 _PAUSE_S = 0.05
-_STALE = "this session is not the newest of its node: join again"
+_STALE = api_adopt.STALE
 _GONE = "the node was removed from the cloud"
 
 log = observe.log("agents")
@@ -88,6 +88,7 @@ class AgentApi:
             serve.Route("POST", "/agent/v1/launch", self.launch),
             serve.Route("POST", "/agent/v1/report", self.report, body_limit_bytes=_REPORT_LIMIT_BYTES),
             serve.Route("POST", "/agent/v1/answer", self.answer),
+            serve.Route("POST", "/agent/v1/adopt", self.adopt, body_limit_bytes=_REPORT_LIMIT_BYTES),
             serve.Route("POST", "/agent/v1/leave", self.leave),
         ]
 
@@ -110,7 +111,7 @@ class AgentApi:
             node=session.node,
             session=session.counter,
             cloud=snapshot.cloud,
-            seen=wire.Seen(history=snapshot.history, revision=max(joined.session.revision, snapshot.revision)),
+            seen=snapshot.seen,
             lease=wire.LeaseTerms(),
             heartbeat_s=self._terms.heartbeat_s,
             registries=self._terms.registries,
@@ -125,6 +126,8 @@ class AgentApi:
         if snapshot.session(node) is None and snapshot.removed(node) is None:
             return  # it has left: the answer to an earlier request was lost
         caller = _authenticate(call, snapshot, self._writer.world.boot_ns())
+        if snapshot.held(caller.node) and not asked.force:
+            raise errors.Refused("the node has not yet told what it runs, since the store was restored; wait a moment")
         who = f"agent of node {caller.node}"
         call.still_fresh()
         left = await commit_nodes.leave(
@@ -145,8 +148,7 @@ class AgentApi:
     async def wanted(self, call: serve.Call) -> wire.WantedState:
         arrived_ns = self._writer.world.boot_ns()
         ask = await call.json(wire.Ask)
-        snapshot, hold = await self._view(ask.seen)
-        caller = _authenticate(call, snapshot, arrived_ns)
+        caller, snapshot, hold = await self._caller(call, ask.seen, arrived_ns)
         lease = await self._renew(caller)
         until_ns = arrived_ns + int(min(max(ask.wait_s, 0.0), wire.POLL_LIMIT_S) * 1e9)
         wants = wanted.for_node(snapshot, caller.node)
@@ -155,16 +157,17 @@ class AgentApi:
                 break
             self._check_ready()
             call.still_here()
-            snapshot = max(snapshot, self._mirror.snapshot(), key=_revision)  # the first may be a direct one (S21)
+            snapshot = self._newer(snapshot)
             _authenticate(call, snapshot, arrived_ns)
+            hold = await api_adopt.must_hold(self._writer, snapshot, caller.node, ask.seen)
             wants = wanted.for_node(snapshot, caller.node)
         return wire.WantedState(
-            seen=_seen(snapshot),
+            seen=snapshot.seen,
             tag=wants.tag,
-            wanted=tuple(_named(wants.wanted, snapshot, caller.node)),
+            wanted=() if hold else tuple(_named(wants.wanted, snapshot, caller.node)),
             lease=lease,
             heartbeat_s=self._terms.heartbeat_s,
-            hold=hold,
+            hold=bool(hold),
             questions=wants.questions,
             controllers=tuple(sorted(one.noun.url for one in snapshot.controllers() if one.noun.url)),
         )
@@ -189,17 +192,25 @@ class AgentApi:
                 await asyncio.gather(*waits, return_exceptions=True)
             return not wanted_by_another.is_set()
 
-    async def _view(self, seen: wire.Seen) -> tuple[view.Snapshot, bool]:
-        """A view at least as new as what the agent saw, and whether the agent must hold: the store has another history
-        (safety S18). A revision in the future of its own history is 409."""
+    async def _caller(self, call: serve.Call, seen: wire.Seen, arrived_ns: int) -> tuple[_Caller, view.Snapshot, str]:
+        """Who calls, a view at least as new as what it has seen, and why it must hold; "" if not. What cannot have been
+        seen here is answered 409 at once (safety S22)."""
+        caller, snapshot = await self._named_caller(call, arrived_ns)
+        hold = await api_adopt.must_hold(self._writer, snapshot, caller.node, seen)
+        if seen.revision > snapshot.revision:
+            await self._renew(caller)
+            raise answer.Fault(409, f"hold: revision {seen.revision} is in this store's future: {hold}")
+        return caller, snapshot, hold
+
+    async def _named_caller(self, call: serve.Call, arrived_ns: int) -> tuple[_Caller, view.Snapshot]:
         self._check_ready()
-        try:
-            return await self._mirror.at_least(seen), False
-        except mirror.Foreign as error:
-            snapshot = await self._mirror.fresh()
-            if snapshot.knows(seen.history):
-                raise answer.Fault(409, f"hold: {error}") from error
-            return snapshot, True
+        snapshot = await self._mirror.fresh()
+        return _authenticate(call, snapshot, arrived_ns), snapshot
+
+    def _newer(self, snapshot: view.Snapshot) -> view.Snapshot:
+        """The mirror's view, unless a direct one was ahead of it (safety S21). A break makes others count no more."""
+        mirrored = self._mirror.snapshot()
+        return mirrored if mirrored.fence != snapshot.fence or mirrored.revision > snapshot.revision else snapshot
 
     # ---- launch ----------------------------------------------------------------------------------------------------
 
@@ -207,11 +218,10 @@ class AgentApi:
         """Leave to run guest code: the start script travels only with it (safety S1)."""
         arrived_ns = self._writer.world.boot_ns()
         ask = await call.json(wire.LaunchAsk)
-        snapshot, hold = await self._view(ask.seen)
-        caller = _authenticate(call, snapshot, arrived_ns)
+        caller, snapshot, hold = await self._caller(call, ask.seen, arrived_ns)
         lease = await self._renew(caller)
         if hold:
-            return wire.Launched(granted=False, lease=lease, seen=_seen(snapshot), why="hold: another history")
+            return wire.Launched(granted=False, lease=lease, seen=snapshot.seen, why=f"hold: {hold}")
         call.still_fresh()
         outcome = await commit_instances.launch(
             self._writer, snapshot, caller.node, caller.session, ask.instance, ask.epoch, ask.nonce, call.until_ns
@@ -219,8 +229,8 @@ class AgentApi:
         if isinstance(outcome, commit_instances.Denied):
             if outcome.stale_session:
                 raise answer.Fault(409, _STALE)
-            return wire.Launched(granted=False, lease=lease, seen=_seen(snapshot), why=outcome.why)
-        seen = wire.Seen(history=snapshot.history, revision=max(snapshot.revision, outcome.instance.revision))
+            return wire.Launched(granted=False, lease=lease, seen=snapshot.seen, why=outcome.why)
+        seen = await self._mirror.seen_at(max(snapshot.revision, outcome.instance.revision))
         script = await self._script(outcome.instance.noun)
         return wire.Launched(granted=True, lease=lease, seen=seen, script=script)
 
@@ -236,10 +246,9 @@ class AgentApi:
     async def report(self, call: serve.Call) -> wire.Reported:
         arrived_ns = self._writer.world.boot_ns()
         report = await call.json(wire.Report)
-        snapshot, hold = await self._view(report.seen)
+        caller, snapshot, hold = await self._caller(call, report.seen, arrived_ns)
         if hold:
-            raise answer.Fault(409, "hold: the store's history is not the one that was seen")
-        caller = _authenticate(call, snapshot, arrived_ns)
+            raise answer.Fault(409, f"hold: {hold}")
         lease = await self._renew(caller)
         settled: list[int] = []
         for start, piece in _pieces(report.items):
@@ -252,7 +261,7 @@ class AgentApi:
             settled += [start + index for index in applied.settled]
         if report.word is not None:
             await self._say(caller, snapshot, _without_gone(report.word, report.items), report.messages)
-        return wire.Reported(lease=lease, seen=_seen(snapshot), settled=tuple(settled))
+        return wire.Reported(lease=lease, seen=snapshot.seen, settled=tuple(settled))
 
     async def _say(self, caller: _Caller, snapshot: view.Snapshot, word: model.Word, messages: int) -> None:
         """The node's last word, in its own name only. A lost one comes again within the minute."""
@@ -275,11 +284,10 @@ class AgentApi:
         given = await call.json(wire.Answer)
         if given.output is not None and len(given.output.data) > schema.ANSWER_LIMIT_BYTES:
             raise errors.Refused(f"output: at most {schema.ANSWER_LIMIT_BYTES} bytes are taken at once")
-        snapshot, hold = await self._view(given.seen)
-        caller = _authenticate(call, snapshot, arrived_ns)
+        caller, snapshot, hold = await self._caller(call, given.seen, arrived_ns)
         lease = await self._renew(caller)
         if hold:
-            return wire.Answered(lease=lease, seen=_seen(snapshot))
+            return wire.Answered(lease=lease, seen=snapshot.seen)
         call.still_fresh()
         outcome = await commit_questions.answer(
             self._writer,
@@ -293,7 +301,21 @@ class AgentApi:
         )
         if isinstance(outcome, commit_reports.StaleSession):
             raise answer.Fault(409, _STALE)
-        return wire.Answered(lease=lease, seen=_seen(snapshot), taken=outcome.taken)
+        return wire.Answered(lease=lease, seen=snapshot.seen, taken=outcome.taken)
+
+    # ---- adopt -----------------------------------------------------------------------------------------------------
+
+    async def adopt(self, call: serve.Call) -> wire.Adopted:
+        """What a held node has (safety S19). It is released by the part marked `last`."""
+        arrived_ns = self._writer.world.boot_ns()
+        told = await call.json(wire.Adopt)
+        caller, snapshot = await self._named_caller(call, arrived_ns)
+        await api_adopt.must_hold(self._writer, snapshot, caller.node, told.seen)
+        lease = await self._renew(caller)
+        call.still_fresh()
+        snapshot = self._newer(snapshot)  # a break may have been entered just now
+        await api_adopt.adopt(self._writer, snapshot, caller.life.noun, told, call.until_ns)
+        return wire.Adopted(lease=lease, seen=snapshot.seen)
 
     # ---- what all calls share --------------------------------------------------------------------------------------
 
@@ -307,14 +329,6 @@ class AgentApi:
             return await self._renewals.renewed(caller.life.noun.lease, caller.arrived_ns)
         except renewals.LeaseGone as error:
             raise answer.Fault(409, "the node's lease has ended: join again") from error
-
-
-def _revision(snapshot: view.Snapshot) -> int:
-    return snapshot.revision
-
-
-def _seen(snapshot: view.Snapshot) -> wire.Seen:
-    return wire.Seen(history=snapshot.history, revision=snapshot.revision)
 
 
 def _credentials(call: serve.Call) -> tuple[str, str, str]:

@@ -7,7 +7,7 @@ import msgspec
 
 from covey import errors, model, serve
 from covey.controller import display, views
-from covey.store import commit, commit_nodes, mirror, view
+from covey.store import commit, commit_adopt, commit_nodes, mirror, view
 
 _NAME_LIMIT = 255
 
@@ -32,6 +32,12 @@ class NodeRemoval(msgspec.Struct, kw_only=True):
     node_id: str = ""
 
 
+class NodeRelease(msgspec.Struct, kw_only=True):
+    """POST /api/v1/node/release."""
+
+    node_id: str = ""
+
+
 class NodeApi:
     def __init__(self, mirror: mirror.Mirror, writer: commit.Writer, display: display.Display) -> None:
         self._mirror = mirror
@@ -42,6 +48,7 @@ class NodeApi:
         return [
             serve.Route("GET", "/api/v1/node", self.get),
             serve.Route("POST", "/api/v1/node/config", self.configure),
+            serve.Route("POST", "/api/v1/node/release", self.release),
             serve.Route("DELETE", "/api/v1/node", self.remove),
             serve.Route("GET", "/api/v1/group", self.groups),
         ]
@@ -85,6 +92,17 @@ class NodeApi:
         call.still_fresh()
         outcome = await commit_nodes.remove(self._writer, snapshot, node, _who(call), call.until_ns)
         if isinstance(outcome, commit.Missing) and snapshot.removed(node) is None:
+            raise errors.NotFound("Not found")
+
+    async def release(self, call: serve.Call) -> None:
+        """The node is lost: after a restore of the store nothing waits for its word any more (safety S19). OK when
+        repeated, or when nothing waits."""
+        wanted = await call.json(NodeRelease)
+        snapshot = await self._known(wanted.node_id)
+        call.still_fresh()
+        node = model.NodeId(wanted.node_id)
+        outcome = await commit_adopt.excuse(self._writer, snapshot, node, _who(call), call.until_ns)
+        if isinstance(outcome, commit.Missing):
             raise errors.NotFound("Not found")
 
     async def _known(self, id: str) -> view.Snapshot:

@@ -15,6 +15,7 @@ from covey.store import codec, view
 
 _REFRESH_NS = 10_000_000  # candidates may be this old; the chosen node is looked at anew
 _BORN_TOGETHER = 8  # more instances of one request than this queue: their transaction would be very large
+_HELD = "it has not yet said what it runs since the store was restored"  # safety S19
 _NO_LEDGER = "what it holds cannot be read from the store"  # no placement there could be written down
 
 
@@ -33,6 +34,7 @@ def host(snapshot: view.Snapshot, id: str, silent: frozenset[str] = frozenset())
         alive=alive is not None and alive.noun.session == session.noun.counter and id not in silent,
         owed=any(order.noun.withdrawn for order in snapshot.orders_on(id)),
         trouble=_NO_LEDGER if ledger is None else trouble,
+        held=_HELD if snapshot.held(id) else "",
     )
 
 
@@ -87,6 +89,7 @@ def _parts(snapshot: view.Snapshot, id: str) -> tuple[object, ...]:
         snapshot.word(id),
         snapshot.alive(id),
         snapshot.orders_key(id),
+        snapshot.held(id),
     )
 
 

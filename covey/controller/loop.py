@@ -21,7 +21,7 @@ from covey import errors, model, observe
 from covey import world as worlds
 from covey.controller import hosts, waiting, watchlist
 from covey.decide import deadlines, placement, retention
-from covey.store import base, commit, commit_cloud, commit_instances, commit_nodes, mirror, schema, view
+from covey.store import base, commit, commit_adopt, commit_cloud, commit_instances, commit_nodes, mirror, schema, view
 
 _NS = 1_000_000_000
 _TICK_S = 0.5
@@ -227,6 +227,8 @@ class Loop:
                 thing.epoch,
                 decision,
             )
+        if thing.kind == deadlines.Kind.BREAK:
+            return await commit_adopt.settle(self._writer, snapshot)
         kept = snapshot.instance(thing.id)
         if kept is None:
             return None
@@ -265,6 +267,7 @@ class Loop:
             if now_ns - swept_ns >= _HOUR_NS:
                 swept_ns = now_ns
                 await commit_cloud.add_nonce(self._writer)
+                await commit_cloud.sweep(self._writer, await commit_cloud.old_nonces(self._writer))
                 await sweep(self._writer, await self._mirror.fresh())
 
     async def _compact(self, now_ns: int) -> None:

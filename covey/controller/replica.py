@@ -33,7 +33,7 @@ from covey.controller import (
     templates,
     waiting,
 )
-from covey.decide import deadlines
+from covey.decide import deadlines, permission
 from covey.store import base, commit, commit_cloud, etcd, etcd_endpoints, mirror, schema
 
 _LEASE_S = 15  # of this controller's announcement
@@ -62,7 +62,7 @@ class Replica:
         self._entering = "this controller has not reached the store yet"  # "" once it has entered the cloud
         self._alarm = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._mirror = mirror.Mirror(self._store, world)
+        self._mirror = mirror.Mirror(self._store, world, self._prove)
         self._writer = commit.Writer(self._store, world, who=f"controller {self._id}")
         self._homes = hosts.Homes(world)
         self._presence = presence.Presence(world)
@@ -168,6 +168,11 @@ class Replica:
             self._entering = f"the store holds data of format {cloud.found}; this program writes {schema.FORMAT}"
             log.error(self._entering, remedy="run the version of Covey that wrote it, or give an empty etcd")
             await asyncio.Event().wait()
+
+    async def _prove(self, proof: str, before: Sequence[permission.Link]) -> None:
+        """Before the mirror is ready again: see whether the store was restored (safety S18). Entering does it too."""
+        if proof or not self._entering:
+            await commit_cloud.add_nonce(self._writer, proof, before)
 
     async def _announce(self) -> None:
         """Be listed among the controllers; ends with LeaseLost, and begins again."""

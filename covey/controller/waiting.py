@@ -15,7 +15,7 @@ from typing import NamedTuple
 from covey import model
 from covey import world as worlds
 from covey.controller import hosts
-from covey.decide import explain, pauses, placement
+from covey.decide import explain, pauses, permission, placement
 from covey.store import codec, view
 
 Decision = placement.Place | placement.Wait
@@ -70,6 +70,7 @@ class Waiting:
             hosts=self.fleet.hosts(snapshot),
             births=_Births(snapshot),
             paused=pauses.paused(self._refusals, now_ns),
+            barred=_barred(snapshot),
         )
         decisions = placement.plan(waiting, cloud)
         self._plan = Plan(
@@ -121,6 +122,14 @@ class Waiting:
             and plan.silent == self.fleet.silent
             and (plan.pause_ends_ns is None or now_ns < plan.pause_ends_ns)
         )
+
+
+def _barred(snapshot: view.Snapshot) -> Mapping[model.InstanceId, str]:
+    """Instances that may not begin before all nodes have told what they run (safety S19)."""
+    if snapshot.breach.nonce in ("", snapshot.settled):
+        return {}
+    why = permission.why_held_back(snapshot.awaited())
+    return {kept.noun.id: why for kept in snapshot.waiting() if not snapshot.may_begin(kept)}
 
 
 class _Births:

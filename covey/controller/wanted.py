@@ -79,6 +79,7 @@ def _want(instance: model.Instance, verb: Verb) -> wire.Wanted:
             launched=instance.launched,
             decision=instance.ended or model.Decision(who="", why="the instance is terminating"),
             acknowledged=True,
+            final=True,
         )
     return wire.Wanted(
         instance=instance.id,

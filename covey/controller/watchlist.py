@@ -1,4 +1,8 @@
-"""What stands under observation in a snapshot, for `decide.deadlines`: pure."""
+"""What stands under observation in a snapshot, for `decide.deadlines`: pure.
+
+While a node's word is waited for after a restore, nothing is concluded from its silence, nor done about what the store
+believes to be there (safety S19).
+"""
 
 from collections.abc import Iterable, Iterator
 
@@ -15,10 +19,15 @@ _MAY_BE_LOST = (State.PULLING, State.STARTED, State.STOPPING, State.STOPPED)
 
 def things(snapshot: view.Snapshot, silent: Iterable[str]) -> Iterator[tuple[Thing, int]]:
     """Everything whose time may run out, with the revision that must stand still meanwhile."""
+    awaited = _awaited(snapshot)
+    if snapshot.breach.nonce not in ("", snapshot.settled):
+        yield Thing(Kind.BREAK, snapshot.breach.nonce), snapshot.breach.revision
     for kept in snapshot.unacknowledged():
-        yield Thing(Kind.UNACKNOWLEDGED, kept.noun.id), kept.revision
+        if kept.noun.node not in awaited:
+            yield Thing(Kind.UNACKNOWLEDGED, kept.noun.id), kept.revision
     for kept in snapshot.in_state(State.PULLING):
-        if kept.noun.claimed and kept.noun.acknowledged and not kept.noun.launched:
+        stalls = kept.noun.claimed and kept.noun.acknowledged and not kept.noun.launched
+        if stalls and kept.noun.node not in awaited and snapshot.may_begin(kept):
             yield Thing(Kind.STALLED, kept.noun.id), kept.revision
     for kept in snapshot.waiting():
         if kept.noun.aged < placement.AGES:
@@ -26,6 +35,8 @@ def things(snapshot: view.Snapshot, silent: Iterable[str]) -> Iterator[tuple[Thi
     for kept in snapshot.in_state(State.TERMINATED):
         yield Thing(Kind.TERMINATED, kept.noun.id), kept.revision
     for kept in snapshot.in_state(State.ERROR):
+        if kept.noun.node in awaited:
+            continue
         yield Thing(Kind.ERROR, kept.noun.id), kept.revision
     away: set[str] = set(silent)
     for node in snapshot.nodes():
@@ -36,11 +47,15 @@ def things(snapshot: view.Snapshot, silent: Iterable[str]) -> Iterator[tuple[Thi
             yield Thing(Kind.SILENT, id), max(revisions, default=0)
         else:
             away.add(id)
-    for lost in away:
+    for lost in away - awaited:
         for kept in snapshot.instances_on(lost):
             if kept.noun.launched and kept.noun.state in _MAY_BE_LOST:
                 yield Thing(Kind.LOST, kept.noun.id), kept.revision
-    yield from _unwanted(snapshot)
+    yield from _unwanted(snapshot, awaited)
+
+
+def _awaited(snapshot: view.Snapshot) -> set[str]:
+    return {one.node for one in snapshot.awaited()}
 
 
 def alive(snapshot: view.Snapshot, node: str) -> bool:
@@ -49,12 +64,12 @@ def alive(snapshot: view.Snapshot, node: str) -> bool:
     return sign is not None and session is not None and sign.noun.session == session.noun.counter
 
 
-def _unwanted(snapshot: view.Snapshot) -> Iterator[tuple[Thing, int]]:
+def _unwanted(snapshot: view.Snapshot, awaited: set[str]) -> Iterator[tuple[Thing, int]]:
     """Claims that no instance wants and that no order covers yet (promise I3). What must stand still is the instance
     key: its revision, or its absence."""
     for ledger in snapshot.ledgers():
         node = ledger.noun.node
-        for claim in ledger.noun.claims:
+        for claim in ledger.noun.claims if node not in awaited else ():
             kept = snapshot.instance(claim.instance)
             if kept is not None and commit_instances.owns(kept.noun, node, claim.epoch):
                 continue
@@ -67,10 +82,10 @@ def _unwanted(snapshot: view.Snapshot) -> Iterator[tuple[Thing, int]]:
 def stranded(snapshot: view.Snapshot, silent: Iterable[str]) -> Iterator[codec.Kept[model.Instance]]:
     """Un-launched instances whose node is lost: they can be placed again at once, since launch is a commit on the
     same key (safety S1)."""
-    quiet = set(silent)
+    quiet, awaited = set(silent), _awaited(snapshot)
     for kept in snapshot.in_state(State.PULLING):
         node = kept.noun.node
-        lost = node != model.NOWHERE and (node in quiet or not alive(snapshot, node))
+        lost = node != model.NOWHERE and node not in awaited and (node in quiet or not alive(snapshot, node))
         if lost and kept.noun.claimed and not kept.noun.launched and snapshot.removed(node) is None:
             yield kept
 

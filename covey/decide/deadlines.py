@@ -25,6 +25,7 @@ class Kind(StrEnum):
     TERMINATED = "terminated"  # an instance that is over: forget it
     ERROR = "error"  # an instance that failed: reap it
     UNWANTED = "unwanted"  # a claim that no instance wants: order its VM destroyed
+    BREAK = "break"  # a restore of the store: what waits for nodes' words may begin once all have told (S19)
     WAITING = "waiting"  # an instance without a node: its turn comes nearer
 
 
@@ -38,6 +39,7 @@ class Spans(NamedTuple):
     terminated_ns: int = 60 * _S
     error_ns: int = 24 * 3600 * _S
     unwanted_ns: int = 150 * _S
+    break_ns: int = 30 * _S  # in which nodes come forward that the store has forgotten
     waiting_ns: int = 10 * 60 * _S
 
     def of(self, kind: Kind) -> int:

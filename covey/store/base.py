@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator, Sequence
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
+from covey.decide import permission
+
 EVERYTHING = "\0"  # as key and as end: the whole key space
 
 
@@ -90,6 +92,8 @@ class Page(NamedTuple):
     revision: int
     total: int
     more: bool
+    term: int = 0  # the raft term of whoever answered, and the store's identity; 0 and "": not known
+    cluster: str = ""
 
 
 class Change(NamedTuple):
@@ -166,6 +170,11 @@ class Store(Protocol):
 
     async def compact(self, revision: int) -> None:
         """Drop history before `revision`. Compacting twice at one revision is harmless."""
+        ...
+
+    async def origin(self, revision: int) -> permission.Origin:
+        """Where the store is in its own life (safety S18), by the word of a member that has applied `revision`. Raises
+        Unavailable."""
         ...
 
     async def close(self) -> None:

@@ -6,6 +6,9 @@ writes, together with the store's format (safety S27), so a write happens exactl
 stands. When it does not, the transaction's other branch brings the present values and the rule decides again on them:
 callers get a definite answer without waiting for the mirror.
 
+The format key is also a fence: it is written anew when the store is found restored from a backup (safety S18), and
+what was decided on a view from before that is never written, whatever revisions its guards name.
+
 Replies get lost. An `Unsure` transaction is sent again unchanged until the outcome is definite (safety S15). Every
 written noun carries the transaction's id, so a guard that fails because our own first copy was applied is known by
 the bytes it finds. Nothing is sent for a request after `until_ns` (safety S24).
@@ -15,7 +18,8 @@ the bytes it finds. Nothing is sent for a request after `until_ns` (safety S24).
     commit_reports    what agents report
     commit_nodes      join, leave, remove, configure, word with adoption of claims, destroy orders
     commit_questions  asking nodes for output that they keep, and their answers
-    commit_cloud      bootstrap, history nonces, controllers, sweeping
+    commit_cloud      bootstrap, history nonces, breaks, controllers, sweeping
+    commit_adopt      what nodes tell after a break, and giving up on a node's word
 """
 
 import asyncio
@@ -122,6 +126,9 @@ class Reading:
         self.guards[key] = base.same_life(key, kept.created if kept else 0)
         return kept
 
+    def adopted(self, node: str) -> codec.Kept[schema.Adopted] | None:
+        return self._unchanged(schema.adopted(node), schema.Adopted, self.snapshot.adopted(node))
+
     def born(self, id: str) -> codec.Kept[schema.Born] | None:
         return self._unchanged(schema.born(id), schema.Born, None)
 
@@ -220,7 +227,7 @@ class Writer:
             verdict = Write((), functools.partial(_same, verdict))
         write: Write[R] = verdict
         keys = (schema.FORMAT_KEY, *reading.guards)
-        compares = (self.format_guard, *reading.guards.values())
+        compares = (self._fence(snapshot), *reading.guards.values())
         otherwise = tuple(base.Get(key) for key in keys)
         ops = await self._lease_out(write.ops)
         try:
@@ -237,7 +244,7 @@ class Writer:
         written = _own(ops, found, reading.tx)
         if written is not None:
             return write.answer(written)
-        self._check_format(found.pop(schema.FORMAT_KEY))
+        self._check_format(found.pop(schema.FORMAT_KEY), snapshot)
         fresh.update(found)
         return _Again()
 
@@ -278,10 +285,18 @@ class Writer:
             known = self._leases[span] = (lease.id, now_ns)
         return known[0]
 
-    def _check_format(self, kv: base.Kv | None) -> None:
+    def _fence(self, snapshot: view.Snapshot) -> base.Compare:
+        """Our format, written when the snapshot was taken: no break came since."""
+        if snapshot.fence and snapshot.format in (0, schema.FORMAT):
+            return base.unchanged(schema.FORMAT_KEY, snapshot.fence)
+        return self.format_guard
+
+    def _check_format(self, kv: base.Kv | None, snapshot: view.Snapshot) -> None:
         if kv is None or kv.value != self._format:
             found = "nothing" if kv is None else kv.value.decode("utf-8", "replace")
             raise errors.Rejected(f"the store's format is {found}; this program writes {schema.FORMAT}")
+        if snapshot.fence not in (0, kv.mod_revision):
+            raise errors.Unavailable("the store was restored since this was decided; nothing was done")
 
 
 class _Again(NamedTuple):

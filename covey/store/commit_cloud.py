@@ -1,13 +1,23 @@
-"""The cloud itself: bootstrap, the chain of history nonces (safety S18), controllers, sweeping what is left over."""
+"""The cloud itself: bootstrap, the chain of history nonces and its breaks (safety S18), controllers, sweeping.
 
-from collections.abc import Iterable
+Each nonce notes where the store was in its own life when it was added. Whoever adds the next one compares that with
+where the store is now: what has gone back was restored from a backup. Then the new nonce begins a new history: it is
+written together with the break, and with the format key, which shuts out everything that was decided before.
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import msgspec
 
-from covey.store import base, commit, schema, view
+from covey import model, observe
+from covey.decide import permission
+from covey.store import base, codec, commit, schema, view
 
 _DELETES = 100  # per transaction
+_KEPT_NS = 30 * 24 * 3600 * 1_000_000_000  # nonces
+
+_log = observe.log("history")
 
 
 class Cloud(NamedTuple):
@@ -40,15 +50,67 @@ async def start(writer: commit.Writer) -> Cloud | WrongFormat:
     return Cloud(id, await add_nonce(writer))
 
 
-async def add_nonce(writer: commit.Writer) -> str:
-    """Lengthen the history chain (at each start, hourly, and after each backup)."""
-    nonce = writer.world.token()
+async def add_nonce(writer: commit.Writer, proof: str = "", before: Sequence[permission.Link] = ()) -> str:
+    """Lengthen the history chain (at each start, hourly, after each backup, and before a controller serves again after
+    it could not), and enter a break when the store has gone back since the newest nonce.
+
+    `proof`: why the caller knows that the store was restored; `before` is the chain as the caller knew it, so that a
+    break which another controller has entered for the same restore is not entered twice. Raises Unavailable when
+    somebody else enters one at the same moment: then do it again."""
+    store, nonce = writer.store, writer.world.token()
+    guarded = view.Snapshot()
+    formats = (await store.range(schema.FORMAT_KEY)).kvs
+    guarded.fence = formats[0].mod_revision if formats else 0
+    links = (await store.range(schema.HISTORY, base.prefix_end(schema.HISTORY))).kvs
+    newest = max(links, key=lambda kv: kv.create_revision, default=None)
+    origin = await store.origin(newest.create_revision if newest is not None else 0)
+    broke = permission.restored(_noted(newest), origin)
+    if proof and not broke and not permission.recorded_by_another(before, await _breach(store)):
+        broke = proof
 
     def rule(reading: commit.Reading) -> commit.Write[str] | str:
-        value = schema.encode(schema.Nonce(at_ns=reading.now_ns))
-        return commit.Write((base.Put(schema.nonce(nonce), value, commit.MONTH),), lambda _: nonce)
+        link = schema.Nonce(
+            at_ns=reading.now_ns, term=origin.term, index=origin.entries, cluster=origin.cluster, broke=broke
+        )
+        ops: list[base.Op] = [base.Put(schema.nonce(nonce), schema.encode(link))]
+        if broke:
+            breach = schema.Break(nonce=nonce, why=broke, at_ns=reading.now_ns)
+            ops += (base.Put(schema.BREAK, schema.encode(breach)), base.Put(schema.FORMAT_KEY, formats[0].value))
+            ops.append(reading.event("restored", "store", model.Decision(who=writer.who, why=broke)))
+        return commit.Write(tuple(ops), lambda _: nonce)
 
-    return await writer.run(view.Snapshot(), rule)
+    await writer.run(guarded, rule)
+    if broke:
+        _log.warning("the store was restored from a backup: every node is asked what it runs", why=broke, nonce=nonce)
+    return nonce
+
+
+def _noted(newest: base.Kv | None) -> permission.Origin:
+    """Where the store was when its newest nonce was added, as far as that was written down."""
+    try:
+        noun = None if newest is None else codec.decode(newest, schema.Nonce).noun
+    except codec.Broken:
+        noun = None
+    return permission.Origin() if noun is None else permission.Origin(noun.cluster, noun.term, noun.index)
+
+
+async def _breach(store: base.Store) -> permission.Link:
+    """The newest break as the store has it now."""
+    for kv in (await store.range(schema.BREAK)).kvs:
+        return permission.Link(kv.mod_revision, codec.decode(kv, schema.Break).noun.nonce)
+    return permission.Link(0, "")
+
+
+async def old_nonces(writer: commit.Writer) -> list[base.Kv]:
+    """Nonces older than 30 days, for `sweep`: the oldest, so that the chain stays whole from its oldest link on. Clocks
+    that differ make it shorter or longer; who saw less than it reaches back is held (safety S18)."""
+    page = await writer.store.range(schema.HISTORY, base.prefix_end(schema.HISTORY))
+    old: list[base.Kv] = []
+    for kv in sorted(page.kvs, key=lambda kv: kv.create_revision)[:-1]:
+        if writer.world.wall_ns() - codec.decode(kv, schema.Nonce).noun.at_ns < _KEPT_NS:
+            break
+        old.append(kv)
+    return old
 
 
 async def announce(writer: commit.Writer, controller: schema.Controller, lease: base.Lease) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import msgspec
 
 from covey import lifecycle, model
-from covey.decide import placement
+from covey.decide import permission, placement
 from covey.store import base, codec, commit, schema, view
 
 Event = lifecycle.Event
@@ -38,10 +38,14 @@ async def place(
         ledger = reading.ledger(node)
         if ledger is None or reading.session(node) is None or reading.alive(node) is None:
             return commit.Lost("the node is gone")
+        if snapshot.held(node):
+            return commit.Lost("the node is on hold")
         ops: list[base.Op] = []
         claims = list(ledger.noun.claims)
         for id in instances:
             kept = reading.instance(id)
+            if kept is not None and not snapshot.may_begin(kept):
+                return commit.Lost("it waits until all nodes have told what they run")
             placed = _placed(reading, kept.noun, node) if kept is not None and kept.noun.waiting else None
             if placed is None:
                 return commit.Lost("the instance does not wait any more")
@@ -157,6 +161,8 @@ async def launch(
             return Denied("this placement is not the instance's newest")
         if old.noun.launched and old.noun.state in (model.State.PULLING, model.State.STARTED):
             return Granted(old) if old.noun.launch == wanted else Denied("this epoch was launched before")
+        if not snapshot.may_begin(old):
+            return Denied(permission.why_held_back(snapshot.awaited()))
         if old.noun.state != model.State.PULLING:
             return Denied(f"the instance is {old.noun.state}")
         noun = msgspec.structs.replace(old.noun, launch=wanted, acknowledged=True, tx=reading.tx)

@@ -15,6 +15,7 @@ from covey.store import base, codec, commit, commit_instances, schema, view
 _CLAIMS = 25  # dealt with per transaction when a node is removed: each compares and writes several keys
 _NAMES = uuid.UUID("0b8f4f0e-8a0c-5c6b-9a53-6d3c2f9e7a10")  # the name space of node ids
 _ROUNDS = 1000
+_SESSIONS = 1 << 40  # more than any agent ever begins
 
 
 class Joined(NamedTuple):
@@ -78,7 +79,7 @@ async def join(writer: commit.Writer, snapshot: view.Snapshot, join: wire.Join, 
         node = reading.node(id)
         if _is_repeat(join, last, alive) and last is not None and node is not None:
             return Joined(last, node, repeated=True)
-        why = _refusal(join, last, alive is not None)
+        why = _refusal(join, last, alive is not None, _forgotten(snapshot, join, id))
         return JoinRefused(why) if why is not None else _joined(reading, join, id, lease.id)
 
     answer: JoinAnswer = await writer.run(snapshot, rule, until_ns=until_ns)
@@ -93,13 +94,22 @@ def _is_repeat(join: wire.Join, last: codec.Kept[model.Session] | None, alive: c
     )
 
 
-def _refusal(join: wire.Join, last: codec.Kept[model.Session] | None, alive: bool) -> Why | None:
-    """Who may begin a new life of a node: who knows the last secret, on the same host; or an operator, after it."""
+def _forgotten(snapshot: view.Snapshot, join: wire.Join, node: model.NodeId) -> bool:
+    """Whether a restored store may have forgotten this node, or its newer secrets: it has not told what it has since
+    (safety S19). What it begins is held."""
+    return snapshot.held(node) and join.cloud == snapshot.cloud != ""
+
+
+def _refusal(
+    join: wire.Join, last: codec.Kept[model.Session] | None, alive: bool, forgotten: bool = False
+) -> Why | None:
+    """Who may begin a new life of a node: who knows the last secret, on the same host; or an operator, after it. A
+    store that was restored takes the host's key for it, which nobody else was ever told."""
     if last is None:
-        return Why.UNKNOWN if join.node and not join.explicit else None
+        return Why.UNKNOWN if join.node and not join.explicit and not forgotten else None
     if join.host_key != last.noun.host_key:
         return Why.HOST
-    if _matches(join.last_secret, last) or _matches(join.secret, last):
+    if forgotten or _matches(join.last_secret, last) or _matches(join.secret, last):
         return None
     if not join.explicit:
         return Why.SECRET
@@ -108,7 +118,8 @@ def _refusal(join: wire.Join, last: codec.Kept[model.Session] | None, alive: boo
 
 def _joined(reading: commit.Reading, join: wire.Join, id: model.NodeId, lease: int) -> commit.Write[JoinAnswer]:
     last, old, removed = reading.session(id), reading.node(id), reading.removed(id)
-    counter = 1 + (last.noun.counter if last is not None else removed.noun.session if removed is not None else 0)
+    counter = last.noun.counter if last is not None else removed.noun.session if removed is not None else 0
+    counter = 1 + max(counter, min(join.last_session, _SESSIONS))
     session = model.Session(
         node=id,
         counter=counter,
@@ -132,6 +143,9 @@ def _joined(reading: commit.Reading, join: wire.Join, id: model.NodeId, lease: i
         ops.append(reading.put(schema.ledger(id), model.Ledger(node=id, tx=reading.tx)))
     if removed is not None:
         ops.append(base.Delete(schema.removed(id)))
+    breach = reading.snapshot.breach.nonce
+    if breach and not join.node:  # its first join: it has nothing to tell (safety S19)
+        ops.append(reading.put(schema.adopted(id), schema.Adopted(nonce=breach, tx=reading.tx)))
     return commit.Write(
         tuple(ops),
         lambda revision: Joined(commit.kept(session, revision, last), old or commit.kept(node, revision)),
@@ -203,7 +217,7 @@ async def remove(
 
 
 def _life_keys(node: model.NodeId) -> tuple[str, ...]:
-    return (schema.node(node), schema.session(node), schema.alive(node), schema.word(node))
+    return (schema.node(node), schema.session(node), schema.alive(node), schema.word(node), schema.adopted(node))
 
 
 async def clear_removed(

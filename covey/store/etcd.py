@@ -14,6 +14,7 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 
 from covey import errors, world
+from covey.decide import permission
 from covey.store import base, batch, etcd_admin, etcd_codec, etcd_endpoints, etcd_lease, etcd_watch
 from covey.store.etcdpb import etcd_pb2 as pb
 
@@ -98,6 +99,16 @@ class Etcd:
             if _COMPACTED not in str(refusal):
                 raise
 
+    async def origin(self, revision: int) -> permission.Origin:
+        """Asked of the present member, and of others when it lags or does not answer: a hung one costs an attempt."""
+        present = self.admin.present
+        for address in (present, *(other for other in self.admin.addresses if other != present)):
+            with contextlib.suppress(errors.Unavailable):
+                status = await self.admin.status(address)
+                if status.revision >= revision and status.leader_id:
+                    return permission.Origin(f"{status.cluster_id:x}", status.raft_term, status.raft_index)
+        raise errors.Unavailable("no member says where the store is in its life")
+
     async def close(self) -> None:
         await self._batcher.close()
         await self._pool.close()
@@ -120,7 +131,9 @@ class Etcd:
                 raise
             raise errors.Compacted(await etcd_watch.oldest_revision(self._pool)) from None
         kvs = tuple(etcd_codec.kv(kv) for kv in answer.kvs)
-        return base.Page(kvs, request.revision or answer.header.revision, answer.count, answer.more)
+        head = answer.header
+        shown = request.revision or head.revision
+        return base.Page(kvs, shown, answer.count, answer.more, head.raft_term, f"{head.cluster_id:x}")
 
     async def _all_pages(self, request: pb.RangeRequest) -> base.Page:
         """The whole range as of one revision, fetched in pieces."""
@@ -133,4 +146,4 @@ class Etcd:
             piece.key, piece.revision = base.to_bytes(page.kvs[-1].key) + b"\0", first.revision
             page = await self._page(piece)
             kvs += page.kvs
-        return base.Page(tuple(kvs), first.revision, first.total, False)
+        return base.Page(tuple(kvs), first.revision, first.total, False, first.term, first.cluster)

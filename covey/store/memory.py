@@ -9,6 +9,9 @@ before each. Nothing survives the process.
          ├─ log      one Batch per revision after the compacted one
          └─ leases   id → when it ends, and its keys
 
+`Data.backup` and `Data.restore` do what a snapshot of etcd and its restore do, also while clients are connected: the
+revision goes back, and counts on from there.
+
 Time is the world's `boot_ns`. A lease that is over has no effect on anything that is asked later: every call first
 ends what is due; a timer does the same when nobody calls, so that watchers learn of it.
 """
@@ -20,8 +23,10 @@ import heapq
 import itertools
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from covey import errors, world
+from covey.decide import permission
 from covey.store import base, limits
 
 _NS = 1_000_000_000
@@ -65,7 +70,8 @@ class Memory:
         if keys_only:
             kvs = [kv._replace(value=b"") for kv in kvs]
         more = not count_only and len(kvs) < total
-        return base.Page(() if count_only else tuple(kvs), revision or data.revision, total, more)
+        found = () if count_only else tuple(kvs)
+        return base.Page(found, revision or data.revision, total, more, data.term, data.cluster)
 
     async def commit(self, txn: base.Txn, *, within_s: float | None = None) -> base.Outcome:
         limits.check(txn)
@@ -108,9 +114,24 @@ class Memory:
             raise errors.Rejected(f"revision {revision} is in the future")
         self._data.compact(revision)
 
+    async def origin(self, revision: int) -> permission.Origin:
+        await self._turn()
+        data = self._data
+        if revision > data.revision:
+            raise errors.Unavailable("the store has not reached this revision")
+        return permission.Origin(data.cluster, data.term, data.index)
+
     async def close(self) -> None:
         self._closed.set()
         self._data.wake()
+
+    def backup(self) -> "Backup":
+        """See `Data.backup`; no part of `base.Store`."""
+        return self._data.backup()
+
+    def restore(self, backup: "Backup", *, cluster: str = "") -> None:
+        """See `Data.restore`; no part of `base.Store`."""
+        self._data.restore(backup, cluster=cluster)
 
     def end_lease(self, id: int) -> None:
         """End somebody's lease and delete its keys, as an operator may; no part of `base.Store`."""
@@ -175,6 +196,19 @@ class _Held:
     keys: set[str] = field(default_factory=set)
 
 
+class Backup(NamedTuple):
+    """All of a store's data at one moment: keys with their history, and leases."""
+
+    revision: int
+    compacted: int
+    log: dict[int, base.Batch]
+    versions: dict[str, list[tuple[int, base.Kv | None]]]
+    ttls_ns: dict[int, int]
+
+
+_FIRST_INDEX = 8  # an etcd's log holds so many entries before a client's first: its members, an election, its version
+
+
 class Data:
     """What the store holds; every method is one instant."""
 
@@ -184,6 +218,7 @@ class Data:
         self.compacted = 0
         self.log: dict[int, base.Batch] = {}
         self.leases: dict[int, _Held] = {}
+        self.cluster, self.term, self.index = "memory", 2, _FIRST_INDEX  # safety S18
         self.moved = asyncio.Event()
         self._versions: dict[str, list[tuple[int, base.Kv | None]]] = {}
         self._sorted: list[bytes] = []
@@ -215,6 +250,7 @@ class Data:
 
     def apply(self, txn: base.Txn) -> base.Outcome:
         """The transaction, whole or not at all."""
+        self.index += 1
         succeeded = all(self._holds(compare) for compare in txn.compares)
         for op in txn.then if succeeded else txn.otherwise:  # etcd, too, looks only at the branch that runs
             if isinstance(op, base.Put) and op.lease and op.lease not in self.leases:
@@ -230,6 +266,32 @@ class Data:
                 changes += [self._delete(kv) for kv in list(self.live(op.key, op.end, self.revision + 1))]
         self._seal(changes)
         return base.Outcome(succeeded, self.revision, tuple(got))
+
+    # Backups
+
+    def backup(self) -> Backup:
+        """As `etcdctl snapshot save`."""
+        versions = {key: list(versions) for key, versions in self._versions.items()}
+        ttls_ns = {id: held.ttl_ns for id, held in self.leases.items()}
+        return Backup(self.revision, self.compacted, dict(self.log), versions, ttls_ns)
+
+    def restore(self, backup: Backup, *, cluster: str = "") -> None:
+        """As `etcdctl snapshot restore` and a new start, with the same names unless `cluster` is another one: log and
+        term begin anew, and each lease gets its whole time again. Watches stay as they are, and wait for their next
+        revision."""
+        self.revision, self.compacted, self.log = backup.revision, backup.compacted, dict(backup.log)
+        self._versions = {key: list(versions) for key, versions in backup.versions.items()}
+        self._sorted = sorted(map(base.to_bytes, self._versions))
+        self.cluster, self.term, self.index = cluster or self.cluster, 2, _FIRST_INDEX
+        now_ns = self.world.boot_ns()
+        self.leases = {id: _Held(ttl_ns, now_ns + ttl_ns) for id, ttl_ns in backup.ttls_ns.items()}
+        for key in self._versions:
+            kv = self.at(key, self.revision)
+            if kv is not None and kv.lease in self.leases:
+                self.leases[kv.lease].keys.add(key)
+        self._ends = sorted((held.ends_ns, id) for id, held in self.leases.items())
+        self._arm()
+        self.wake()
 
     def _holds(self, compare: base.Compare) -> bool:
         kv = self.at(compare.key, self.revision)
@@ -294,6 +356,7 @@ class Data:
     # Leases
 
     def grant(self, ttl_s: int) -> int:
+        self.index += 1
         id = next(self._lease_ids)
         held = self.leases[id] = _Held(ttl_s * _NS, self.world.boot_ns() + ttl_s * _NS)
         heapq.heappush(self._ends, (held.ends_ns, id))

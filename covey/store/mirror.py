@@ -14,23 +14,30 @@ wait, and bounded; else it is Unavailable.
 
 `ready` says whether such reads succeed and the watch keeps up. It decides nothing by itself; when it is false a
 controller turns red, answers parked polls, and renews no agent's lease.
+
+The store may be restored from a backup at any time (safety S18). A read that contradicts what was read before is a
+proof: its revision went back, its cluster id is another one, or the copy lacks the newest break. The copy is then
+thrown away and listed anew. Before the mirror is ready again, after that or after any other trouble, `prove` compares
+the store with its own past and enters the break.
 """
 
 import asyncio
 import collections
 import contextlib
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from covey import errors, observe, wire
 from covey import world as worlds
+from covey.decide import permission
 from covey.store import base, schema, view
 
 _MS = 1_000_000
 REACH_NS = 300 * _MS  # a mirror that is further behind is not waited for
 LAG_NS = 2000 * _MS  # behind the reads for so long: reopen the watch, turn red
 PROVED_NS = 2000 * _MS  # how old the last proof of the store may be (safety S25)
-AGENT_WAIT_S = 2.0  # how long an agent's newer view is waited for (safety S22)
 _PROBE_S = 0.5
+_PROVE_S = 2.0
 _RETRY_S = 0.2
 _PAGE = 1000
 _DIRECT_KEYS = 50_000
@@ -39,23 +46,29 @@ _DIRECT_S = 2.0
 _log = observe.log("mirror")
 
 
-class Foreign(errors.CoveyError):
-    """The caller has seen a view that this store cannot have: another history, or a revision in its future (S22)."""
+Prove = Callable[[str, Sequence[permission.Link]], Awaitable[object]]  # why, and the chain known before
 
 
 class Mirror:
-    """Run `run` as a task; read through `fresh` and `snapshot`."""
+    """Run `run` as a task; read through `fresh` and `snapshot`. `prove` is called whenever the mirror would be ready
+    again; without it nothing is compared with the past."""
 
-    def __init__(self, store: base.Store, world: worlds.World) -> None:
+    def __init__(self, store: base.Store, world: worlds.World, prove: Prove | None = None) -> None:
         self._store = store
         self._world = world
+        self._prove = prove
+        self._proven = prove is None
+        self._reds = 0  # how often a trouble was seen
+        self._broke = ""  # why the store is not the one that was read before; "" once that is entered
+        self._before: tuple[permission.Link, ...] = ()  # the chain as it was known then
+        self._discarded = 0  # the revision of the copy that was thrown away last
         self._draft = view.Draft()
         self._snapshot: view.Snapshot | None = None
         self._listed = asyncio.Event()
         self._moved = _Bell()
         self._nodes: dict[str, _Bell] = {}
         self._node_moved: dict[str, int] = {}  # node -> revision at which its wanted state may have changed last
-        self._proof = _SharedRead(store, world)
+        self._proof = _SharedRead(store, world, self._distrust)
         self._targets: collections.deque[tuple[int, int]] = collections.deque()  # (revision shown by a probe, when)
         self._direct: asyncio.Task[view.Snapshot] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -84,26 +97,25 @@ class Mirror:
     async def fresh(self) -> view.Snapshot:
         """A snapshot that shows every write answered before this call (promise I6). Raises Unavailable."""
         revision = await self._proof.read()
-        if self._draft.revision >= revision:
-            return self.snapshot()
         try:
             async with asyncio.timeout(REACH_NS / 1e9):
                 await self.reached(revision)
         except TimeoutError:
             return await self._directly(revision)
+        self._check_fence()
+        if self._broke:
+            raise errors.Unavailable(self.trouble)
         return self.snapshot()
 
-    async def at_least(self, seen: wire.Seen) -> view.Snapshot:
-        """A fresh snapshot at or above what an agent has seen (safety S22). Raises Foreign when this store cannot have
-        been what it saw, Unavailable when the mirror does not get there."""
-        snapshot = await self.fresh()
-        if seen.revision == 0:
-            return snapshot
-        if seen.history == snapshot.history or snapshot.knows(seen.history):
-            if seen.revision <= snapshot.revision:
-                return snapshot
-            raise Foreign(f"revision {seen.revision} is in this store's future")
-        raise Foreign("the store's history is not the one that was seen")
+    async def seen_at(self, revision: int) -> wire.Seen:
+        """The view of `revision`, which a write of this process made, as an agent remembers it (safety S18). Raises
+        Unavailable when the mirror does not get there soon."""
+        try:
+            async with asyncio.timeout(_DIRECT_S):
+                await self.reached(revision)
+        except TimeoutError as error:
+            raise errors.Unavailable("the copy of the store is late") from error
+        return wire.Seen(history=permission.newest(self._draft.chain, revision), revision=revision)
 
     async def reached(self, revision: int) -> None:
         """Wait until the mirror shows `revision`."""
@@ -114,15 +126,19 @@ class Mirror:
 
     async def changed(self, after: int) -> int:
         """Wait until anything has changed after revision `after`; answers with the mirror's revision."""
-        while self._draft.revision <= after:
+        while self._draft.revision <= after and not self._is_discarded(after):
             await self._moved.wait()
         return self._draft.revision
 
     async def node_changed(self, node: str, after: int) -> None:
         """Wait until what one node should do may have changed after revision `after`."""
         bell = self._nodes.setdefault(node, _Bell())
-        while self._node_moved.get(node, 0) <= after:
+        while self._node_moved.get(node, 0) <= after and not self._is_discarded(after):
             await bell.wait()
+
+    def _is_discarded(self, revision: int) -> bool:
+        """Whether the revision is of a copy that was thrown away: everything has changed since."""
+        return self._draft.revision < revision <= self._discarded
 
     # ---- health
 
@@ -138,7 +154,17 @@ class Mirror:
 
     @property
     def trouble(self) -> str:
-        """Why the mirror is not ready, or "" when it is."""
+        """Why the mirror is not ready, or "" when it is. Whoever hears of a trouble makes it last until the store's
+        history is proved again."""
+        why = self._trouble_of_store()
+        if why:
+            self._reds += 1
+            self._proven = self._prove is None
+        elif not self._proven:
+            return f"the store was restored: {self._broke}" if self._broke else "the store's history is not proved yet"
+        return why
+
+    def _trouble_of_store(self) -> str:
         now_ns = self._world.boot_ns()
         if not self._listed.is_set():
             return "the store was not listed yet"
@@ -182,8 +208,18 @@ class Mirror:
 
     async def _list(self) -> None:
         """Replace the copy by a listing at one revision; what differs wakes those who wait for it."""
-        old = self._draft
-        self._draft = await listing(self._store)
+        new, old = await listing(self._store), self._draft
+        if old.chain and permission.newest(new.chain, old.revision) != old.history:
+            self._distrust("the newest nonce is not in its history")
+        if new.revision < old.revision:
+            self._distrust(f"its revision went back from {old.revision} to {new.revision}")
+            self._discarded = old.revision
+        if self._broke:
+            self._proof.forget()
+            self._targets.clear()
+            if self._prove is None:
+                self._broke = ""
+        self._draft = new
         self._draft.touched |= old.touched | {*old.node_ids(), *self._draft.node_ids()}
         self._listed.set()
         self._ring()
@@ -230,10 +266,45 @@ class Mirror:
                 revision = await self._proof.read()
                 if revision > self._draft.revision:
                     self._targets.append((revision, self._world.boot_ns()))
+                self._check_fence()
+                await self._prove_again()
             if self.lag_ns > LAG_NS and self._watching is not None:
                 self._targets.clear()  # the new watch gets its own two seconds
                 self._watching.cancel()
             await asyncio.sleep(_PROBE_S)
+
+    def _distrust(self, why: str, *, proof: bool = True) -> None:
+        """The store is not, or may not be, what was read before: nothing is served until that is cleared up."""
+        self._reds += 1
+        self._proven = self._prove is None
+        if not proof:
+            return
+        if not self._broke:
+            _log.warning("the store was restored: its copy is thrown away", why=why, revision=self._draft.revision)
+            self._broke, self._before = why, self._draft.chain
+        self._listed.clear()
+        if self._watching is not None:
+            self._watching.cancel()
+
+    def _check_fence(self) -> None:
+        """Every break writes the format key. A copy that is as new as a read, and has an older one, was not made from
+        what that read saw: the store has overtaken it since a restore."""
+        proof, copy = self._proof, self._draft
+        if self._listed.is_set() and copy.fence != proof.fence and copy.fence <= proof.revision <= copy.revision:
+            self._distrust("it has a break that its copy lacks")
+
+    async def _prove_again(self) -> None:
+        """After any trouble: compare the store with its past, and enter the break, before this process is ready."""
+        if self._proven or self._prove is None or self._trouble_of_store():
+            return
+        reds, why = self._reds, self._broke
+        try:
+            async with asyncio.timeout(_PROVE_S):
+                await self._prove(why, self._before)
+        except TimeoutError:
+            return
+        if reds == self._reds:
+            self._proven, self._broke = True, ""
 
     async def _directly(self, revision: int) -> view.Snapshot:
         """The mirror is late: read everything from the store, one read for all who ask meanwhile."""
@@ -295,11 +366,18 @@ class _Bell:
 
 
 class _SharedRead:
-    """One linearizable read for all requests that arrived before it was sent (safety S21)."""
+    """One linearizable read for all requests that arrived before it was sent (safety S21).
 
-    def __init__(self, store: base.Store, world: worlds.World) -> None:
+    Each read is sent after the one before was answered, so the revision never goes back, nor does the term but for an
+    election under way; in one and the same store the cluster id stays. `distrust` is told otherwise (safety S18)."""
+
+    def __init__(self, store: base.Store, world: worlds.World, distrust: Callable[..., None]) -> None:
         self._store = store
         self._world = world
+        self._distrust = distrust
+        self._term = 0
+        self._cluster = ""
+        self.fence = 0  # the format key's mod revision at `revision`
         self._next: asyncio.Task[int] | None = None
         self._last: asyncio.Task[int] | None = None
         self.proved_ns = -PROVED_NS  # when the newest successful read was sent
@@ -318,9 +396,30 @@ class _SharedRead:
         self._last, self._next = self._next, None  # from here on, who comes waits for another one
         sent_ns = self._world.boot_ns()
         page = await self._store.range(schema.FORMAT_KEY, keys_only=True)
+        self._judge(page)
         self.proved_ns = max(self.proved_ns, sent_ns)
-        self.revision = max(self.revision, page.revision)
+        self.revision = page.revision
+        self.fence = page.kvs[0].mod_revision if page.kvs else 0
         return page.revision
+
+    def forget(self) -> None:
+        """What was read before is of another history."""
+        self.revision = self.fence = self._term = 0
+        self._cluster = ""
+
+    def _judge(self, page: base.Page) -> None:
+        """Raises Unavailable when this cannot be the store that was read before."""
+        why = ""
+        if page.revision < self.revision:
+            why = f"its revision went back from {self.revision} to {page.revision}"
+        elif self._cluster and page.cluster and page.cluster != self._cluster:
+            why = f"its cluster id is {page.cluster}, and was {self._cluster}"
+        elif page.term < self._term:
+            self._distrust(f"its raft term went back from {self._term} to {page.term}", proof=False)
+        if why:
+            self._distrust(why)
+            raise errors.Unavailable(f"the store was restored: {why}")
+        self._term, self._cluster = page.term, page.cluster or self._cluster
 
 
 def _seen(task: "asyncio.Task[Any]") -> None:

@@ -1,9 +1,12 @@
 """THE key tree, format 1. All is below one prefix; values are JSON nouns of `covey.model` unless said.
 
     /covey/
-    ├── format                      {"format": 1}; every write compares it (safety S27)
+    ├── format                      {"format": 1}; every write compares it (safety S27); written anew at a break
     ├── cloud                       {"id": …}: this cloud's id, written once; VM records carry it (safety S12)
-    ├── history/<nonce>             {"at_ns": …}: the chain of history nonces, newest = greatest create revision (S18)
+    ├── history/<nonce>             Nonce: the chain of history nonces, newest = greatest create revision (S18)
+    ├── break                       Break: the newest nonce that begins a new history after a restore (S18)
+    ├── settled                     {"nonce": …}: the newest break that all nodes have answered for (safety S19)
+    ├── adopted/<node>              Adopted: the newest break after which the node told what it has (safety S19)
     ├── instance/<id>               Instance
     ├── script/<key>                text of a start script, base64; shared by the instances of one request
     ├── output/<id>/<stream>        last 64 KiB of a script's stdout | stderr, raw bytes (safety S26)
@@ -37,6 +40,9 @@ PREFIX = "/covey/"
 FORMAT_KEY = PREFIX + "format"
 CLOUD = PREFIX + "cloud"
 HISTORY = PREFIX + "history/"
+BREAK = PREFIX + "break"
+SETTLED = PREFIX + "settled"
+ADOPTED = PREFIX + "adopted/"
 INSTANCES = PREFIX + "instance/"
 SCRIPTS = PREFIX + "script/"
 OUTPUTS = PREFIX + "output/"
@@ -58,7 +64,7 @@ EVENTS = PREFIX + "event/"
 # What every controller holds in memory; the rest only transactions and single answers look at.
 MIRRORED = (
     *(FORMAT_KEY, CLOUD, HISTORY, INSTANCES, NODES, SESSIONS, ALIVE, WORDS),
-    *(LEDGERS, ORDERS, ASKS, REMOVED, CONTROLLERS),
+    *(LEDGERS, ORDERS, ASKS, REMOVED, CONTROLLERS, BREAK, SETTLED, ADOPTED),
 )
 
 DAY_S = 24 * 3600
@@ -77,7 +83,37 @@ class Cloud(model.Noun, frozen=True, kw_only=True):
 
 
 class Nonce(model.Noun, frozen=True, kw_only=True):
+    """A link of the history chain. `term`, `index` and `cluster` say where the store was in its own life just before
+    (0 and "": not known). `broke` says why a new history begins here after a restore; "" normally."""
+
     at_ns: int
+    term: int = 0
+    index: int = 0
+    cluster: str = ""
+    broke: str = ""
+
+
+class Break(model.Noun, frozen=True, kw_only=True):
+    """The store was restored; found out at the nonce of this name. Its key's mod revision is the break's."""
+
+    nonce: str
+    why: str
+    at_ns: int
+
+
+class Settled(model.Noun, frozen=True, kw_only=True):
+    nonce: str
+
+
+class Adopted(model.Noun, frozen=True, kw_only=True):
+    """`nonce`: the break after which the node told what it has. `excused`: the break for which its operator gave it up.
+    `history` and `revision`: the view that the node had before, so that a repeat after a lost answer is known."""
+
+    nonce: str = ""
+    excused: str = ""
+    history: str = ""
+    revision: int = 0
+    tx: str = ""
 
 
 class Alive(model.Noun, frozen=True, kw_only=True):
@@ -191,6 +227,10 @@ def answer(nonce: str) -> str:
 
 def removed(id: str) -> str:
     return REMOVED + id
+
+
+def adopted(node_id: str) -> str:
+    return ADOPTED + node_id
 
 
 def controller(id: str) -> str:

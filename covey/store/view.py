@@ -10,13 +10,15 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from covey import model
+from covey import model, wire
+from covey.decide import permission
 from covey.store import base, codec, schema
 
 V = TypeVar("V")
 N = TypeVar("N", bound=msgspec.Struct)
 
 _SHARDS = 64
+_NO_BREACH = permission.Link(0, "")
 
 
 class Table(Generic[V]):
@@ -87,6 +89,11 @@ class Snapshot:
         self.history = ""
         self.cloud = ""
         self.format = 0
+        self.fence = 0  # mod revision of the format key: raised by every break, and compared by every write
+        self.chain: tuple[permission.Link, ...] = ()  # the nonces of this store's history, oldest first
+        self.breach = _NO_BREACH  # the newest break
+        self.breach_why = ""
+        self.settled = ""  # the newest break that all nodes have answered for
         self._instances: Table[codec.Kept[model.Instance]] = Table()
         self._nodes: Table[codec.Kept[model.Node]] = Table()
         self._sessions: Table[codec.Kept[model.Session]] = Table()
@@ -102,11 +109,51 @@ class Snapshot:
         self._waiting: Table[None] = Table()
         self._unacknowledged: Table[None] = Table()
         self._script_users: Table[int] = Table()
-        self._nonces: dict[str, int] = {}  # nonce -> create revision; never changed in place
+        self._adopted: Table[codec.Kept[schema.Adopted]] = Table()
 
-    def knows(self, nonce: str) -> bool:
-        """Whether a reader that saw this nonce as the newest has seen this very history (safety S18)."""
-        return nonce in self._nonces
+    # ---- history
+
+    @property
+    def seen(self) -> wire.Seen:
+        """This very view, as an agent remembers it (safety S18)."""
+        return wire.Seen(history=self.history, revision=self.revision)
+
+    def kinship(self, seen: wire.Seen) -> permission.Kinship:
+        """How what somebody saw relates to this store."""
+        return permission.kinship(self.chain, self.revision, permission.View(seen.history, seen.revision))
+
+    def adopted(self, node: str) -> codec.Kept[schema.Adopted] | None:
+        return self._adopted.get(node)
+
+    def held(self, node: str) -> bool:
+        """Whether the node must tell what it has before anything is done there (safety S19)."""
+        kept = self._adopted.get(node)
+        return permission.held(self.breach.nonce, kept.noun.nonce if kept is not None else "")
+
+    def awaited(self) -> list[permission.Standing]:
+        """The nodes whose word is waited for since the newest break, by name."""
+        if self.breach.nonce in ("", self.settled):
+            return []
+        return sorted(permission.awaited(self.breach, map(self._standing, self._nodes.values())), key=_by_name)
+
+    def awaits(self, node: str) -> bool:
+        """Whether this node's word is waited for: nothing is concluded from its silence (safety S19)."""
+        kept = self._nodes.get(node)
+        return kept is not None and self.held(node) and bool(permission.awaited(self.breach, [self._standing(kept)]))
+
+    def may_begin(self, kept: codec.Kept[model.Instance]) -> bool:
+        """Whether the instance may be placed and launched, as far as breaks matter (safety S19)."""
+        noun = kept.noun
+        return permission.may_begin(
+            self.breach, self.settled, created=kept.created, learnt=noun.learnt, launched=noun.launched
+        )
+
+    def _standing(self, kept: codec.Kept[model.Node]) -> permission.Standing:
+        id = kept.noun.id
+        adopted, session = self._adopted.get(id), self._sessions.get(id)
+        name = kept.noun.name or (session.noun.facts.name if session is not None else "")
+        noun = adopted.noun if adopted is not None else schema.Adopted()
+        return permission.Standing(id, name, noun.nonce, noun.excused)
 
     # ---- instances
 
@@ -215,8 +262,9 @@ class Draft(Snapshot):
             "order": lambda id, kv: self._set_below_node(self._orders, model.Order, id, kv),
             "ask": lambda id, kv: self._set_below_node(self._questions, model.Question, id, kv),
             "history": self._set_nonce,
+            "adopted": lambda id, kv: self._set(self._adopted, schema.Adopted, id, kv),
         }
-        self._wakes = {"session", "alive", "ledger", "removed"}
+        self._wakes = {"session", "alive", "ledger", "removed", "adopted"}
 
     def apply(self, change: base.Change) -> None:
         """One key's change. What cannot be read counts as absent and is noted as broken."""
@@ -232,7 +280,12 @@ class Draft(Snapshot):
             elif change.key == schema.CLOUD:
                 self.cloud = "" if change.kv is None else codec.decode(change.kv, schema.Cloud).noun.id
             elif change.key == schema.FORMAT_KEY:
+                self.fence = 0 if change.kv is None else change.kv.mod_revision
                 self.format = 0 if change.kv is None else codec.decode(change.kv, schema.Format).noun.format
+            elif change.key == schema.BREAK:
+                self._set_breach(change.kv)
+            elif change.key == schema.SETTLED:
+                self.settled = "" if change.kv is None else codec.decode(change.kv, schema.Settled).noun.nonce
             self.broken.pop(change.key, None)
         except codec.Broken as error:
             if setter is not None:
@@ -246,8 +299,8 @@ class Draft(Snapshot):
             if isinstance(value, Table):
                 copy.__dict__[name] = value.freeze()
         copy._by_state = {state: table.freeze() for state, table in self._by_state.items()}
-        copy._nonces = self._nonces
-        copy.revision, copy.history, copy.cloud, copy.format = self.revision, self.history, self.cloud, self.format
+        for name in _PLAIN:
+            copy.__dict__[name] = self.__dict__[name]
         return copy
 
     def node_ids(self) -> list[str]:
@@ -327,9 +380,26 @@ class Draft(Snapshot):
         self.touched.add(node)
 
     def _set_nonce(self, id: str, kv: base.Kv | None) -> None:
-        rest = {nonce: created for nonce, created in self._nonces.items() if nonce != id}
-        self._nonces = rest if kv is None else {**rest, id: kv.create_revision}
-        self.history = max(self._nonces, key=self._nonces.__getitem__, default="")
+        links = [link for link in self.chain if link.nonce != id]
+        if kv is not None:
+            links.append(permission.Link(kv.create_revision, id))
+        self.chain = tuple(sorted(links))
+        self.history = self.chain[-1].nonce if self.chain else ""
+
+    def _set_breach(self, kv: base.Kv | None) -> None:
+        noun = None if kv is None else codec.decode(kv, schema.Break).noun
+        if kv is None or noun is None:
+            self.breach, self.breach_why = _NO_BREACH, ""
+        else:
+            self.breach, self.breach_why = permission.Link(kv.mod_revision, noun.nonce), noun.why
+        self.touched.update(self._nodes.keys())
+
+
+_PLAIN = ("revision", "history", "cloud", "format", "fence", "chain", "breach", "breach_why", "settled")
+
+
+def _by_name(one: permission.Standing) -> tuple[str, str]:
+    return one.name, one.node
 
 
 def _place(instance: model.Instance) -> str:

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from enum import StrEnum
 
 from covey import errors
+from covey.decide import permission
 from covey.store import base
 
 
@@ -123,6 +124,10 @@ class Flaky:
     async def compact(self, revision: int) -> None:
         await self._reachable()
         await self.store.compact(revision)
+
+    async def origin(self, revision: int) -> permission.Origin:
+        await self._reachable()
+        return await self.store.origin(revision)
 
     async def close(self) -> None:
         for task in self._zombies:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from covey import errors, model, wire
+from covey.decide import permission
 from covey.store import base, mirror, schema
 from tests.support import cloud, flaky, nouns
 
@@ -134,16 +135,14 @@ async def test_a_snapshot_never_changes() -> None:
         assert (after.instance_count(), after.waiting_count()) == (51, 50)
 
 
-async def test_seen_revisions() -> None:
+async def test_how_a_view_relates_to_this_store() -> None:
     """Safety S18, S22."""
     async with cloud.running() as c, mirrored(c) as (copy, _):
         now = await copy.fresh()
-        assert (await copy.at_least(wire.Seen())).revision >= now.revision
-        assert (await copy.at_least(wire.Seen(history=now.history, revision=now.revision))).revision >= now.revision
-        with pytest.raises(mirror.Foreign, match="future"):
-            await copy.at_least(wire.Seen(history=now.history, revision=now.revision + 1000))
-        with pytest.raises(mirror.Foreign, match="history"):
-            await copy.at_least(wire.Seen(history="another", revision=1))
+        assert now.kinship(now.seen) is permission.Kinship.OWN
+        assert now.kinship(wire.Seen(history=now.history, revision=now.revision + 1000)) is permission.Kinship.AHEAD
+        assert now.kinship(wire.Seen(history="another", revision=now.revision)) is permission.Kinship.FOREIGN
+        assert now.kinship(wire.Seen(history="another", revision=1)) is permission.Kinship.FORGOTTEN
 
 
 async def test_only_the_node_concerned_is_woken() -> None:
