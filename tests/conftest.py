@@ -32,10 +32,10 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails the test at its end when it left processes or files behind; asks the loop about tasks if it has one."""
     if request.node.get_closest_marker("asyncio") is not None:
         request.getfixturevalue("no_task_left")
-    processes_before = _processes()
+    processes_before = processes()
     fds_before = _count_fds()
     yield
-    left = _processes_left(processes_before)
+    left = processes_left(processes_before)
     if left:
         pytest.fail("processes were left behind: " + "; ".join(f"{pid} {_command(pid)}" for pid in sorted(left)))
     fds = _count_fds()
@@ -57,15 +57,15 @@ async def no_task_left() -> AsyncIterator[None]:
         pytest.fail("tasks were left running: " + "; ".join(sorted(repr(task.get_coro()) for task in left)))
 
 
-def _processes_left(before: set[int]) -> set[int]:
+def processes_left(before: set[int]) -> set[int]:
     """Processes that are new and stay for the whole grace."""
     deadline = time.monotonic() + GRACE_S
-    while (left := _processes() - before) and time.monotonic() < deadline:
+    while (left := processes() - before) and time.monotonic() < deadline:
         time.sleep(0.02)
     return left
 
 
-def _processes() -> set[int]:
+def processes() -> set[int]:
     """Living processes that are ours: children of this runner, and whatever carries its mark. Not the runner."""
     own = os.getpid()
     found = set()

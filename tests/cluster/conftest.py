@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -159,10 +159,12 @@ class Cloud:
         return self.program.end(number)
 
 
-def ask(url: str, method: str = "GET", body: object = None) -> tuple[int, Any]:
+def ask(
+    url: str, method: str = "GET", body: object = None, headers: Mapping[str, str] | None = None
+) -> tuple[int, Any]:
     """HTTP status and decoded body; also of errors."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, method=method)  # noqa: S310 (our own server)
+    request = urllib.request.Request(url, data=data, headers=dict(headers or {}), method=method)  # noqa: S310 (ours)
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
             return answer.status, json.load(answer)
