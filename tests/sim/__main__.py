@@ -1,43 +1,154 @@
-"""``python -m tests.sim --seeds N [--first S]``: N stories from N seeds. The last line is the verdict; a seed that
-fails is named with the command that shows it again."""
+"""``python -m tests.sim``: stories from many seeds, a process of its own for each, or one seed with all that happens.
+
+    --seeds N --first S    N stories; those after the first failure are not begun
+    --minutes M            no story is begun after so long
+    --seed N               one story, told line by line
+
+The last line is the verdict; a seed that fails is named with the command that shows it again.
+"""
 
 import argparse
+import logging
 import os
 import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NoReturn
 
-from covey import observe
-from tests.sim import clockwork, story
+import msgspec
+import structlog
+
+from tests.sim import clockwork, story, truth
+
+_PROGRESS_S = 15.0
+_SAID = 20_000  # characters of a fault: they fit into a pipe
+
+
+@dataclass
+class Ended:
+    """How one story ended. `why` "": well."""
+
+    seed: int
+    why: str
+    counts: dict[str, int]
+
+
+def tell_one(seed: int, storm_s: float, *, aloud: bool) -> Ended:
+    """Live through one story in this process, which is good for nothing afterwards."""
+    one = story.Story(storm_s=storm_s, tell=_say if aloud else lambda _at_s, _text: None)
+    _listen(one, aloud=aloud)
+    try:
+        counts = clockwork.run(seed, one)
+    except truth.Broken as error:
+        return Ended(seed, str(error)[:_SAID], {})
+    except Exception:
+        return Ended(seed, traceback.format_exc()[-_SAID:], {})
+    return Ended(seed, "", dict(counts))
+
+
+def _say(at_s: float, text: str) -> None:
+    sys.stdout.write(f"{at_s:9.3f} {text}\n")
+
+
+def _listen(one: story.Story, *, aloud: bool) -> None:
+    """The programs' own logs become lines of the story. A fault that no program expected ends it."""
+
+    def hear(_logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        process = clockwork.current()
+        if method in ("exception", "critical") and (process is None or not process.dead):
+            one.truth.fail(f"an unexpected fault: {event['event']}: {traceback.format_exc()}")
+        if aloud and process is not None:
+            words = " ".join(f"{name}={value}" for name, value in event.items() if name not in ("event", "part"))
+            one.hear(f"{process.name}: {event['event']} {words}")
+        raise structlog.DropEvent
+
+    level = logging.DEBUG if aloud else logging.ERROR
+    wrapper = structlog.make_filtering_bound_logger(level)
+    structlog.configure(processors=[hear], wrapper_class=wrapper, cache_logger_on_first_use=False)
+
+
+def tell_in_child(seed: int, storm_s: float) -> tuple[int, int]:
+    """Fork for one story: (process, where its end can be read)."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(theirs, msgspec.json.encode(tell_one(seed, storm_s, aloud=False)))
+        os._exit(0)  # nothing of the story ends: see `clockwork.run`
+    os.close(theirs)
+    return child, ours
+
+
+def tell_many(first: int, count: int, jobs: int, storm_s: float, limit_s: float) -> Iterator[Ended]:
+    """The ends of the stories as they come, until the first that is bad."""
+    running: dict[int, tuple[int, int]] = {}  # process -> (seed, where to read)
+    begun_s, seed = time.monotonic(), first
+    while True:
+        while len(running) < jobs and seed < first + count and time.monotonic() - begun_s < limit_s:
+            child, out = tell_in_child(seed, storm_s)
+            running[child] = (seed, out)
+            seed += 1
+        if not running:
+            return
+        child, status = os.wait()
+        its_seed, out = running.pop(child)
+        with os.fdopen(out, "rb") as answer:
+            content = answer.read()
+        ended = msgspec.json.decode(content, type=Ended) if content else Ended(its_seed, f"it died: {status}", {})
+        yield ended
+        if ended.why:
+            seed = first + count
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--first", type=int, default=1)
-    parser.add_argument("--verbose", action="store_true", help="show the controllers' log")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2, help="stories at once")
+    parser.add_argument("--storm", type=float, default=90.0, help="simulated seconds of bad weather")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no story after so long")
+    parser.add_argument("--seed", type=int, help="tell this one story aloud")
     chosen = parser.parse_args()
     if os.environ.get("PYTHONHASHSEED") != "0":  # the order of sets must not differ between two runs of one seed
         os.environ["PYTHONHASHSEED"] = "0"
         os.execv(sys.executable, [sys.executable, "-m", "tests.sim", *sys.argv[1:]])  # noqa: S606
-    observe.configure(json=False, level="debug" if chosen.verbose else "critical")
-    began = time.monotonic()
+    if chosen.seed is not None:
+        return _one(chosen.seed, chosen.storm)
+    return _many(chosen)
+
+
+def _one(seed: int, storm_s: float) -> NoReturn:
+    ended = tell_one(seed, storm_s, aloud=True)
+    sys.stdout.write(f"FAILED at seed {seed}: {ended.why}\n" if ended.why else f"OK: seed {seed}, no promise broken\n")
+    sys.stdout.flush()
+    os._exit(1 if ended.why else 0)
+
+
+def _many(chosen: argparse.Namespace) -> int:
+    begun_s = said_s = time.monotonic()
     counts: Counter[str] = Counter()
-    for seed in range(chosen.first, chosen.first + chosen.seeds):
-        try:
-            told = clockwork.run(seed, story.Story())
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            traceback.print_exc()
-            sys.stdout.write(f"FAILED at seed {seed}: python -m tests.sim --seeds 1 --first {seed}\n")
-            return 1
-        counts += told.counts
-    what = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(counts.items()))
-    seconds = time.monotonic() - began
-    sys.stdout.write(f"{what}\nOK: {chosen.seeds} seeds in {seconds:.0f} s, no promise broken\n")
-    return 0
+    told = 0
+    failed: list[Ended] = []
+    for ended in tell_many(chosen.first, chosen.seeds, chosen.jobs, chosen.storm, 60 * chosen.minutes):
+        told += 1
+        counts.update(ended.counts)
+        if ended.why:
+            failed.append(ended)
+        if time.monotonic() - said_s > _PROGRESS_S:
+            said_s = time.monotonic()
+            sys.stdout.write(f"{told} stories, {counts['guests']} VMs, {counts['faults']} faults\n")
+            sys.stdout.flush()
+    what = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    seconds = time.monotonic() - begun_s
+    for bad in failed:
+        again = f"python -m tests.sim --seed {bad.seed} --storm {chosen.storm:g}"
+        sys.stdout.write(f"{bad.why}\nFAILED at seed {bad.seed} after {told} seeds: {again}\n")
+    if not failed:
+        sys.stdout.write(f"{what}\nOK: {told} seeds from {chosen.first} on in {seconds:.0f} s, no promise broken\n")
+    return 1 if failed or not told else 0
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,359 +1,210 @@
-"""A cloud in bad weather, from one seed: random work, random faults, and what must always be true (promises I1–I7).
+"""A cloud in bad weather, from one seed: random work, random faults, and a judge who sees everything (`truth`).
 
-faults        commits lost before or after they were applied, or applied late; a replica or an agent cut off,
-              killed, started again; a slow watch; messages between agents and controllers lost either way
-work          starts (single, several, with and without key, repeated with their key) and terminations
-checked       at every revision of the store, at every boot and destruction on a node, at every answer
-in the end    the weather clears, everything is terminated, and nothing may be left: no VM, no claim, no order
+    storm      clients start, end and look; everything that can go wrong goes wrong
+    calm       the weather clears, nobody wants anything new: soon all is as it must be
+    end        everything is ended: nothing may be left, no VM, no claim, no order
+
+The program under test is the product's own: controllers with their API, mirrors, commits and loops; agents with their
+workers, records and fail-over; the synthetic hypervisor; the store in memory behind a flaky line.
 """
 
 import asyncio
+import os
+import random
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
+from pathlib import Path
 
-import msgspec
+from covey import failpoint
+from tests.sim import clockwork, network, replica, sea, truth, weather, work
+from tests.sim import node as nodes
 
-from covey import model
-from covey.store import base, memory, schema
-from tests.sim import agent, clockwork, replica
-from tests.support import flaky, nouns
-
-State = model.State
-_OVER = (State.TERMINATING, State.TERMINATED)
-_SETTLED_S = 600.0
-_CLOSED_S = 90.0  # after which no start that was given up may live on
+_CALM_S = 240.0  # pauses after refusals, silent nodes and doors that are being closed take their time
+_END_S = 300.0
+_LOOK_S = 2.0
 
 
-class Broken(AssertionError):
-    """A promise was broken."""
+def home() -> Path:
+    """Where the disks of simulated hosts are: in memory where the system has such a place."""
+    ram = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="covey-sim-", dir=ram if os.access(ram, os.W_OK) else None))
 
 
-@dataclass
-class Told:
-    """What the outside knows."""
+class Story:
+    """`storm_s` seconds of faults and work, then calm, then the end. `tell` hears what happens."""
 
-    accepted: set[str] = field(default_factory=set)
-    keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    terminate_asked: set[str] = field(default_factory=set)
-    terminate_answered: set[str] = field(default_factory=set)
-    given_up: set[str] = field(default_factory=set)  # starts whose caller was told "unsure"
-    boots: Counter[str] = field(default_factory=Counter)
-    states: dict[str, State] = field(default_factory=dict)
-    forgotten: set[str] = field(default_factory=set)
-    epochs: dict[str, int] = field(default_factory=dict)
-    failed: set[str] = field(default_factory=set)
-    held: dict[str, tuple[str, int]] = field(default_factory=dict)  # instance -> where the store says it has a slot
-    ledgers: dict[str, set[tuple[str, int]]] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)
+    def __init__(
+        self,
+        *,
+        replicas: int = 3,
+        hosts: int = 4,
+        clients: int = 3,
+        storm_s: float = 90.0,
+        tell: Callable[[float, str], None] = lambda _at_s, _text: None,
+    ) -> None:
+        self._sizes = (replicas, hosts, clients)
+        self._storm_s = storm_s
+        self._teller = tell
+        self._folder = home()
 
+    async def __call__(self, world: clockwork.World) -> Counter[str]:
+        failpoint.watch(self._reached)
+        try:
+            return await self._live(world)
+        finally:
+            failpoint.watch(None)
+            shutil.rmtree(self._folder, ignore_errors=True)
 
-class Story(clockwork.Story):
-    """`calm_s` seconds of faults and work, then clearing up."""
+    async def _live(self, world: clockwork.World) -> Counter[str]:
+        self._build(world)
+        for step in (self._storm, self._calm, self._end):
+            self._tell(f"---- {step.__name__.strip('_')}")
+            await self._unless_broken(step())
+        self.truth.counts["zombies"] = self.sea.surfaced
+        self.truth.counts["revisions"] = self.truth.revision
+        return self.truth.counts
 
-    def __init__(self, replicas: int = 3, agents: int = 4, storm_s: float = 240.0) -> None:
-        self.replica_count = replicas
-        self.agent_count = agents
-        self.storm_s = storm_s
-        self.told = Told()
-        self.calm = False
-
-    async def __call__(self, world: clockwork.World) -> Told:
-        self.world = world
-        self.chance = world.chance
-        self._fault: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.store = memory.Memory(world)
+    def _build(self, world: clockwork.World) -> None:
+        replicas, hosts, clients = self._sizes
+        self._chance = random.Random(f"{world.seed} story")
+        self.truth = truth.Truth(self._tell)
+        self.sea = sea.Sea(world, self.truth.saw)
+        self.net = network.Net(random.Random(f"{world.seed} network"))
         self.replicas = [
-            replica.Replica(f"r{n}", world, self.store.client(), self._weather) for n in range(self.replica_count)
+            replica.Replica(f"r{n}", world, self.net, self.sea, lambda: self.weather.fate()) for n in range(replicas)
         ]
-        for one in self.replicas:
-            one.flaky.delay = lambda: self.chance.uniform(0.0005, 0.004)
-            one.flaky.late_s = lambda: self.chance.choice((0.05, 1.0, 20.0))
-            one.start()
-        self.agents = [
-            agent.Agent(
-                f"a{n}",
-                world,
-                self.chance.randint(1, 3),
-                self._choose,
-                self._booted,
-                self._destroyed,
-                self._failed,
+        urls = tuple(one.url for one in self.replicas)
+        self.nodes = [
+            nodes.Node(
+                f"n{n}", self._folder / f"n{n}", world, self.net, urls, self.truth, slots=self._chance.randint(1, 3)
             )
-            for n in range(self.agent_count)
+            for n in range(hosts)
         ]
-        watching = asyncio.create_task(self._watch())
-        for node in self.agents:
-            node.loss, node.trouble_rate = 0.05, 0.08
-            node.start()
-        await self._until(watching, self._storm())
-        await self._until(watching, self._clear_up())
-        watching.cancel()
-        for node in self.agents:
-            await node.crash()
+        self.clients = [work.Client(f"c{n}", world, self.net, self.replicas, self.truth) for n in range(clients)]
+        chance = random.Random(f"{world.seed} weather")
+        self.weather = weather.Weather(chance, self.sea, self.net, self.replicas, self.nodes, self._tell)
+        replica.Registry(world, self.net).start()
         for one in self.replicas:
-            await one.kill()
-            await one.writer.close()
-            await one.flaky.close()
-        return self.told
+            one.start()
+        for node in self.nodes:
+            node.start()
 
-    async def _until(self, watching: "asyncio.Task[None]", work: Coroutine[None, None, None]) -> None:
-        """Do the work, or fail as soon as the watch has seen a promise broken."""
-        task = asyncio.ensure_future(work)
-        done, _ = await asyncio.wait((task, watching, self._fault), return_when=asyncio.FIRST_COMPLETED)
-        for first in done - {task}:
-            first.result()
+    def _tell(self, text: str) -> None:
+        self._teller(asyncio.get_running_loop().time(), text)
+
+    def hear(self, text: str) -> None:
+        """A line of some program's log."""
+        self._tell(text)
+
+    def _reached(self, point: str) -> None:
+        """Some agent's code is at a failpoint."""
+        process = clockwork.current()
+        for node in self.nodes:
+            if process is node.process and process is not None and not process.dead:
+                node.reached(point)
+
+    async def _unless_broken(self, step: Coroutine[None, None, None]) -> None:
+        """Do it, or fail as soon as a promise is broken."""
+        task = asyncio.ensure_future(step)
+        await asyncio.wait((task, self.truth.broken), return_when=asyncio.FIRST_COMPLETED)
+        if self.truth.broken.done():
+            self.truth.broken.result()
         task.result()
 
-    def _failed(self, error: BaseException) -> None:
-        if not self._fault.done():
-            self._fault.set_exception(error)
-
-    # ---- weather
-
-    def _weather(self) -> flaky.Fate:
-        if self.calm or self.chance.random() > 0.08:
-            return flaky.Fate.FINE
-        return self.chance.choice(list(flaky.Fate))
-
-    def _choose(self) -> replica.Replica:
-        return self.chance.choice(self.replicas)
+    # ---- the storm -------------------------------------------------------------------------------------------------
 
     async def _storm(self) -> None:
-        """Work and faults side by side."""
-        ends = self.world.boot_ns() + int(self.storm_s * 1e9)
+        chance, now = self._chance, asyncio.get_running_loop().time
+        self.weather.calm = False
+        self.weather.bad = chance.choice((0.0, 0.03, 0.1))
+        fault_rate = chance.choice((0.02, 0.1, 0.3))
+        ends_s = now() + self._storm_s
         async with asyncio.TaskGroup() as group:
-            while self.world.boot_ns() < ends:
-                group.create_task(self._one_deed())
-                if self.chance.random() < 0.1:
-                    group.create_task(self._one_fault())
-                await asyncio.sleep(self.chance.expovariate(1.0))
+            while now() < ends_s:
+                group.create_task(self._deed())
+                if chance.random() < fault_rate:
+                    group.create_task(self._fault())
+                await asyncio.sleep(chance.expovariate(1.0))
+            for task in list(group._tasks):
+                task.cancel()  # who still waits for an answer gives up
 
-    async def _one_deed(self) -> None:
-        if self.chance.random() < 0.1:
-            await asyncio.gather(*(self._start() for _ in range(4)))  # at once, by way of several replicas
-        elif self.chance.random() < 0.5:
-            await self._start()
-        elif self.told.accepted:
-            await self._terminate(self.chance.choice(sorted(self.told.accepted)))
+    async def _fault(self) -> None:
+        self.truth.counts["faults"] += 1
+        await self.weather.something()
 
-    async def _start(self) -> None:
-        key = self.world.token() if self.chance.random() < 0.5 else ""
-        count = self.chance.choice((1, 1, 1, 2, 5))
-        spec = nouns.spec(priority=self.chance.choice((1, 1000)))
-        twin = not key and self.chance.random() < 0.5
-        if twin:
-            spec = msgspec.structs.replace(spec, external_id=self.world.token(), name="twin")
-        for _ in range(4 if key or twin else 1):
-            ids = [self.world.uuid() for _ in range(count)]
-            try:
-                answered = await self._choose().create(ids, spec, key)
-            except replica.Gone:
-                if not key:
-                    self.told.given_up.update(ids)
-                await asyncio.sleep(self.chance.uniform(0.1, 5.0))
-                continue
-            self.told.given_up.difference_update(answered)
-            self.told.counts["starts"] += len(answered)
-            self.told.accepted.update(answered)
-            for id in answered:
-                self._check_end(id)
-            if key and self.told.keys.setdefault(key, answered) != answered:
-                raise Broken(f"I7: one key, two answers: {answered} and {self.told.keys[key]}")
-            await self._all_show(answered)
-            if not key or self.chance.random() < 0.7:
-                return
+    async def _deed(self) -> None:
+        chance, client = self._chance, self._chance.choice(self.clients)
+        known = sorted(self.truth.accepted - self.truth.forgotten)
+        roll = chance.random()
+        if roll < 0.06:
+            await asyncio.gather(*(chance.choice(self.clients).start(self._ids()) for _ in range(4)))
+        elif roll < 0.4 or not known:
+            await client.start(self._ids())
+        elif roll < 0.75:
+            await client.terminate(chance.choice(known))
+        elif roll < 0.93:
+            await client.look(chance.choice(known))
+        elif roll < 0.96:
+            await client.list()
+        else:
+            await self._operate(client)
 
-    async def _all_show(self, ids: tuple[str, ...]) -> None:
-        """Promise I6: what was answered is shown by whoever answers."""
-        for one in self.replicas:
-            try:
-                snapshot = await one.look()
-            except replica.Gone:
-                continue
-            for id in ids:
-                if snapshot.instance(id) is None and id not in self.told.forgotten:
-                    raise Broken(f"I6: {one.name} does not show {id}, which was answered before")
-
-    async def _terminate(self, id: str) -> None:
-        self.told.terminate_asked.add(id)
-        try:
-            found = await self._choose().terminate(id)
-        except replica.Gone:
+    async def _operate(self, client: work.Client) -> None:
+        """What an operator does now and then."""
+        chance, node = self._chance, self._chance.choice(self.nodes)
+        if not node.id:
             return
-        if not found and id not in self.told.forgotten:
-            raise Broken(f"I1: {id} was accepted and is not found")
-        self.told.counts["terminations"] += 1
-        self.told.terminate_answered.add(id)
+        if node.id in self.truth.removed:
+            self._join_again(node)
+        elif chance.random() < 0.3:
+            self._tell(f"operator: removes {node.name}")
+            node.crowded = True
+            await client.remove(node.id)
+        else:
+            drain = chance.random() < 0.5
+            self._tell(f"operator: {'drains' if drain else 'opens'} {node.name}")
+            await client.drain(node.id, drain)
 
-    async def _one_fault(self) -> None:
-        fault = self.chance.choice(
-            (
-                self._cut_replica,
-                self._deafen_replica,
-                self._kill_replica,
-                self._slow_watch,
-                self._cut_agent,
-                self._crash_agent,
-            )
-        )
-        self.told.counts[fault.__name__.strip("_")] += 1
-        await fault(self.chance.choice((0.5, 3.0, 10.0, 45.0)))
-
-    async def _cut_replica(self, for_s: float) -> None:
-        one = self._choose()
-        one.flaky.partition(True)
-        await asyncio.sleep(for_s)
-        one.flaky.partition(False)
-
-    async def _deafen_replica(self, for_s: float) -> None:
-        """What it writes is done, and it never learns so."""
-        one = self._choose()
-        one.flaky.partition(True, deaf=True)
-        await asyncio.sleep(for_s)
-        one.flaky.partition(False)
-
-    async def _kill_replica(self, for_s: float) -> None:
-        one = self._choose()
-        if one.up:
-            await one.kill()
-            await asyncio.sleep(for_s)
-            one.start()
-
-    async def _slow_watch(self, for_s: float) -> None:
-        one = self._choose()
-        one.flaky.watch_delay_s = self.chance.choice((0.01, 0.2, 3.0))
-        await asyncio.sleep(for_s)
-        one.flaky.watch_delay_s = 0.0
-
-    async def _cut_agent(self, for_s: float) -> None:
-        node = self.chance.choice(self.agents)
-        node.cut = True
-        await asyncio.sleep(for_s)
-        node.cut = False
-
-    async def _crash_agent(self, for_s: float) -> None:
-        node = self.chance.choice(self.agents)
-        await node.crash()
-        await asyncio.sleep(for_s)
-        await node.crash()  # another fault may have started it meanwhile
+    def _join_again(self, node: nodes.Node) -> None:
+        self._tell(f"operator: joins {node.name} again")
+        node.kill()
+        node.explicit = True
         node.start()
 
-    # ---- what must always be true
+    def _ids(self) -> list[str]:
+        return [node.id for node in self.nodes if node.id and node.id not in self.truth.removed]
 
-    def _booted(self, node: str, vm: agent.Vm) -> None:
-        self.told.boots[vm[0]] += 1
-        self.told.counts["boots"] += 1
-        if self.told.boots[vm[0]] > 1:
-            raise Broken(f"I2: a second VM of {vm[0]} got past boot, on {node} in epoch {vm[1]}")
-        self._check_room()
+    # ---- the calm and the end --------------------------------------------------------------------------------------
 
-    def _check_room(self) -> None:
-        for node in self.agents:
-            if len(node.disk.vms) > node.slots:
-                raise Broken(f"I3: {node.name} has {node.slots} slots and {len(node.disk.vms)} VMs")
+    async def _calm(self) -> None:
+        self.weather.clear()
+        await self._until(lambda: self.truth.unsettled(self.nodes), _CALM_S)
 
-    def _destroyed(self, node: str, vm: agent.Vm, phase: str) -> None:
-        self.told.counts["destructions"] += 1
-        allowed = self.told.terminate_asked | self.told.given_up | self.told.failed
-        if phase == "running" and vm[0] not in allowed:
-            raise Broken(f"I4: {node} destroyed the running VM {vm}, which nobody had asked to end")
+    async def _end(self) -> None:
+        for node in self.nodes:
+            if node.id in self.truth.removed:
+                self._join_again(node)
+        for node in self.nodes:
+            await self.clients[0].drain(node.id, False)
+        ending = asyncio.create_task(self._end_all())
+        await self._until(lambda: self.truth.left(self.nodes), _END_S)
+        ending.cancel()
+        self.truth.check_over()
 
-    async def _watch(self) -> None:
-        """Look at every revision of the store."""
-        async for batch in self.store.client().watch(base.EVERYTHING, base.EVERYTHING, 1):
-            for change in batch.changes:
-                if change.key.startswith(schema.INSTANCES):
-                    self._check_instance(schema.tail(change.key), change.kv)
-                elif change.key.startswith(schema.LEDGERS):
-                    self._note_ledger(schema.tail(change.key), change.kv)
-            self._check_claims()
-            self._check_room()
+    async def _end_all(self) -> None:
+        while True:
+            for id, instance in sorted(self.truth.instances.items()):
+                if instance.state not in truth.OVER:
+                    await self.clients[0].terminate(id)
+            await asyncio.sleep(1.0)
 
-    def _note_ledger(self, node: str, kv: base.Kv | None) -> None:
-        claims = () if kv is None else msgspec.json.decode(kv.value, type=model.Ledger).claims
-        self.told.ledgers[node] = {(claim.instance, claim.epoch) for claim in claims}
-
-    def _check_claims(self) -> None:
-        """Safety S11, S13: an instance that says it holds a slot holds one, at every single revision."""
-        for id, (node, epoch) in self.told.held.items():
-            if (id, epoch) not in self.told.ledgers.get(node, ()):
-                raise Broken(f"S11: {id} in epoch {epoch} lost its claim on {node}")
-
-    def _check_instance(self, id: str, kv: base.Kv | None) -> None:
-        told = self.told
-        told.held.pop(id, None)
-        if kv is None:
-            if told.states.pop(id) != State.TERMINATED:
-                raise Broken(f"I1: {id} was forgotten before it was over")
-            told.forgotten.add(id)
-            return
-        instance = msgspec.json.decode(kv.value, type=model.Instance)
-        if id in told.forgotten:
-            raise Broken(f"S16: {id} was born twice")
-        if told.states.get(id) in _OVER and instance.state not in _OVER:
-            raise Broken(f"I5: {id} went from {told.states[id]} to {instance.state}")
-        if instance.state == State.STARTED and not instance.launched:
-            raise Broken(f"S1: {id} is started and was not launched")
-        if told.epochs.get(id, 0) > instance.epoch:
-            raise Broken(f"the epoch of {id} went back")
-        if instance.state == State.ERROR:
-            told.failed.add(id)
-        if instance.claimed:
-            told.held[id] = (instance.node, instance.epoch)
-        told.states[id] = instance.state
-        self._check_end(id)
-        told.epochs[id] = instance.epoch
-
-    def _check_end(self, id: str) -> None:
-        """What was answered OK ends because it was asked to or because it failed, not behind its user's back."""
-        over = id in self.told.forgotten or self.told.states.get(id) in _OVER
-        if over and id in self.told.accepted - self.told.terminate_asked - self.told.failed:
-            raise Broken(f"I4: {id} was answered OK and ended though nobody asked")
-
-    # ---- the end
-
-    async def _clear_up(self) -> None:
-        """The weather clears: all that is left becomes Started, Error or Terminated; then everything is terminated and
-        nothing is left (promises I1, I3)."""
-        self.calm = True
-        for one in self.replicas:
-            one.flaky.partition(False)
-            one.flaky.watch_delay_s = 0.0
-            if not one.up:
-                one.start()
-        for node in self.agents:
-            node.loss = node.trouble_rate = 0.0
-            node.cut = False
-        await asyncio.sleep(_CLOSED_S)
-        for id in self.told.given_up & self.told.states.keys():
-            if self.told.states[id] not in (*_OVER, State.ERROR):
-                raise Broken(f"S15: the start of {id} was given up, and yet it is {self.told.states[id]}")
-        deadline = self.world.boot_ns() + int(_SETTLED_S * 1e9)
-        while left := self._left():
-            if self.world.boot_ns() > deadline:
-                raise Broken(f"I1/I3: after {_SETTLED_S:.0f} calm seconds there is still {left}")
-            for id in sorted(self.told.states):
-                if self.told.states.get(id) not in (*_OVER, State.PULLING, State.SCHEDULING) or self._late(deadline):
-                    await self._terminate(id)
-            await asyncio.sleep(5)
-        missing = self.told.accepted - self.told.forgotten
-        if missing:
-            raise Broken(f"I1: accepted and lost: {missing}")
-
-    def _late(self, deadline: int) -> bool:
-        """Half of the time is given to instances that wait for room."""
-        return self.world.boot_ns() > deadline - int(_SETTLED_S / 2 * 1e9)
-
-    def _left(self) -> str:
-        vms = {node.name: dict(node.disk.vms) for node in self.agents if node.disk.vms}
-        data = self.store._data
-        claims = [
-            kv.value
-            for kv in data.live(schema.LEDGERS, base.prefix_end(schema.LEDGERS), data.revision)
-            if b"claims" in kv.value
-        ]
-        orders = [kv.key for kv in data.live(schema.ORDERS, base.prefix_end(schema.ORDERS), data.revision)]
-        if not (vms or claims or orders or self.told.states):
-            return ""
-        return f"VMs {vms}, claims {claims}, orders {orders}, instances {self.told.states}"
+    async def _until(self, trouble: Callable[[], str], limit_s: float) -> None:
+        """Wait until there is no trouble; when there is some for too long a promise is broken."""
+        ends_s = asyncio.get_running_loop().time() + limit_s
+        while text := trouble():
+            if asyncio.get_running_loop().time() > ends_s:
+                self.truth.fail(f"after {limit_s:g} fine seconds: {text}")
+                return
+            await asyncio.sleep(_LOOK_S)
