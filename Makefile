@@ -1,7 +1,7 @@
 # Every verb does what it needs first; `make test` is also what CI runs (.ci/run).
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check sim bench docs up lock wheel clean
+.PHONY: help setup demo test check sim storm bench docs up lock wheel clean
 
 WITH_PATH := PATH="$(CURDIR)/.venv/bin:$(CURDIR)/.deps/etcd/usr/bin:$$PATH"
 RUN := $(WITH_PATH) .venv/bin/python
@@ -23,6 +23,9 @@ check: setup ## style, types, layers, documentation (no tests)
 
 sim: setup ## the simulated cloud over fresh seeds: make sim SEEDS=500 (FIRST=7 begins at a certain one)
 	@$(RUN) -m tests.sim --seeds $(or $(SEEDS),200) --first $(or $(FIRST),$$(date +%s))
+
+storm: setup ## a cloud of real programs under random faults and load: make storm MINUTES=30 SEED=7
+	@$(RUN) -m tests.storm --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED))
 
 bench: setup ## starts a second, latency, memory; prints tables: make bench ARGS=--quick
 	@$(RUN) -m bench.starts $(ARGS)

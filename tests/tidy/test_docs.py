@@ -36,6 +36,15 @@ def test_every_proof_exists() -> None:
     assert [pair for pair in named if pair[1] not in known] == []
 
 
+def test_every_bug_on_record_can_be_shown_again() -> None:
+    rows = [row for row in (repo.ROOT / "docs/track-record.md").read_text().splitlines() if row.startswith("| ")]
+    bugs = [row for row in rows if not row.startswith(("| what ", "|---"))]
+    known = repo.test_ids()
+    unproved = [row for row in bugs if not set(re.findall(r"`(tests/[\w/]+\.py::[\w:]+)`", row)) & known]
+    assert bugs
+    assert not unproved
+
+
 def test_a_rule_that_claims_a_proof_names_a_test() -> None:
     empty = [rule for rule, text in _rules().items() if PROOF in text and "`tests/" not in text.partition(PROOF)[2]]
     assert not empty

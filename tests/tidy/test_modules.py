@@ -2,12 +2,14 @@
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.tidy import repo
 
 MODULE_AIM, MODULE_LIMIT = 400, 600
 FUNCTION_AIM, FUNCTION_LIMIT = 35, 90
+BLACK_BOXES = (("tests", "cluster"), ("tests", "storm"), ("tests", "topology"))
 
 
 def test_every_module_says_its_theory_first() -> None:
@@ -93,3 +95,29 @@ def test_no_test_replaces_insides() -> None:
     patch = re.compile(r"\bmock\." r"patch|monkeypatch\.setattr\((?!\"os\.)")
     found = [str(path) for path, text in repo.texts(suffix=".py") if path.parts[0] == "tests" and patch.search(text)]
     assert [name for name in found if name != "tests/tidy/test_modules.py"] == []
+
+
+def test_black_box_tests_never_import_covey() -> None:
+    """They know the product by HTTP, files and signals; so does all that they stand on."""
+    seen: set[str] = set()
+    fresh = {path for path in repo.files() if path.suffix == ".py" and path.parts[:2] in BLACK_BOXES}
+    wrong = []
+    while fresh:
+        path = fresh.pop()
+        seen.add(str(path))
+        for name in _imports(ast.parse((repo.ROOT / path).read_text())):
+            if name.split(".")[0] == "covey":
+                wrong.append(f"{path} imports {name}")
+            module = Path(*name.split(".")).with_suffix(".py")
+            if name.startswith("tests.") and (repo.ROOT / module).exists() and str(module) not in seen:
+                fresh.add(module)
+    assert not wrong
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{name.name}" for name in node.names)
