@@ -13,6 +13,8 @@ What keeps it right:
 2. Nothing overtakes an earlier transaction that it conflicts with: neither one in the queue nor one under way.
 3. A lost reply of the batch is `Unsure` for each; `Unavailable` is so for each.
 4. A refused batch (a lost lease, a full store) is split and resent until the guilty one is alone.
+5. The queue is bounded, in transactions and in bytes: when a store falls behind, what comes then is Unavailable at
+   once, and nothing of it was done.
 """
 
 import asyncio
@@ -23,6 +25,8 @@ from dataclasses import dataclass, field
 from covey import errors
 from covey.store import base, limits
 
+QUEUE_LIMIT = 4096  # transactions: some seconds of the fastest store measured
+QUEUE_BYTES = 64 << 20
 LOOK_AHEAD = 1024  # how far down a queue of conflicting transactions a batch looks for members
 
 Send = Callable[[Sequence[base.Txn], float], Awaitable[Sequence[base.Outcome]]]
@@ -93,6 +97,7 @@ class Batcher:
         self._attempt_s = attempt_s
         self._in_flight = in_flight
         self._queue: list[_Waiting] = []
+        self._queued_bytes = 0
         self._flying: dict[asyncio.Task[None], Footprint] = {}
         self._pumping = False
         self._closed = False
@@ -105,10 +110,15 @@ class Batcher:
             raise errors.Unavailable("the store is closed")
         loop = asyncio.get_running_loop()
         ops, size = limits.ops(txn), limits.size_bytes(txn)
+        if self._is_full(size):
+            self._forget_ended()
+        if self._is_full(size):
+            raise errors.Unavailable("the store is behind with what it was given; nothing was done")
         limit_s = self._timeout_s if within_s is None else min(within_s, self._timeout_s)
         deadline_ns = self._now_ns() + int(limit_s * 1e9)
         waiting = _Waiting(txn, Footprint.of(txn), ops, size, deadline_ns, loop.create_future())
         self._queue.append(waiting)
+        self._queued_bytes += size
         self._pump_soon()
         return await waiting.done
 
@@ -148,9 +158,7 @@ class Batcher:
 
     def _take(self) -> list[_Waiting]:
         """The next batch; empty when everything that waits conflicts with what is under way."""
-        now = self._now_ns()
-        _fail([one for one in self._queue if one.deadline_ns <= now], errors.Unavailable("waited too long to be sent"))
-        self._queue = [one for one in self._queue if not one.done.done()]
+        self._forget_ended()
         taken: list[_Waiting] = []
         batch, before = Footprint(), Footprint()
         ops = size = 0
@@ -167,7 +175,18 @@ class Batcher:
             ops, size = more, larger
         chosen = set(map(id, taken))
         self._queue = [one for one in self._queue if id(one) not in chosen]
+        self._queued_bytes = sum(one.size_bytes for one in self._queue)
         return taken
+
+    def _is_full(self, more_bytes: int) -> bool:
+        return len(self._queue) >= QUEUE_LIMIT or self._queued_bytes + more_bytes > QUEUE_BYTES
+
+    def _forget_ended(self) -> None:
+        """Those whose time is up are told; those that nobody waits for any more go without a word."""
+        now = self._now_ns()
+        _fail([one for one in self._queue if one.deadline_ns <= now], errors.Unavailable("waited too long to be sent"))
+        self._queue = [one for one in self._queue if not one.done.done()]
+        self._queued_bytes = sum(one.size_bytes for one in self._queue)
 
     def _in_the_air(self, footprint: Footprint) -> bool:
         return any(flying.conflicts(footprint) for flying in self._flying.values())

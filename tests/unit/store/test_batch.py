@@ -253,3 +253,28 @@ async def test_what_no_store_takes_is_not_sent_at_all(batcher: batch.Batcher, re
     ends = await commit_all(batcher, write("a", size=2_000_000), write("b"))
     assert isinstance(ends[0], errors.Rejected) and isinstance(ends[1], base.Outcome)
     assert recorder.sent == [["b"]]
+
+
+@pytest.mark.parametrize(("size", "fit"), [(0, batch.QUEUE_LIMIT), (1 << 20, batch.QUEUE_BYTES >> 20)])
+async def test_what_a_slow_store_cannot_take_is_refused_at_once(
+    batcher: batch.Batcher, recorder: Recorder, clock: Clock, size: int, fit: int
+) -> None:
+    recorder.gate.clear()
+    first = []
+    for n in range(2):  # one batch each: no more can be under way
+        first.append(asyncio.create_task(batcher.commit(write(f"first{n}"))))
+        await settle()
+    waiting = [asyncio.create_task(batcher.commit(write(f"k{n}", size=size))) for n in range(fit + 10)]
+    await settle()
+    refused = [task for task in waiting if task.done()]
+    assert 10 <= len(refused) <= 12
+    assert all(isinstance(task.exception(), errors.Unavailable) for task in refused)
+
+    clock.ns += 11_000_000_000  # their time is up: they are told when somebody wants the room
+    newcomer = asyncio.create_task(batcher.commit(write("newcomer", size=size)))
+    await settle()
+    assert all(isinstance(task.exception(), errors.Unavailable) for task in waiting if task.done())
+    assert [task.done() for task in waiting] == [True] * len(waiting)
+    recorder.gate.set()
+    assert (await newcomer).succeeded
+    await asyncio.gather(*first)
