@@ -39,6 +39,13 @@ class Part:
 # The longest first, so that no long one is left for the end.
 PARTS = (
     Part("vm", 420, 1200, tests=("tests/vm",)),
+    Part(
+        "storm",
+        400,
+        1200,
+        tests=("tests/storm",),
+        checks=(("python", "-m", "tests.storm", "--minutes", "5"),),  # a fresh seed, which it prints
+    ),
     Part("outage", 300, 900, tests=("tests/outage",)),
     Part("cluster", 240, 900, tests=("tests/cluster",)),
     Part("topology", 170, 600, tests=("tests/topology",)),
