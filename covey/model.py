@@ -189,7 +189,7 @@ class Instance(Noun, frozen=True, kw_only=True):
     learnt: str = ""  # the break after which the store learnt of it from its node (safety S19); "": by a start request
     released: bool = False  # its node said `gone` (or was removed): no claim of this epoch is left
     aged: int = 0  # how many whole spans of waiting were observed: its turn comes nearer with each
-    aged_from: int = 0  # a revision: a node is kept free for it only by VMs created since (`decide.reservation`)
+    aged_from: int = 0  # a revision: only VMs created since are awaited on a node kept free for it
 
     @property
     def claimed(self) -> bool:

@@ -87,11 +87,11 @@ def turn(instance: model.Instance) -> int:
 
 
 def older(instance: model.Instance, revision: int) -> model.Instance:
-    """After one more span of waiting, which began at `revision`. A new attempt to keep a node free begins with the
-    first, second, fourth … span."""
+    """After one more span of waiting, at `revision`."""
     aged = instance.aged + 1
-    begins_anew = aged & (aged - 1) == 0
-    return msgspec.structs.replace(instance, aged=aged, aged_from=revision if begins_anew else instance.aged_from)
+    return msgspec.structs.replace(
+        instance, aged=aged, aged_from=revision if aged in reservation.ANEW else instance.aged_from
+    )
 
 
 def queue(instances: Iterable[model.Instance], births: rooms.Births = lambda _: 0) -> list[model.Instance]:

@@ -12,10 +12,11 @@ and it ends with the request. Of several such nodes it is the one on which the l
 While a node is reserved nothing younger comes to it, so this last VM never becomes a younger one: every VM that is
 waited for was there when the waiting began. Once all of those have ended, the request is placed.
 
-Some VM may run for weeks. Therefore only VMs created since `aged_from` count as VMs that will end soon. At first that
-is all that are younger than the request; it moves on when the request has aged (see `placement.age`) for the first,
-second, fourth, eighth … time: the attempt is then begun anew with what was placed lately, and lasts twice as long as
-the one before. Whatever the spans of the VMs on a node that turns over, an attempt that outlasts them comes.
+Some VM may run for weeks. Therefore only VMs created since `aged_from` count as VMs that will end. At first that is
+all that are younger than the request. When it has waited for 2, 8 and 32 spans (`placement.older`) the attempt begins
+anew, and what is there at that moment counts no more. So attempts last for 20 minutes, an hour, four hours, and then
+without end. One that lasts twice as long as the VMs on a node that turns over succeeds: after once as long all of
+them are younger than the attempt, so that the node is reserved, and after twice as long they have ended.
 
 At most one request has a reservation on a node, and at most a quarter of the nodes (but one) are reserved at a time.
 """
@@ -26,6 +27,7 @@ from typing import NamedTuple
 from covey import model
 from covey.decide import rooms
 
+ANEW = (2, 8, 32)  # spans of waiting after which an attempt begins anew
 _SHARE = 4  # one node of so many may be reserved
 
 

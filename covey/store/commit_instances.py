@@ -110,14 +110,14 @@ async def withdraw(
 
 
 async def age(writer: commit.Writer, snapshot: view.Snapshot, instance: Instance) -> bool | commit.Lost:
-    """It has waited for a whole span since its revision: its turn comes nearer. Kept with the instance, so that every
-    controller sees the same queue."""
+    """It has waited for a whole span: its turn comes nearer. Kept with the instance, so that every controller sees the
+    same queue."""
 
     def rule(reading: commit.Reading) -> commit.Write[bool | commit.Lost] | commit.Lost:
         old = reading.instance(instance.noun.id)
         if old is None or old.revision != instance.revision or not old.noun.waiting:
             return commit.Lost("it changed meanwhile")
-        noun = msgspec.structs.replace(placement.older(old.noun, old.revision), tx=reading.tx)
+        noun = msgspec.structs.replace(placement.older(old.noun, snapshot.revision), tx=reading.tx)
         return commit.Write((reading.put(schema.instance(noun.id), noun),), lambda _: True)
 
     return await writer.once(snapshot, rule)
