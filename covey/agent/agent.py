@@ -18,6 +18,7 @@ import msgspec
 
 from covey import errors, model, observe, wire, world
 from covey.agent import (
+    adoption,
     contact,
     host,
     hypervisor,
@@ -57,7 +58,8 @@ class Config(model.Noun, frozen=True, kw_only=True):
 
 
 class Agent:
-    """One node's agent. `use` tells how busy processors and memory are; `touch` is shared by a process's agents."""
+    """One node's agent. `use` tells how busy the host is, `place` under which name and address it is reached; `touch` is
+    shared by a process's agents."""
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class Agent:
         endpoints: http.Endpoints,
         *,
         use: Callable[[], tuple[float, float]] = host.idle,
+        place: Callable[[], Awaitable[host.Place]] = host.nowhere,
         touch: contact.Contact | None = None,
     ) -> None:
         data = Path(config.data_dir) if config.data_dir else None
@@ -76,6 +79,7 @@ class Agent:
         self._driver = driver
         self._images = cache
         self._use = use
+        self._place = place
         self._contact = touch or contact.Contact()
         self._records = records.Records(data, sync=config.sync)
         self._records.load(clock.wall_ns())
@@ -98,12 +102,15 @@ class Agent:
             suspect=self._suspect,
         )
         self._questions = questions.Questions(self._parts)
+        self._adoption = adoption.Adoption(clock, self.session, self._records, self._look)
         self._workers: dict[model.InstanceId, worker.Worker] = {}
         self._group: asyncio.TaskGroup | None = None
         self._found: look.Found = {}
         self._changed = asyncio.Event()
         self._tag = ""
         self._explicit = config.explicit
+        self._joined_at = host.Place()
+        self._moved = False  # since it joined: name or address
         self._trouble = ""
         self._suspected = False
         self._outbox.on_settled = self._wake_worker
@@ -118,8 +125,8 @@ class Agent:
         self.wake()
 
     async def run(self) -> None:
-        """For ever; end it by cancelling. VMs run on. Raises HypervisorError, with the remedy, in a group of one, when
-        this host cannot run VMs and never was a node."""
+        """For ever; end it by cancelling. VMs run on. Raises, in a group of one, HypervisorError with the remedy when
+        this host cannot run VMs and never was a node, and SettingError when an operator's join is refused for good."""
         for record in self._records.all():
             self._images.pin(verbs.holder_of(record.key), record.spec.digest)
         try:
@@ -137,8 +144,8 @@ class Agent:
         while True:
             try:
                 await loop()
-            except errors.HypervisorError:
-                raise  # never was a node: see `run`
+            except (errors.HypervisorError, errors.SettingError):
+                raise  # see `run`
             except Exception:
                 _log.exception("the agent stumbled; it goes on", loop=loop.__name__)
             await asyncio.sleep(_REFUSED_PAUSE_S)
@@ -151,7 +158,7 @@ class Agent:
         while True:
             trouble = away = ""
             try:
-                if self.session.standing in (session.Standing.OUTSIDE, session.Standing.STALE):
+                if self._moved or self.session.standing in (session.Standing.OUTSIDE, session.Standing.STALE):
                     await self._join()
                 await self._ask()
             except session.SessionLost:
@@ -160,6 +167,8 @@ class Agent:
                 self._wake_all()
                 trouble = "this session is no longer good"
             except errors.Refused as error:
+                if self._explicit and not isinstance(error, session.NotYet):
+                    raise errors.SettingError(f"the cloud refuses this node: {error}") from error
                 trouble, pause_s = f"the cloud refuses this node: {error}", _REFUSED_PAUSE_S
             except errors.HypervisorError as error:
                 if not self.session.node:
@@ -181,8 +190,9 @@ class Agent:
     async def _join(self) -> None:
         facts = await self._facts()
         joined = await self.session.join(facts, explicit=self._explicit)
-        self._explicit = False
-        self._ip = self._ip or facts.ip
+        self._explicit = self._moved = False
+        self._joined_at = host.Place(facts.name, facts.ip)
+        self._ip = facts.ip or self._ip
         self._tag = ""
         self._outbox.begin()
         self._images.from_registries(joined.registries)
@@ -191,10 +201,11 @@ class Agent:
 
     async def _facts(self) -> model.Facts:
         facts = await self._driver.facts()
+        name, ip = await self._place()
         return msgspec.structs.replace(
             facts,
-            name=self._config.name or facts.name,
-            ip=self._config.ip or facts.ip,
+            name=self._config.name or name or facts.name,
+            ip=self._config.ip or ip or self._joined_at.ip or facts.ip,
             slots=self._config.max_vms or facts.slots,
         )
 
@@ -208,14 +219,16 @@ class Agent:
             wait_s=wire.POLL_LIMIT_S,
         )
         limit_s = wire.POLL_LIMIT_S + _POLL_GRACE_S
-        answer = await standing.call("wanted", wire.WantedState, ask, timeout_s=limit_s, parks=bool(ask.tag))
+        try:
+            answer = await standing.call("wanted", wire.WantedState, ask, timeout_s=limit_s, parks=bool(ask.tag))
+        except session.OnHold:
+            await self._on_hold()
+            return
         standing.heartbeat_s = answer.heartbeat_s
         if answer.hold:
-            if not standing.hold:
-                _log.warning("on hold: the store's history is not the one this node knows")
-            standing.hold = True
-            await asyncio.sleep(answer.heartbeat_s)
+            await self._on_hold()
             return
+        self._adoption.over()
         if not standing.learn(answer.seen):
             return  # an answer from an older view than one seen since: ask again
         if standing.hold:
@@ -226,6 +239,14 @@ class Agent:
         self._apply(answer)
         if self._group is not None:
             self._questions.take(answer.questions, self._group)
+
+    async def _on_hold(self) -> None:
+        """A poll was answered from another history: nothing is begun or ended here (safety S18, S19)."""
+        self.session.hold = True
+        await self._adoption.held()
+        if self.session.standing is session.Standing.GOOD:
+            self.session.left_for_another()
+            await asyncio.sleep(min(self.session.heartbeat_s, adoption.PAUSE_S))
 
     def _apply(self, answer: wire.WantedState) -> None:
         wants: dict[model.InstanceId, list[wire.Wanted]] = {}
@@ -276,7 +297,8 @@ class Agent:
                 if self._suspected or checked_s > (_FACTS_S if not self._trouble else self.session.heartbeat_s):
                     self._suspected = False
                     checked_ns = self._clock.boot_ns()
-                    await self._driver.facts()
+                    facts = await self._facts()
+                    self._moved = self._joined_at not in (host.Place(), host.Place(facts.name, facts.ip))
                     self._trouble = ""
                 self._notice(await self._look.fresh())
             except errors.HypervisorError as error:

@@ -16,6 +16,8 @@ are for synthetic nodes, whose VMs do no better.
 
 from pathlib import Path
 
+import msgspec
+
 from covey import durable, model, observe, wire
 from covey.decide import convergence
 
@@ -58,6 +60,7 @@ class Tombstone(model.Noun, frozen=True, kw_only=True):
     decision: model.Decision
     seen: wire.Seen
     at_ns: int
+    final: bool = False  # the instance itself ended, not only this placement of it (safety S19)
 
     def grave(self) -> convergence.Grave:
         return convergence.Grave(instance=self.instance, epoch=self.epoch, decision=self.decision)
@@ -111,13 +114,17 @@ class Records:
             durable.remove(self._records_dir / f"{key[0]}.{key[1]}.json", fsync=self._sync)
 
     def bury(self, tombstone: Tombstone) -> None:
-        """Durable when it returns; an older order never replaces a newer one.
+        """Durable when it returns; an older order never replaces a newer one, nor an order about a placement one that
+        was final.
 
         On a full disk it is kept in memory: destroying is what makes room, and the control plane grants no launch to
         what it ordered destroyed."""
         known = self._tombstones.get(tombstone.instance)
-        if known is not None and known.epoch >= tombstone.epoch:
+        if known is not None and known.epoch >= tombstone.epoch and (known.final or not tombstone.final):
             return
+        if known is not None:
+            epoch, final = max(known.epoch, tombstone.epoch), known.final or tombstone.final
+            tombstone = msgspec.structs.replace(tombstone, epoch=epoch, final=final)
         self._tombstones[tombstone.instance] = tombstone
         if self._tombstones_dir is not None:
             try:

@@ -5,7 +5,8 @@ Rules (safety S7, S8, S18, S22):
 * Every call carries the session. 409 → the session is stale: nothing is started or destroyed until a new one is
   joined. 410 → the node was removed: the agent holds for good, and its VMs stay.
 * The lease is believed in until (our clock when we sent) + ttl − age − margin. A late answer extends nothing.
-* `seen` only grows within one history. An answer that says `hold` teaches nothing: its view is not ours.
+* `seen` only grows. An answer that says `hold` teaches nothing: its view is not ours. Only an adoption (safety S19)
+  puts another history in its place.
 * A new session's secret is on disk before it is sent. After a lost answer any secret that may be the current one is
   shown, newest first.
 """
@@ -35,8 +36,16 @@ class Standing(StrEnum):
     REMOVED = "removed"  # an operator removed the node
 
 
+class NotYet(errors.Refused):
+    """A join was refused for a reason that may pass: ask again."""
+
+
 class SessionLost(errors.RemoteError):
     """The call was answered 409 or 410: see the session's standing."""
+
+
+class OnHold(errors.RemoteError):
+    """The store's history is not the one that this node knows: see `agent.adoption`."""
 
 
 class Session:
@@ -77,7 +86,7 @@ class Session:
         return self._clock.boot_ns() < self.lease_until_ns
 
     async def join(self, facts: model.Facts, *, explicit: bool = False) -> wire.Joined:
-        """Begin a new session. Raises Refused (the cloud's own words) or RemoteError (ask again)."""
+        """Begin a new session. Raises Refused (the cloud's own words), NotYet or RemoteError (ask again)."""
         if not self._offered:
             self._offered = self._clock.secret()
         candidates = self._file.pend(self._offered)
@@ -91,6 +100,7 @@ class Session:
                 last_secret=last,
                 explicit=explicit,
                 cloud=self.cloud,
+                last_session=self.counter,
             )
             sent_ns = self._clock.boot_ns()
             try:
@@ -98,16 +108,16 @@ class Session:
             except errors.Refused as error:
                 refusal = error
             except errors.RemoteError as error:
-                if error.status == 410:
+                if error.status == 410 and not explicit:  # with the operator's word it may be taken back in a moment
                     self._lose(Standing.REMOVED)
                     raise SessionLost(str(error), 410) from error
-                if error.status != 409:
+                if error.status not in (409, 410):
                     raise
-                refusal = error
+                refusal = NotYet(f"this node may not join now: {error}")
             else:
                 self._begin(answer, sent_ns)
                 return answer
-        raise errors.Refused(f"this node may not join: {refusal}")
+        raise refusal if isinstance(refusal, NotYet) else errors.Refused(f"this node may not join: {refusal}")
 
     async def call(
         self, path: str, kind: type[T], body: msgspec.Struct, *, timeout_s: float = 10.0, parks: bool = False
@@ -133,11 +143,11 @@ class Session:
                 raise
             if error.status == 409 and str(error).startswith(_HOLD):
                 self.hold = True
-                raise
+                raise OnHold(str(error), 409) from error
             if counter == self.counter:
                 self._lose(Standing.STALE if error.status == 409 else Standing.REMOVED)
             raise SessionLost(str(error), error.status) from error
-        if counter != self.counter:
+        if counter != self.counter or self.standing is Standing.STALE:
             raise SessionLost("the answer is for an earlier session", 409)
         lease = getattr(answer, "lease", None)
         if isinstance(lease, wire.LeaseTerms):
@@ -154,13 +164,25 @@ class Session:
         self.seen = wire.Seen(history=self.seen.history, revision=max(self.seen.revision, revision))
 
     def learn(self, seen: wire.Seen) -> bool:
-        """Take note of the view that an answer rests on; False when the answer is older than what was seen before."""
-        if seen.history == self.seen.history and seen.revision < self.seen.revision:
+        """Take note of the view that an answer rests on; False when the answer is older than what was seen before.
+        Whatever is no hold is of one history, in which revisions compare whatever nonce was the newest then."""
+        if seen.revision < self.seen.revision:
             return False
         if seen.history != self.seen.history:
             self._file.remember(seen)
         self.seen = seen
         return True
+
+    def left_for_another(self) -> None:
+        """The server that answered last is of a foreign history: others are asked first."""
+        if len(self._endpoints.urls) > 1:
+            self._endpoints.mark_bad(self._endpoints.pick())
+
+    def adopted(self, seen: wire.Seen) -> None:
+        """A restored store knows all of this node: go on from its view, durably, in a new session (safety S19)."""
+        self._file.remember(seen)
+        self.seen = seen
+        self._lose(Standing.STALE)
 
     def told_of_controllers(self, urls: tuple[str, ...]) -> None:
         """Where the cloud's controllers are now. An empty list teaches nothing: a controller that enters the cloud is

@@ -32,12 +32,14 @@ _log = observe.log("agent")
 
 
 class Grant(model.Noun, frozen=True, kw_only=True):
-    """A launch in hand: when it was asked for, in which session, and the script that came with it."""
+    """A launch in hand: when it was asked for, in which session, the script that came with it, and the view in which
+    the store knows of it."""
 
     nonce: str
     session: int
     asked_ns: int
     script: str
+    seen: wire.Seen
 
 
 class Verbs:
@@ -108,7 +110,7 @@ class Verbs:
                 return None
             standing.learn(answer.seen)
             failpoint.reach("agent.granted")
-            return Grant(nonce=nonce, session=counter, asked_ns=asked_ns, script=answer.script)
+            return Grant(nonce=nonce, session=counter, asked_ns=asked_ns, script=answer.script, seen=answer.seen)
 
     def still_fresh(self, grant: Grant) -> bool:
         """Whether a launch may be used as it is, or must be asked for again (safety S7, S8, S9)."""
@@ -118,7 +120,7 @@ class Verbs:
 
     async def start(self, record: records.Record, grant: Grant) -> records.Record | None:
         """Use a launch. None: it may not be used now; nothing was done that counts as a start."""
-        launched = msgspec.structs.replace(record, stage=Stage.LAUNCHED, script=grant.script)
+        launched = msgspec.structs.replace(record, stage=Stage.LAUNCHED, script=grant.script, seen=grant.seen)
         launched = msgspec.structs.replace(launched, launched_ns=self._parts.clock.boot_ns())
         try:
             self._parts.records.save(launched)

@@ -308,6 +308,7 @@ class Worker:
                 decision=decision,
                 seen=self._seen,
                 at_ns=self._parts.clock.wall_ns(),
+                final=want.final,
             )
         )
         self._parts.outbox.unsay((self.instance, want.epoch), Said.GONE)  # the order may be younger than that word

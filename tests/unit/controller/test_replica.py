@@ -11,6 +11,7 @@ import pytest
 
 from covey import errors, wire, world
 from covey.controller import replica
+from covey.decide import permission
 from covey.store import base, memory
 from tests.unit.controller import cloud
 
@@ -60,6 +61,10 @@ class Away:
     async def compact(self, revision: int) -> None:
         self._check()
         await self._store.compact(revision)
+
+    async def origin(self, revision: int) -> permission.Origin:
+        self._check()
+        return await self._store.origin(revision)
 
     async def close(self) -> None:
         await self._store.close()
