@@ -1,0 +1,138 @@
+"""A controller with more to do than its store can take: latency and refusals, no wrong answer, then all is well."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+
+from covey import wire
+from covey.store import base
+from tests.support import flaky
+from tests.unit.controller import cloud
+
+FLOOD = 1400  # more than one client may have at work and waiting
+SLOW_S = 0.15  # each way
+
+
+class Slow:
+    """A cloud of one controller whose store can be slowed down."""
+
+    def __init__(self, house: cloud.Cloud, store: flaky.Flaky) -> None:
+        self.house = house
+        self.api = house.api
+        self.store = store
+
+    def slow_down(self, seconds: float) -> None:
+        self.store.delay = lambda: seconds
+
+    async def start(self, program: str, number: int) -> tuple[int, list[str]]:
+        """A start by a program: its status and ids."""
+        body = json.dumps({"vmid": cloud.TEMPLATE, "name": f"{program}-{number}"}).encode()
+        status, envelope = await self.hand("/api/v1/vm", body, {"User-Agent": program})
+        assert status in (200, 503), envelope
+        return status, list(envelope.get("body", ()))
+
+    async def hand(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
+        """A POST without a socket: thousands at once in the loop that answers them would measure the loop."""
+        reply = await self.house.replicas[0].server.hand("POST", path, headers, body, peer="10.0.0.9")
+        assert reply.status != 503 or "Retry-After" in reply.headers
+        return reply.status, json.loads(reply.body)
+
+    async def listed(self) -> set[str]:
+        return {one["instance_id"] for one in await self.api.ok("GET", "/api/v1/vm")}
+
+
+@contextlib.asynccontextmanager
+async def slow() -> AsyncIterator[Slow]:
+    stores: list[flaky.Flaky] = []
+
+    def wrap(store: base.Store) -> base.Store:
+        stores.append(flaky.Flaky(store))
+        return stores[-1]
+
+    async with cloud.running(wrap=wrap) as house:
+        yield Slow(house, stores[0])
+
+
+async def test_a_flood_on_a_slow_store_is_refused_in_part_and_done_in_part_and_all_is_well_afterwards() -> None:
+    async with slow() as one:
+        one.slow_down(SLOW_S)
+        flood = [asyncio.create_task(one.start("flood", number)) for number in range(FLOOD)]
+        await asyncio.sleep(0)
+        polite = [await one.start("polite", number) for number in range(5)]
+        assert [status for status, _ in polite] == [200] * 5, "one client with many requests locked out another"
+        ended = await asyncio.gather(*flood)
+        one.slow_down(0)
+
+        statuses = [status for status, _ in ended]
+        assert statuses.count(503) >= 100
+        assert statuses.count(200) >= 128
+        promised = {id for _, ids in (*ended, *polite) for id in ids}
+        assert await one.listed() == promised, "what was refused was not done, and what was answered was"
+        assert (await one.start("polite", 99))[0] == 200
+
+
+async def test_a_flood_of_requests_by_people_leaves_agents_their_room() -> None:
+    async with slow() as one:
+        agent = cloud.Agent(one.api)
+        await agent.join()
+        one.slow_down(SLOW_S)
+        flood = [asyncio.create_task(one.start(f"flood-{number % 7}", number)) for number in range(FLOOD)]
+        await agent.report()
+        assert not all(task.done() for task in flood), "the flood ended before the agent was heard"
+        await asyncio.gather(*flood)
+
+
+async def test_a_flood_by_agents_leaves_people_theirs() -> None:
+    async with slow() as one:
+        agent = cloud.Agent(one.api)
+        await agent.join()
+        one.slow_down(SLOW_S)
+        credentials = {"Authorization": f"Covey {agent.me.node}.{agent.me.session}.{agent.secret}"}
+        report = msgspec.json.encode(wire.Report(seen=agent.seen, messages=9))
+        flood = [asyncio.create_task(one.hand("/agent/v1/report", report, credentials)) for _ in range(FLOOD)]
+        assert (await one.start("person", 1))[0] == 200
+        assert not all(task.done() for task in flood), "the flood ended before the person was heard"
+        ended = await asyncio.gather(*flood)
+        assert {status for status, _ in ended} == {200, 503}
+
+
+async def test_a_store_that_hangs_turns_the_controller_red_and_passes_without_a_trace() -> None:
+    async with slow() as one:
+        before = {id for number in range(3) for id in (await one.start("a", number))[1]}
+        one.slow_down(4.0)
+        waiting = [asyncio.create_task(one.start("a", 10 + number)) for number in range(50)]
+        await cloud.until(lambda: _red(one.api))
+        assert (await one.start("b", 0))[0] == 503
+        one.slow_down(0)
+        await cloud.until(lambda: cloud.is_ready(one.api))
+        ended = await asyncio.gather(*waiting)
+        promised = before | {id for _, ids in ended for id in ids}
+        await cloud.until(lambda: _lists(one, promised))
+        assert (await one.start("c", 0))[0] == 200
+
+
+async def _red(api: cloud.Api) -> bool:
+    return (await api.ask("GET", "/readyz"))[0] == 503
+
+
+async def _lists(one: Slow, ids: set[str]) -> bool:
+    return await one.listed() == ids
+
+
+async def test_a_node_parks_two_polls_and_the_oldest_gives_way(house: cloud.Cloud) -> None:
+    agent = cloud.Agent(house.api)
+    await agent.join()
+    await agent.wanted()
+    polls = []
+    for _ in range(4):
+        polls.append(asyncio.create_task(agent.wanted(wait_s=8.0)))
+        await asyncio.sleep(0.2)
+    done = [poll.done() for poll in polls]
+    assert done == [True, True, False, False]
+    [id] = await house.api.start()
+    assert [want.instance for want in (await polls[-1]).wanted] == [id]
+    await asyncio.gather(*polls)
