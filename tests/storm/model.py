@@ -12,7 +12,7 @@ never vanishes and comes back, that nothing is terminated unless a client asked 
 is Started after an accepted terminate (I5). No guest in this storm ends by itself, so Started never becomes Error.
 
 A request to start is judged as a whole too: what was accepted has exactly as many instances as were asked for, however
-often it was repeated (I7), and what was never answered has all of them or none.
+often it was repeated (I7), and what was never answered has all of them or none; those the cloud may end by itself.
 """
 
 import bisect
@@ -146,6 +146,8 @@ def histories(calls: Sequence[history.Call], started: Iterable[Request]) -> dict
         for id in request.ids:
             start = linear.Op(request.called_ns, request.returned_ns, Asked("start", "", request.calls[0]))
             ops = [start, *own.get(id, ())]
+            if not request.accepted:
+                ops.append(linear.Op(request.called_ns, None, Asked("terminate", "", request.calls[0])))
             end = max([last.get(id, 0), *(op.returned or op.called for op in ops)])
             for call in _meanwhile(lists, begun, request.called_ns, end):
                 seen = call.answer["vms"].get(id)

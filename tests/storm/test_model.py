@@ -84,6 +84,12 @@ def test_what_is_under_way_may_be_seen_or_not() -> None:
     assert not misread(start(0, 1, VM), end(2, None), show(3, 4, STARTED), show(5, 6, STARTED))
 
 
+def test_a_start_that_was_given_up_may_be_ended_by_the_cloud() -> None:
+    ended = (listed(2, 3, vm_1="Pulling"), listed(4, 5, vm_1="Terminating"), listed(6, 7, vm_1=TERMINATED))
+    assert not misread(start(0, None), *ended)
+    assert misread(start(0, None), start(0.5, 1, VM), *ended), "but not when a repeat was answered with it"
+
+
 def trouble(*calls: history.Call) -> str:
     (request,) = model.requests(calls).values()
     return request.trouble()

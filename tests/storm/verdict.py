@@ -43,6 +43,7 @@ def close(calls: Sequence[history.Call], ran: nodes.Ran, end: dict[str, Any]) ->
     started = model.requests(calls)
     told = model.histories(calls, started.values())
     asked_ns = _asked_to_end(calls)
+    given_up = {id: one.called_ns for one in started.values() if not one.accepted for id in one.ids}
     for request in started.values():
         if trouble := request.trouble():
             fault = verdict.doubled if len(request.ids) > request.count else verdict.lost
@@ -57,7 +58,7 @@ def close(calls: Sequence[history.Call], ran: nodes.Ran, end: dict[str, Any]) ->
         " and ".join(f"{e.node} epoch {e.epoch}" for e in starts) + f": {starts[0].instance}"
         for starts in ran.doubled()
     ]
-    verdict.killed = ran.killed_by_mistake(asked_ns)
+    verdict.killed = ran.killed_by_mistake(asked_ns | given_up)
     verdict.leaked = [*ran.leaked(told), *_slots_held(end["nodes"])]
     verdict.leaked += [f"{id} cannot be ended: {state}" for id, state in end["left"].items()]
     verdict.instances = verdict.creates = len(told)
@@ -102,8 +103,9 @@ def _slots_held(told: dict[str, list[list[Any]]]) -> list[str]:
 def _figures(calls: Sequence[history.Call], ran: nodes.Ran, end: dict[str, Any]) -> dict[str, object]:
     figures: dict[str, object] = {"guests started": sum(entry.what == "start" for entry in ran.entries)}
     figures["guests ended"] = sum(entry.what == "destroy" for entry in ran.entries)
-    for what in ("start", "show", "list", "terminate"):
-        mine = [call for call in calls if call.what == what]
+    groups = [(what, [call for call in calls if call.what == what]) for what in ("start", "show", "list", "terminate")]
+    groups.append(("through the balancer", [call for call in calls if call.via == "lb"]))
+    for what, mine in groups:
         took = sorted((call.returned_ns - call.called_ns) / 1e9 for call in mine if call.returned_ns)
         if took:
             share = 100 * len(took) / len(mine)
