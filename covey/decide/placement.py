@@ -67,7 +67,7 @@ class Wait(NamedTuple):
 
 class Cloud(NamedTuple):
     """What is decided on beside the queue. `births`: when instances were created. `paused`: nodes that refused an
-    instance a moment ago. `barred`: instances that must not be placed anywhere yet, and why (safety S19)."""
+    instance a moment ago. `barred`: instances that must not be placed anywhere yet, and the whole reason (S19)."""
 
     hosts: Sequence[rooms.Host]
     births: rooms.Births = lambda _: 0
@@ -126,7 +126,7 @@ class Planning:
     def decide(self, instance: model.Instance) -> Place | Wait:
         barred = self._cloud.barred.get(instance.id)
         if barred:
-            return Wait(instance.id, Reason.HELD, f"Waiting: {barred}")
+            return Wait(instance.id, Reason.HELD, barred)
         kind = _kind(instance, self._cloud.paused.get(instance.id, ()))
         candidates = self._kinds.get(kind)
         if candidates is None:

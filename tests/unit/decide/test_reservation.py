@@ -4,6 +4,7 @@ Trials over time are made from a seed (`fleet`); each bound that is checked is s
 """
 
 import random
+from typing import Any
 
 import msgspec
 import pytest
@@ -19,7 +20,7 @@ Reason = placement.Reason
 SPAN = 60
 
 
-def node(id: str, *claims: tuple[str, int], cpu: int = 8, **changes: object) -> rooms.Host:
+def node(id: str, *claims: tuple[str, int], cpu: int = 8, **changes: Any) -> rooms.Host:
     """A node by processors, with claims (instance, processors)."""
     held = tuple(model.Claim(instance=model.InstanceId(id), epoch=1, vcpu=vcpu, vram_mb=1) for id, vcpu in claims)
     return nouns.host(id, claims=held, cpu_count=cpu, ram_mb=1 << 20, capacity_mode=RESOURCE, **changes)
