@@ -14,7 +14,7 @@ their bodies. What is refused was not begun: nothing was done.
   requests at once waits behind itself. When all places to wait are taken, a client with fewer waiting takes the place
   of the youngest request of the one with most.
 * A refusal is cheap but not free: a client that comes back at once would use up the processor with refusals. So it is
-  told after a moment.
+  told after a moment, a different one each time, lest they all come back together.
 """
 
 import asyncio
@@ -29,6 +29,7 @@ from covey import answer
 
 _MIB = 1 << 20
 _PAUSED_LIMIT = 4096  # beyond that many, refusals are told at once
+_SPREAD = 17  # so many different moments, from half of the pause to one and a half
 
 
 class Lane(StrEnum):
@@ -45,7 +46,7 @@ class Limits(NamedTuple):
     at_once: int = 256
     waiting: int = 1024
     wait_s: float = 3.0
-    pause_s: float = 0.5  # before a refusal is told
+    pause_s: float = 1.0  # before a refusal is told, on average
     body_bytes: int = 64 * _MIB
 
 
@@ -89,6 +90,7 @@ class Gate:
     def __init__(self, limits: Mapping[Lane, Limits]) -> None:
         self._lanes = {lane: _Lane(given) for lane, given in limits.items()}
         self._paused = 0
+        self._refused = 0
 
     @contextlib.asynccontextmanager
     async def entered(self, lane: Lane, client: str) -> AsyncIterator[Ticket | None]:
@@ -109,6 +111,8 @@ class Gate:
     async def _pause(self, pause_s: float) -> None:
         if self._paused < _PAUSED_LIMIT:
             self._paused += 1
+            self._refused += 1
+            pause_s *= 0.5 + (self._refused % _SPREAD) / (_SPREAD - 1)
             try:
                 await asyncio.sleep(pause_s)
             finally:
