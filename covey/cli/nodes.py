@@ -98,3 +98,22 @@ def drain(
             if off
             else f"{one.node_name or one.node_id} takes no new instances; {one.vm_count} still run there"
         )
+
+
+@app.command()
+def release(node: _Node, controller: flags.Controller = None, json: flags.Json = False) -> None:
+    """After a restore of etcd: give up waiting for a node that is lost, so that what it may have run starts elsewhere.
+
+    Only when no VM runs on that host any more, and none ever will: otherwise it would run twice."""
+
+    async def run() -> "controller_client.Node":
+        async with flags.connect(controller) as cloud:
+            one = await cloud.node(node)
+            await cloud.release(one.node_id)
+            return one
+
+    one = asyncio.run(run())
+    if json:
+        out.as_json(one)
+    else:
+        out.say(f"nothing waits for {one.node_name or one.node_id} any more")

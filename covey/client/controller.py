@@ -253,6 +253,11 @@ class Controller:
         body = {"node_id": node_id, "drain_mode": drain}
         await self.endpoints.ask("POST", "/api/v1/node/config", type(None), body, repeatable=True)
 
+    async def release(self, node_id: str) -> None:
+        """Nothing waits for the node's word any more, after a restore of the store."""
+        body = {"node_id": node_id}
+        await self.endpoints.ask("POST", "/api/v1/node/release", type(None), body, repeatable=True)
+
     async def templates(self) -> list[Template]:
         return await self.endpoints.ask("GET", "/api/v1/registry/vm", list[Template])
 

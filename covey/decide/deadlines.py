@@ -39,7 +39,7 @@ class Spans(NamedTuple):
     terminated_ns: int = 60 * _S
     error_ns: int = 24 * 3600 * _S
     unwanted_ns: int = 150 * _S
-    break_ns: int = 30 * _S  # in which nodes come forward that the store has forgotten
+    break_ns: int = 20 * _S  # in which nodes come forward that the store has forgotten
     waiting_ns: int = 10 * 60 * _S
 
     def of(self, kind: Kind) -> int:
