@@ -278,7 +278,8 @@ class Loop:
 
 
 def _paced(over: Iterable[deadlines.Thing]) -> Iterator[deadlines.Thing]:
-    """Not all that wait grow older in the same turn: theirs is no hurry, and other work stands behind it."""
+    """Not all that wait grow older in the same turn: theirs is no hurry, and a turn must end before it counts as
+    frozen."""
     aged = 0
     for thing in over:
         aged += thing.kind == deadlines.Kind.WAITING

@@ -161,6 +161,8 @@ _OWED = "still has to remove a placement that it did not acknowledge; it gets no
 
 
 def _full(room: rooms.Room, need: rooms.Size) -> str:
+    if room.host.counts_vms and room.slots == 1:
+        return "full: its only slot is taken"
     if room.host.counts_vms:
         return f"full: {len(room.host.claims)} of {_count(room.slots, 'slot')} are taken"
     lacks = []

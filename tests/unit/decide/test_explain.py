@@ -54,7 +54,7 @@ def pinned() -> model.Instance:
     ("node", "instance", "text"),
     [
         (host("a", slots=4, held=4), None, "full: full: 4 of 4 slots are taken"),
-        (host("a", slots=1, held=1), None, "full: full: 1 of 1 slot are taken"),
+        (host("a", slots=1, held=1), None, "full: full: its only slot is taken"),
         (by_size((10, 1), (3, 1)), sized(8), "full: needs 8 processors, 3 of 16 are free"),
         (by_size((1, 60_000)), sized(1, 8192), "full: needs 8192 MiB of memory, 5536 of 65536 are free"),
         (

@@ -1,0 +1,105 @@
+"""Why an instance waits, over HTTP: the same from every replica, at once, and cheap for a long queue."""
+
+import asyncio
+import time
+from typing import Any
+
+import msgspec
+
+from covey import model, wire
+from covey.controller import hosts, waiting
+from covey.store import commit_nodes
+from tests.support import cloud as clouds
+from tests.support import nouns
+from tests.unit.controller import cloud
+
+Event = wire.ReportEvent
+SMALL = msgspec.structs.replace(cloud.FACTS, slots=1)
+
+
+async def explained(api: cloud.Api, id: str) -> Any:
+    return await api.ok("GET", f"/api/v1/vm/explain?id={id}")
+
+
+async def message(api: cloud.Api, id: str) -> str:
+    return str((await api.ok("GET", f"/api/v1/vm?id={id}")).get("message", ""))
+
+
+async def test_every_replica_says_the_same_at_once() -> None:
+    """Promise I6: also before the loop of that replica has looked."""
+    async with cloud.running(3) as house:
+        for number, api in enumerate(house.apis):
+            [id] = await api.start()
+            said = await asyncio.gather(*(message(other, id) for other in house.apis))
+            assert set(said) == {"Waiting: no node has joined"}
+            stories = await asyncio.gather(*(explained(other, id) for other in house.apis))
+            assert all(story == stories[0] for story in stories)
+            assert (stories[0]["position"], stories[0]["waiting"]) == (number + 1, number + 1)
+        listed = await house.api.ok("GET", "/api/v1/vm")
+        assert {wrapper["vm"]["message"] for wrapper in listed} == {"Waiting: no node has joined"}
+
+
+async def test_a_queue_and_each_nodes_verdict() -> None:
+    async with cloud.running() as house:
+        agent = cloud.Agent(house.api, facts=SMALL)
+        joined = await agent.join()
+        first, second, third = [(await house.api.start())[0] for _ in range(3)]
+        want = await agent.work(wire.Verb.RUN)
+        assert want.instance == first
+        story = await explained(house.api, third)
+        assert (story["instance_state"], story["position"], story["waiting"]) == ("Scheduling", 2, 2)
+        assert (story["competitors"], story["before"]) == (1, [second])
+        assert story["text"] == "Waiting: all nodes that could take it are full (of 1 node: 1 full)"
+        assert story["nodes"] == [
+            {
+                "node_id": joined.node,
+                "node_name": "host-1",
+                "verdict": "full",
+                "text": "full: its only slot is taken",
+            }
+        ]
+        placed = await explained(house.api, first)
+        assert placed["text"].startswith("Placed on node host-1, which has not acknowledged it yet")
+        await agent.report(agent.item(want, Event.PROGRESS, progress=0.43))
+        assert (await explained(house.api, first))["text"] == "Node host-1 pulls the template: 43%"
+        assert await house.api.fail("GET", "/api/v1/vm/explain?id=none") == "Not found"
+        assert (await house.api.fail("GET", "/api/v1/vm/explain")).startswith("id: missing")
+
+
+async def test_who_refused_is_told_with_the_time_left() -> None:
+    async with cloud.running() as house:
+        agent = cloud.Agent(house.api)
+        await agent.join()
+        [id] = await house.api.start()
+        want = await agent.work(wire.Verb.RUN)
+        await agent.report(agent.item(want, Event.REFUSED, message="disk full"), agent.item(want, Event.GONE))
+        [node] = (await explained(house.api, id))["nodes"]
+        assert node == {**node, "verdict": "refused", "text": "refused it once: disk full; asked again in 1 s"}
+
+
+async def test_a_long_queue_costs_one_plan_and_not_one_each() -> None:
+    """A list of all that wait: their reasons come from one plan of the snapshot."""
+    async with clouds.running() as c:
+        await c.join(facts=nouns.facts(slots=0))
+        for _ in range(20):
+            await c.create(50)
+        told = waiting.Waiting(c.world, hosts.Fleet())
+        snapshot = await c.look()
+        began = time.process_time()
+        texts = {told.why(snapshot, kept.noun.id) for kept in snapshot.waiting()}
+        assert texts == {"Waiting: all nodes that could take it are full (of 1 node: 1 full)"}
+        assert time.process_time() - began < 0.5
+
+
+async def test_a_plan_that_was_quick_is_made_anew_for_each_change() -> None:
+    async with clouds.running() as c:
+        told = waiting.Waiting(c.world, hosts.Fleet())
+        (id,) = await c.create()
+        me = model.InstanceId(id)
+        assert told.why(await c.look(), me) == "Waiting: no node has joined"
+        node = await c.join()
+        snapshot = await c.look()
+        assert told.why(snapshot, me) == "Waiting: it is being placed on host"
+        await commit_nodes.configure(c.writer, snapshot, node, {"drain": True}, "operator")
+        assert "draining" in told.why(await c.look(), me)
+        assert told.why(await c.look(), model.InstanceId("another")) == ""
