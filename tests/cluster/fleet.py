@@ -244,7 +244,7 @@ class Fleet:
             eventually(one.ready)
 
     def heal(self) -> None:
-        """Everything runs again, as after `running`."""
+        """All that was killed or frozen runs again, and the controllers are ready."""
         for member in self.etcd.members:
             if member.process is not None:
                 member.cont()
@@ -252,11 +252,10 @@ class Fleet:
         for part in (self.registry, *self.controllers, *self.nodes.values()):
             if part.program is None:
                 part.start()
-            part.thaw()
+            else:
+                part.thaw()
         self.etcd.wait_ready_blocking()
         self.wait_until_ready()
-        for node in self.nodes.values():
-            self.wait_until_active(node)
 
     def end(self) -> None:
         for part in (*self.nodes.values(), *self.controllers, self.registry):
