@@ -58,8 +58,8 @@ class Config(model.Noun, frozen=True, kw_only=True):
 
 
 class Agent:
-    """One node's agent. `use` tells how busy the host is, `place` under which name and address it is reached; `touch` is
-    shared by a process's agents."""
+    """One node's agent. `use` tells how busy the host is, `place` under which name and address it is reached; `touch`
+    is shared by a process's agents."""
 
     def __init__(
         self,

@@ -1,10 +1,36 @@
-"""Figures of the host the agent runs on, for the node's word: how busy its processors and memory are."""
+"""The host the agent runs on: its name and address, what tells it from other hosts, and how busy it is."""
 
+import hashlib
 import os
 import socket
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
+
+_MACHINE_ID = "/etc/machine-id"  # machine-id(5)
+
+
+class Place(NamedTuple):
+    """Under which name and address the host is reached now; "" what it does not know."""
+
+    name: str = ""
+    ip: str = ""
+
+
+async def nowhere() -> Place:
+    """The place of a node that is none."""
+    return Place()
+
+
+def machine() -> str:
+    """What tells this host from others, the same after a reboot; "" where the system does not say. It is hashed, as
+    machine-id(5) asks for."""
+    try:
+        id = Path(_MACHINE_ID).read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return hashlib.sha256(f"covey {id}".encode()).hexdigest() if id else ""
 
 
 def use() -> tuple[float, float]:

@@ -4,6 +4,9 @@ the cloud's controllers were last.
 A session's secret is durable before it is sent. After a crash, or an answer that never came, nobody knows which of
 the secrets sent since is the current one; so all of them are kept until one has surely been taken.
 
+The identity belongs to one directory of one host (`Home`). A copy finds out by itself and does not begin, as long as
+the system tells hosts apart. A moved directory needs its operator's word.
+
 An agent that cannot write cannot join, and a node that has not joined cannot be told to remove the VMs that fill its
 disk: so a little space is kept for just this file.
 """
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from covey import durable, model, observe, wire, world
+from covey import durable, errors, model, observe, wire, world
 
 _KEPT = 16  # secrets of joins whose answer was lost
 _SPARE_BYTES = 64 << 10
@@ -21,10 +24,30 @@ _SPARE_BYTES = 64 << 10
 _log = observe.log("agent")
 
 
+class Home(model.Noun, frozen=True, kw_only=True):
+    """Which directory of which host. `machine` "": the system does not tell hosts apart."""
+
+    machine: str = ""
+    path: str = ""
+    inode: int = 0
+
+    @classmethod
+    def of(cls, data: Path, machine: str) -> "Home":
+        return cls(machine=machine, path=str(data.resolve()), inode=data.stat().st_ino)
+
+    def on_another_host(self, here: "Home") -> bool:
+        return bool(self.machine and here.machine) and self.machine != here.machine
+
+    def elsewhere(self, here: "Home") -> bool:
+        """Another directory: a rename keeps the inode, and a restored backup the path."""
+        return self.on_another_host(here) or (self.path != here.path and self.inode != here.inode)
+
+
 class Identity(model.Noun, frozen=True, kw_only=True):
     """`host_key` is drawn once per data directory: another host with the same node id is refused by it."""
 
     host_key: str
+    home: Home | None = None  # None: not noted yet
     node: model.NodeId = model.NOWHERE
     cloud: str = ""
     counter: int = 0
@@ -54,6 +77,23 @@ class File:
         self._path = None if data is None else data / "node.json"
         known = None if self._path is None else durable.read(self._path, Identity)
         self.now = known or Identity(host_key=clock.secret())
+
+    def settle(self, home: Home, *, explicit: bool) -> None:
+        """Begin here. Raises SettingError for a copy; `explicit`: the operator says that it was moved (safety S7)."""
+        before = self.now.home
+        if before is not None and self.now.node:
+            if before.on_another_host(home):
+                raise errors.SettingError(
+                    f"{home.path} belongs to another host: it is a copy of node {self.now.node}. `covey leave` here,"
+                    " then `covey join`, make this host a node of its own; the first one is not touched by that"
+                )
+            if before.elsewhere(home) and not explicit:
+                raise errors.SettingError(
+                    f"{home.path} is a copy of {before.path}, or was moved: if it was moved, `covey join` again; a copy"
+                    " must not run, it would take the node from the first one"
+                )
+        if before != home:
+            self.write(msgspec.structs.replace(self.now, home=home))
 
     def write(self, identity: Identity) -> None:
         """Durable when it returns."""

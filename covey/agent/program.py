@@ -9,7 +9,7 @@ hypervisor's) and images/; of many nodes each has a directory of its own, node-0
 """
 
 import asyncio
-import platform
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class Program:
 
     async def start(self) -> None:
         """Begin. Raises SettingError for a directory that cannot be used."""
-        self._ip = self._chosen.node_ip or await asyncio.to_thread(host.address_towards, self._chosen.controllers)
+        self._ip = (await self._place()).ip
         for one in self._agents():
             self._tasks.append(asyncio.create_task(one.run()))
 
@@ -90,14 +90,16 @@ class Program:
                 first_user=chosen.qemu_first_user,
             )
             driver = qemu.Qemu(config, self._clock, wake=wakes)
+        identity.File(folder, self._clock).settle(identity.Home.of(folder, host.machine()), explicit=self._explicit)
         cache = images.Cache(folder / "images", self._connect)
         made = agent.Agent(
-            self._config(chosen.node_name or platform.node(), folder),
+            self._config("", folder),
             self._clock,
             driver,
             cache,
             self._controllers(folder),
             use=host.use,
+            place=self._place,
             touch=self._contact,
         )
         wakes.agent = made
@@ -112,16 +114,23 @@ class Program:
         driver = synthetic.Synthetic(self._clock, _knobs(self._chosen), root=vms, wake=wakes)
         cache = synthetic.Images(self._chosen.pull_s)
         # Pretended VMs need not survive the host, and hundreds of nodes in one process must not wait for its disk.
-        config = self._config(name, folder, sync=False)
+        config = self._config(name, folder, ip=self._ip, sync=False)
         made = agent.Agent(config, self._clock, driver, cache, self._controllers(folder), touch=self._contact)
         wakes.agent = made
         return made
 
-    def _config(self, name: str, folder: Path | None, *, sync: bool = True) -> agent.Config:
+    async def _place(self) -> host.Place:
+        """This host's name and address, unless they were given: asked for anew as long as the agent runs."""
+        urls = self._chosen.controllers
+        learnt = identity.learnt(self._folder)  # should no name of those resolve any more
+        ip = self._chosen.node_ip or await asyncio.to_thread(host.address_towards, (*urls, *learnt))
+        return host.Place(self._chosen.node_name or socket.gethostname(), ip)
+
+    def _config(self, name: str, folder: Path | None, *, ip: str = "", sync: bool = True) -> agent.Config:
         return agent.Config(
             data_dir="" if folder is None else str(folder),
             name=name,
-            ip=self._ip,
+            ip=ip,
             max_vms=self._chosen.max_vms,
             explicit=self._explicit,
             sync=sync,

@@ -1,7 +1,8 @@
 """The node's agent in the background: its saved settings, its lock, and how it is started and stopped.
 
 Below DATA_DIR/agent: agent.env (the settings it was joined with, one COVEY_X="…" per line, also read by systemd),
-agent.lock (held by the running agent, its process id inside; the kernel frees it, so it is never stale), agent.log.
+agent.lock (held by the running agent, its process id inside; the kernel frees it, so it is never stale), agent.pid (the
+detached process that was started last), agent.log.
 
 Where systemd runs (and we are root) the agent is the unit covey-agent.service; else a detached process.
 """
@@ -10,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,7 +129,7 @@ def saved(data_dir: Path) -> dict[str, str]:
 
 def forget(data_dir: Path) -> None:
     """The node has left: a later join is a new node. The image cache stays."""
-    for name in ("agent.env", "node.json", "spare", "joining", "agent.pid"):
+    for name in ("agent.env", "node.json", "controllers.json", "spare", "joining", "agent.pid"):
         (folder(data_dir) / name).unlink(missing_ok=True)
 
 
@@ -143,6 +145,44 @@ def take_explicit(data_dir: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def unless_it_fails(data_dir: Path) -> Iterator[None]:
+    """A join: when it fails, what it made is removed, the settings before it hold again, and so does their agent."""
+    made_dirs = [path for path in (folder(data_dir), *folder(data_dir).parents) if not path.exists()]
+    names = {path.name for path in folder(data_dir).glob("*")}
+    before, ran = saved(data_dir), running_pid(data_dir) > 0
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(errors.SettingError):  # of a directory that cannot be used: the fault is known
+            stop(data_dir)
+            if not _joined(data_dir):
+                _undo(data_dir, names, made_dirs)
+            if before:
+                save(data_dir, before)
+            if ran:
+                start(data_dir, lambda: running_pid(data_dir) > 0)
+        raise
+
+
+def _joined(data_dir: Path) -> bool:
+    """Whether there is a node here: then something may run, and its files are needed."""
+    from covey import world
+    from covey.agent import identity
+
+    return bool(identity.File(folder(data_dir), world.System()).now.node)
+
+
+def _undo(data_dir: Path, names: set[str], made_dirs: list[Path]) -> None:
+    """Remove what is new. No VM is started before a node has joined."""
+    for path in folder(data_dir).glob("*"):
+        if path.name not in names:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in made_dirs:
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def _quoted(value: str) -> str:
@@ -179,14 +219,25 @@ def start(data_dir: Path, ready: Callable[[], bool], timeout_s: float = 60.0) ->
         if time.monotonic() > deadline:
             agent.terminate()
             agent.wait()
-            raise errors.SettingError(f"the agent was not ready within {timeout_s:.0f} s; see {log}")
+            last = _last_line(log, offset)
+            raise errors.SettingError(f"the agent was not ready within {timeout_s:.0f} s; it said last: {last}")
         time.sleep(0.05)
     return f"process {agent.pid}, log {log}"
 
 
+def is_ours(data_dir: Path, pid: int) -> bool:
+    """Whether the running agent was started here, by an earlier join."""
+    if _unit_is_ours(data_dir):
+        return True
+    try:
+        return int((folder(data_dir) / "agent.pid").read_text()) == pid
+    except (FileNotFoundError, ValueError):
+        return False
+
+
 def stop(data_dir: Path) -> bool:
     """Stop the agent; VMs go on. False when none runs."""
-    if _systemd() and _UNIT.exists() and str(folder(data_dir)) in _UNIT.read_text("utf-8"):
+    if _unit_is_ours(data_dir):
         _call("systemctl", "disable", "--now", _UNIT.name)
         _UNIT.unlink()
         _call("systemctl", "daemon-reload")
@@ -203,6 +254,10 @@ def stop(data_dir: Path) -> bool:
         time.sleep(0.05)
     (folder(data_dir) / "agent.pid").unlink(missing_ok=True)
     return True
+
+
+def _unit_is_ours(data_dir: Path) -> bool:
+    return _systemd() and _UNIT.exists() and str(folder(data_dir)) in _UNIT.read_text("utf-8")
 
 
 def _systemd() -> bool:

@@ -219,7 +219,10 @@ class Endpoints:
 
         `repeatable`: may be carried out twice without harm; unless given, all but a POST without Idempotency-Key.
         `parks`: the server may wait with its answer on purpose. `timeout_s` is each attempt's."""
-        reply = await self._race(method, path, body, repeatable, parks, timeout_s, headers)
+        data = None if body is None else msgspec.json.encode(body)
+        reply = await self.send(
+            method, path, data, repeatable=repeatable, parks=parks, timeout_s=timeout_s, headers=headers
+        )
         return reply.status, reply.body
 
     async def ask(
@@ -237,31 +240,35 @@ class Endpoints:
         """One call of an enveloped API: the typed body. FAIL at 200 raises Refused (`Not found`: NotFound) with the
         server's message; any other status raises RemoteError carrying it."""
         until_s = _now() + self._patience_s
+        data = None if body is None else msgspec.json.encode(body)
         while True:
             busy_s = self._balance.busy_for_s(_now())
             if busy_s > 0 and _now() + busy_s > until_s:
                 text = f"busy; asked to be left alone for {busy_s:.1f} s: {', '.join(self.urls)}"
                 raise errors.RemoteError(text, 503, retry_after_s=busy_s)
             await asyncio.sleep(busy_s)
-            reply = await self._race(method, path, body, repeatable, parks, timeout_s, headers)
+            reply = await self.send(
+                method, path, data, repeatable=repeatable, parks=parks, timeout_s=timeout_s, headers=headers
+            )
             busy_s = self._balance.busy_for_s(_now())
             if reply.status != 503 or busy_s == 0 or _now() + busy_s > until_s:
                 return _opened(reply, f"{method} {path}", kind, busy_s)
 
-    async def _race(
+    async def send(
         self,
         method: str,
         path: str,
-        body: Any,
-        repeatable: bool | None,
-        parks: bool,
-        timeout_s: float | None,
-        headers: Mapping[str, str],
+        data: bytes | None = None,
+        *,
+        repeatable: bool | None = None,
+        parks: bool = False,
+        timeout_s: float | None = None,
+        headers: Mapping[str, str] = {},
     ) -> Reply:
+        """`call` with bytes, and the whole answer."""
         self._look_around()
         if repeatable is None:
             repeatable = method != "POST" or any(name.lower() == "idempotency-key" for name in headers)
-        data = None if body is None else msgspec.json.encode(body)
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         return await _Race(self, _Ask(method, path, data, dict(headers), repeatable, parks, limit_s)).run()
 

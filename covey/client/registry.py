@@ -253,10 +253,16 @@ class Registry:
         self, method: str, path: str, *, data: bytes | None = None, headers: Mapping[str, str] = {}, work_s: float = 0.0
     ) -> tuple[Mapping[str, str], bytes]:
         """One call that may be repeated and succeeds in the end: the answer's headers and body. `work_s` is what the
-        server may need for it beside an ordinary answer."""
+        server may need for it beside an ordinary answer. Reading fails over within the call."""
         answers: list[tuple[Mapping[str, str], bytes]] = []
 
         async def once() -> None:
+            if method in ("GET", "HEAD"):
+                reply = await self._http.send(method, path, headers=headers, timeout_s=self._stall_s)
+                if reply.status >= 400:
+                    raise _fault(reply.status, reply.body)
+                answers.append((reply.headers, reply.body))
+                return
             with self._limit(f"{method} {path}", self._stall_s + work_s) as limit:
                 async with limit, self._open(method, path, data=data, headers=headers) as answer:
                     with _as_remote(answer.url):
@@ -298,7 +304,7 @@ class Registry:
                     if answer.status < 400:
                         yield answer
                         return
-                    fault = await _fault(answer)
+                    fault = await _read_fault(answer)
                 if answer.status != 503:
                     raise fault
                 self._http.mark_bad(url)
@@ -386,16 +392,23 @@ async def _file_piece(source: Path, start: int, length: int, moved: Progress) ->
         stream.close()
 
 
-async def _fault(answer: aiohttp.ClientResponse) -> errors.CoveyError:
+async def _read_fault(answer: aiohttp.ClientResponse) -> errors.CoveyError:
+    body = b""
+    with contextlib.suppress(aiohttp.ClientError, OSError):
+        body = await answer.read()
+    return _fault(answer.status, body)
+
+
+def _fault(status: int, body: bytes) -> errors.CoveyError:
     """An error answer as our own fault, with the registry's text."""
-    text = f"HTTP {answer.status}"
-    with contextlib.suppress(aiohttp.ClientError, OSError, msgspec.MsgspecError, LookupError, TypeError):
-        text = msgspec.json.decode(await answer.read())["errors"][0]["message"]
-    if answer.status == 404:
+    text = f"HTTP {status}"
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError):
+        text = msgspec.json.decode(body)["errors"][0]["message"]
+    if status == 404:
         return errors.NotFound(text)
-    if answer.status in (400, 405, 409, 413):
+    if status in (400, 405, 409, 413):
         return errors.Refused(text)
-    return errors.RemoteError(text, answer.status)
+    return errors.RemoteError(text, status)
 
 
 @contextlib.contextmanager

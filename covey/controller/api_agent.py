@@ -390,6 +390,6 @@ def _join_fault(why: commit_nodes.Why) -> errors.CoveyError:
     match why:
         case commit_nodes.Why.REMOVED:
             return answer.Fault(410, _GONE)
-        case commit_nodes.Why.SECRET:
+        case commit_nodes.Why.SECRET | commit_nodes.Why.ALIVE:
             return answer.Fault(409, str(why))
     return errors.Refused(str(why))

@@ -30,9 +30,9 @@ class Why(StrEnum):
     """Why a join is refused."""
 
     REMOVED = "the node was removed"  # 410
-    SECRET = "the last session's secret is wrong"  # noqa: S105 (a sentence; 409)
-    HOST = "the node id belongs to another host"
-    ALIVE = "the node's last session is still alive"  # explicit join: wait until its lease has ended
+    SECRET = "the last session's secret is wrong: another agent has taken this node over"  # noqa: S105 (409)
+    HOST = "the node id belongs to another host"  # a data directory that was copied and changed
+    ALIVE = "the node's last session is still alive"  # 409; explicit join: wait until its lease has ended
     UNKNOWN = "the node is not known here"  # hold; `covey join` registers it again
     CLOUD = "the agent belongs to another cloud"
 

@@ -423,8 +423,7 @@ def test_joining_without_qemu_says_what_to_install(cloud: conftest.Cloud, tmp_pa
     assert (ran.code, ran.err.count("\n")) == (1, 1), ran
     assert "qemu-system-x86_64 is not installed: apt-get install qemu-system-x86" in ran.err
     assert len(cloud.ask("GET", "/api/v1/node")["body"]) == nodes
-    pid = int((tmp_path / "node" / "agent" / "agent.pid").read_text())
-    assert not conftest.alive(pid)
+    assert not (tmp_path / "node").exists()  # what it had made
     assert "this host is no node" in conftest.covey("leave", "--data-dir", tmp_path / "node").err
 
 

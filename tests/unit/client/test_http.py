@@ -10,8 +10,7 @@ import pytest
 
 from covey import errors
 from covey.client import balance, http
-from tests.sim import clockwork
-from tests.support import proxy
+from tests.support import proxy, virtual
 
 A, B, C = "http://a", "http://b", "http://c"
 OK = b'{"status": "OK", "message": "", "body": 7}'
@@ -68,11 +67,11 @@ Story = Callable[[http.Endpoints, Net], Awaitable[Any]]
 def live(net: Net, story: Story, **settings: Any) -> Any:
     """Run a story in virtual time; its result."""
 
-    async def whole(_: Any) -> Any:
+    async def whole() -> Any:
         async with http.Endpoints(tuple(net.peers), exchange=net, **settings) as endpoints:
             return await story(endpoints, net)
 
-    return clockwork.run(0, whole)
+    return virtual.run(whole())
 
 
 def now() -> float:
@@ -281,11 +280,11 @@ def test_learnt_servers_come_first_and_given_ones_last() -> None:
 
     net = Net(a=FINE, b=FINE)
 
-    async def whole(_: Any) -> None:
+    async def whole() -> None:
         async with http.Endpoints([A], exchange=net) as endpoints:
             await story(endpoints, net)
 
-    clockwork.run(0, whole)
+    virtual.run(whole())
 
 
 # ---- real sockets ----------------------------------------------------------------------------------------------

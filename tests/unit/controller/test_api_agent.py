@@ -57,7 +57,7 @@ async def test_two_hosts_with_one_node_id(house: cloud.Cloud) -> None:
     status, envelope = await stranger.try_join(node=joined.node, last_secret="guess", host_key="host-key-1")
     assert status == 409
     status, envelope = await stranger.try_join(node=joined.node, host_key="host-key-1", explicit=True)
-    assert (status, envelope["message"]) == (200, "the node's last session is still alive")
+    assert (status, envelope["message"]) == (409, "the node's last session is still alive")
     assert (await status_of(agent))[0] == 200
 
 

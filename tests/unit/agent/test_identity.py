@@ -1,0 +1,100 @@
+"""An identity belongs to one directory of one host; what the cloud said of its controllers is kept beside it."""
+
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from covey import errors, model, wire, world
+from covey.agent import identity
+
+
+def home(data: Path, machine: str = "this-host") -> identity.Home:
+    return identity.Home.of(data, machine)
+
+
+def file(data: Path) -> identity.File:
+    data.mkdir(exist_ok=True)
+    return identity.File(data, world.System())
+
+
+@pytest.fixture
+def joined(tmp_path: Path) -> Path:
+    """The directory of a node."""
+    data = tmp_path / "first"
+    mine = file(data)
+    mine.settle(home(data), explicit=True)
+    answer = wire.Joined(
+        node=model.NodeId("node-1"),
+        session=1,
+        cloud="cloud",
+        seen=wire.Seen(),
+        lease=wire.LeaseTerms(),
+        heartbeat_s=1.0,
+        registries=(),
+        name="",
+    )
+    mine.joined(answer, "secret", wire.Seen())
+    return data
+
+
+def test_a_restart_is_at_home(joined: Path) -> None:
+    file(joined).settle(home(joined), explicit=False)
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_copy_on_another_host_does_not_begin(joined: Path, explicit: bool) -> None:
+    """(safety S7) Not even by the operator's word: the first one may run."""
+    with pytest.raises(errors.SettingError, match=r"copy of node node-1.*covey leave.*covey join"):
+        file(joined).settle(home(joined, "another-host"), explicit=explicit)
+
+
+def test_a_copy_on_this_host_does_not_begin_by_itself(joined: Path, tmp_path: Path) -> None:
+    """(safety S7)"""
+    copy = tmp_path / "copy"
+    shutil.copytree(joined, copy)
+    with pytest.raises(errors.SettingError, match=r"is a copy of .*first, or was moved"):
+        file(copy).settle(home(copy), explicit=False)
+    file(copy).settle(home(copy), explicit=True)
+    file(copy).settle(home(copy), explicit=False)  # its home from now on
+
+
+def test_a_renamed_directory_is_at_home(joined: Path, tmp_path: Path) -> None:
+    joined.rename(tmp_path / "moved")
+    file(tmp_path / "moved").settle(home(tmp_path / "moved"), explicit=False)
+
+
+def test_a_restored_directory_is_at_home(joined: Path, tmp_path: Path) -> None:
+    joined.rename(tmp_path / "old")
+    shutil.copytree(tmp_path / "old", joined)
+    file(joined).settle(home(joined), explicit=False)
+
+
+def test_where_the_system_does_not_tell_hosts_apart_nothing_is_claimed(joined: Path) -> None:
+    file(joined).settle(home(joined, ""), explicit=False)
+
+
+def test_an_identity_of_an_earlier_version_gets_its_home(joined: Path) -> None:
+    old = file(joined)
+    old.write(msgspec.structs.replace(old.now, home=None))
+    file(joined).settle(home(joined), explicit=False)
+    assert file(joined).now.home == home(joined)
+    assert file(joined).now.secret == "secret"
+
+
+def test_learnt_controllers_are_kept(tmp_path: Path) -> None:
+    mine = file(tmp_path)
+    assert identity.learnt(tmp_path) == ()
+    mine.learn(("http://a", "http://b"))
+    assert identity.learnt(tmp_path) == ("http://a", "http://b")
+    before = (tmp_path / "controllers.json").stat().st_ino
+    mine.learn(("http://a", "http://b"))
+    assert (tmp_path / "controllers.json").stat().st_ino == before  # no write without news
+    mine.learn(("http://c",))
+    assert identity.learnt(tmp_path) == ("http://c",)
+
+
+def test_without_a_directory_nothing_is_kept() -> None:
+    identity.File(None, world.System()).learn(("http://a",))
+    assert identity.learnt(None) == ()
