@@ -161,9 +161,9 @@ _OWED = "still has to remove a placement that it did not acknowledge; it gets no
 
 
 def _full(room: rooms.Room, need: rooms.Size) -> str:
-    if room.host.counts_vms and room.slots == 1:
+    if room.counts_vms and room.slots == 1:
         return "full: its only slot is taken"
-    if room.host.counts_vms:
+    if room.counts_vms:
         return f"full: {len(room.host.claims)} of {_count(room.slots, 'slot')} are taken"
     lacks = []
     if room.free.vcpu < need.vcpu:
@@ -183,7 +183,7 @@ def _lack(need: rooms.Size, whole: rooms.Size) -> str:
 
 
 def _free(room: rooms.Room) -> str:
-    if room.host.counts_vms:
+    if room.counts_vms:
         return f"{room.free_slots} of {_count(room.slots, 'slot')} free"
     return (
         f"{room.free.vcpu} of {_vcpu(room.whole.vcpu)} and {room.free.ram_mb} of {room.whole.ram_mb} MiB of memory free"

@@ -71,7 +71,7 @@ class Reservations:
     def _awaited(self, room: rooms.Room, need: rooms.Size, since: int, instance: model.InstanceId) -> int | None:
         """When the last VM was created that must end before the instance fits, if the older of the younger ones end
         first; None when that would not be enough."""
-        if room.reserved is not None or room.host.counts_vms or not room.large_enough(need) or instance in room.holds:
+        if room.reserved is not None or room.counts_vms or not room.large_enough(need) or instance in room.holds:
             return None
         vcpu, ram_mb = room.free
         last = 0
@@ -94,5 +94,5 @@ class Reservations:
 
 def _limit(fleet: Sequence[rooms.Room]) -> int:
     """How many nodes may be reserved at once."""
-    counted = sum(room.host.alive and not room.host.counts_vms for room in fleet)
+    counted = sum(room.host.alive and not room.counts_vms for room in fleet)
     return max(counted // _SHARE, 1) if counted else 0

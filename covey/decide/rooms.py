@@ -46,18 +46,14 @@ class Host(model.Noun, frozen=True, kw_only=True):
     def name(self) -> str:
         return self.node.name or self.facts.name or self.node.id
 
-    @property
-    def counts_vms(self) -> bool:
-        """Whether every VM takes one slot, whatever its size."""
-        return self.node.capacity_mode == model.CapacityMode.NUMBER
-
 
 @dataclass(slots=True)
 class Room:
-    """What is left on a host while a plan is being made. `slots`, `whole`: all that it has. `reserved`: the instance
-    that it is kept free for."""
+    """What is left on a host while a plan is being made. `counts_vms`: every VM takes one slot, whatever its size.
+    `slots`, `whole`: all that it has. `reserved`: the instance that it is kept free for."""
 
     host: Host
+    counts_vms: bool
     slots: int
     whole: Size
     free_slots: int
@@ -67,23 +63,21 @@ class Room:
     reserved: model.InstanceId | None = None
 
     def fits(self, need: Size) -> bool:
-        if self.reserved is not None:
-            return False
-        return self.has_room(need)
+        return self.reserved is None and self.has_room(need)
 
     def has_room(self, need: Size) -> bool:
         """As `fits`, but whoever it is reserved for."""
-        if self.host.counts_vms:
+        if self.counts_vms:
             return self.free_slots > 0
         return self.free.vcpu >= need.vcpu and self.free.ram_mb >= need.ram_mb
 
     def large_enough(self, need: Size) -> bool:
         """Whether it would fit if the node were empty."""
-        return self.host.counts_vms or (self.whole.vcpu >= need.vcpu and self.whole.ram_mb >= need.ram_mb)
+        return self.counts_vms or (self.whole.vcpu >= need.vcpu and self.whole.ram_mb >= need.ram_mb)
 
     def load(self) -> float:
         """0 empty … 1 full."""
-        if self.host.counts_vms:
+        if self.counts_vms:
             return 1.0 - self.free_slots / max(self.slots, 1)
         return 1.0 - min(self.free.vcpu / max(self.whole.vcpu, 1), self.free.ram_mb / max(self.whole.ram_mb, 1))
 
@@ -103,6 +97,7 @@ def room(host: Host) -> Room:
         ram_mb -= claim.vram_mb or model.DEFAULT_RAM_MB
     return Room(
         host=host,
+        counts_vms=host.node.capacity_mode == model.CapacityMode.NUMBER,
         slots=slots,
         whole=whole,
         free_slots=slots - len(host.claims),
