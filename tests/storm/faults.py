@@ -49,7 +49,7 @@ LINK = ("isolate", "cut", "one-way cut", "loss", "slow")
 _SHARES = (("agent", 4), ("controller", 4), ("member", 3), ("balancer", 2), ("quorum", 1), ("controllers", 1))
 
 
-def plan(seed: int, seconds: float, hosts: Hosts, *, gap_s: float = 6.0) -> list[Fault]:
+def plan(seed: int, seconds: float, hosts: Hosts, *, gap_s: float = 4.0) -> list[Fault]:
     """Faults from a little after the start to a little before the end, in order."""
     chance = random.Random(f"faults {seed}")
     faults: list[Fault] = []

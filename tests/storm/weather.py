@@ -39,7 +39,10 @@ def cloud(folder: Path, seed: int) -> Iterator[lab_cloud.Cloud]:
             made.start_nodes(host, NODES_EACH, **_node(host))
         for host in AGENTS[2:]:
             made.start_nodes(host, NODES_EACH, [balancer.url], **_node(host))
-        made.wait_nodes(NODES_EACH * len(AGENTS))
+        try:
+            made.wait_nodes(NODES_EACH * len(AGENTS))
+        except lab_cloud.NotReady as error:
+            raise lab_cloud.NotReady(f"{error}\n{made.agents[0].log()[-1500:]}") from None
         yield made
 
 
