@@ -231,6 +231,8 @@ def _message(instance: model.Instance, shown: Shown) -> str:
     """Why it waits, that its node is silent, or what was last said of it."""
     if instance.waiting:
         return shown.why_waiting(instance.id) or instance.message or "waiting for a node"
+    if instance.state == model.State.PULLING and not instance.launched and (why := shown.why_waiting(instance.id)):
+        return why
     if instance.claimed and instance.state not in (State.TERMINATED, State.ERROR) and not shown.talking(instance.node):
         return f"node {instance.node} is not communicating" + (f"; {instance.message}" if instance.message else "")
     return instance.message

@@ -87,7 +87,11 @@ class Waiting:
         return self._plan
 
     def why(self, snapshot: view.Snapshot, instance: model.InstanceId) -> str:
-        """Why this instance waits; "" when it does not."""
+        """Why this instance waits for a node, or may not begin on the one it has; "" when nothing holds it up."""
+        kept = snapshot.instance(instance)
+        if kept is not None and not kept.noun.waiting:
+            held_back = kept.noun.state is model.State.PULLING and not snapshot.may_begin(kept)
+            return f"Waiting: {permission.why_held_back(snapshot.awaited())}" if held_back else ""
         plan = self._recent(snapshot)
         decision = None if plan is None else plan.by_instance.get(instance)
         if plan is None or decision is None:
@@ -100,6 +104,8 @@ class Waiting:
     def story(self, snapshot: view.Snapshot, kept: codec.Kept[model.Instance], *, talking: bool) -> explain.Story:
         """All there is to tell of one instance. `talking`: whether its node is heard of."""
         instance = kept.noun
+        if not instance.waiting and instance.state is model.State.PULLING and not snapshot.may_begin(kept):
+            return explain.Story(text=f"Waiting: {permission.why_held_back(snapshot.awaited())}")
         if not instance.waiting:
             silent_s = self._silent_s(instance.node)
             return explain.placed(instance, _name(snapshot, instance.node), talking=talking, silent_s=silent_s)

@@ -5,6 +5,7 @@ where the store is now: what has gone back was restored from a backup. Then the 
 written together with the break, and with the format key, which shuts out everything that was decided before.
 """
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from covey.decide import permission
 from covey.store import base, codec, commit, schema, view
 
 _DELETES = 100  # per transaction
+_BALLAST, _BALLAST_TTL_S = 24, 60  # two entries each; a restored store of five members begins with twelve
 _KEPT_NS = 30 * 24 * 3600 * 1_000_000_000  # nonces
 
 _log = observe.log("history")
@@ -46,8 +48,17 @@ async def start(writer: commit.Writer) -> Cloud | WrongFormat:
         if found is None or found.value != wanted or named is None:
             return WrongFormat("none" if found is None else found.value.decode("utf-8", "replace"))
         cloud = named.value
+    else:
+        await _grow_log(writer)
     id = msgspec.json.decode(cloud, type=schema.Cloud).id
     return Cloud(id, await add_nonce(writer))
+
+
+async def _grow_log(writer: commit.Writer) -> None:
+    """A store that was restored begins its log anew, with a few entries. Were the first nonces of a young cloud noted
+    at so few, a backup of it could not be told from itself. A lease is an entry of its own, and ends by itself."""
+    for lease in await asyncio.gather(*(writer.store.grant(_BALLAST_TTL_S) for _ in range(_BALLAST))):
+        await lease.revoke()
 
 
 async def add_nonce(writer: commit.Writer, proof: str = "", before: Sequence[permission.Link] = ()) -> str:

@@ -115,7 +115,9 @@ def test_an_operator_gives_up_a_node_that_was_lost_with_the_store(tmp_path: Path
     with fleet.running(tmp_path, controllers=1) as cloud:
         alpha, beta = cloud.node("alpha"), cloud.node("beta")
         late = start_unlaunched(cloud, tmp_path / "backup")
-        beta.kill()
+        beta.thaw()
+        cloud.wait_until(late, "Started")
+        beta.kill()  # and its host with it
         cloud.etcd.restore(tmp_path / "backup")
         alpha.thaw()
         wait_until_found_out(cloud)
