@@ -122,9 +122,8 @@ def measure(clients: int, seconds: float, nodes: int) -> None:
         for name, waits in found.items():
             print("  " + waits.row(name))
         print(f"  controller {before:.0f} MiB before, {peak:.0f} MiB at most, {_rss_mb(pid):.0f} MiB after")
-        print(
-            f"  nodes missed: {len(lost)}; gaps: {_said(one, 'stood still')}; lease troubles: {_said(one, 'joined') - nodes}"
-        )
+        again = _said(one, "a node joined") - nodes
+        print(f"  nodes missed: {len(lost)}, joined again: {again}; stood still: {_said(one, 'stood still')} times")
 
 
 def _offline(one: cloud.Cloud, url: str) -> set[str]:

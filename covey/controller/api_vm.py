@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from covey import errors, model, serve
+from covey import errors, failpoint, model, serve
 from covey.controller import display, hosts, start_request, templates, views
 from covey.store import base, codec, commit, commit_births, commit_instances, mirror, schema
 
@@ -69,10 +69,12 @@ class InstanceApi:
         if start.spec.node and snapshot.node(start.spec.node) is None:
             raise errors.Refused(f"node_id: there is no node {start.spec.node}")
         call.still_fresh()
+        failpoint.reach("controller.start.accepted")
         with self._homes.reserve(snapshot, start.spec, len(start.ids)) as home:
             outcome = await commit_births.create(self._writer, snapshot, start, home.nodes, call.until_ns)
             if isinstance(outcome, commit_births.Created):
                 home.revision = outcome.revision
+        failpoint.reach("controller.start.committed")
         if isinstance(outcome, commit_births.KeyReused):
             raise errors.Refused(_KEY_REUSED)
         return outcome.ids
@@ -169,6 +171,7 @@ class InstanceApi:
         outcome = await commit_instances.terminate(
             self._writer, snapshot, model.InstanceId(id), decision, call.until_ns
         )
+        failpoint.reach("controller.terminate.committed")
         if isinstance(outcome, commit.Missing) and not await self._was_born(id):
             raise errors.NotFound("Not found")
 

@@ -1,8 +1,10 @@
 """Keeping nodes' leases alive on their agents' behalf (safety S8).
 
 Each message of an agent's session renews its lease once; nothing else does: no parked poll, no open socket, no timer.
-Renewals that come in while one batch is on its way travel together in the next. An agent learns how old the renewal
-is that its answer rests on, and believes in its lease from *its* clock when it sent the message, less that age.
+Renewals that come in while one batch is on its way travel together in the next, and a message that comes less than a
+second after a renewal was sent rests on that one. An agent learns how old the renewal is that its answer rests on, and
+believes in its lease from *its* clock when it sent the message, less that age: so what it believes ends no later than
+what etcd was asked for, whichever renewal that was.
 """
 
 import asyncio
@@ -10,6 +12,8 @@ from typing import NamedTuple
 
 from covey import errors, wire, world
 from covey.store import base
+
+_RECENT_NS = 1_000_000_000
 
 
 class Renewed(NamedTuple):
@@ -44,6 +48,9 @@ class Renewals:
     async def renewed(self, lease: int, arrived_ns: int) -> wire.LeaseTerms:
         """Renew and say what the agent may believe. When the store cannot be asked, the terms rest on the last renewal
         known here, with its age; without any they are worth nothing. Raises LeaseGone."""
+        recent = self._last.get(lease)
+        if recent is not None and recent.left_s > 0 and arrived_ns - recent.sent_ns < _RECENT_NS:
+            return _terms(recent, arrived_ns)
         if self._next is None:
             self._next = _Batch()
             self._sending = asyncio.create_task(self._send(self._next, self._sending))
@@ -56,7 +63,7 @@ class Renewals:
         if known.left_s <= 0:
             self._last.pop(lease, None)
             raise LeaseGone("the node's lease has ended")
-        return wire.LeaseTerms(ttl_s=known.left_s, age_s=max(arrived_ns - known.sent_ns, 0) / 1e9)
+        return _terms(known, arrived_ns)
 
     async def close(self) -> None:
         if self._sending is not None:
@@ -87,3 +94,7 @@ class Renewals:
         if len(self._last) > 2 * len(renewed) + 1000:
             horizon_ns = now_ns - int(wire.LEASE_TTL_S * 1e9)
             self._last = {lease: known for lease, known in self._last.items() if known.sent_ns > horizon_ns}
+
+
+def _terms(known: Renewed, arrived_ns: int) -> wire.LeaseTerms:
+    return wire.LeaseTerms(ttl_s=known.left_s, age_s=max(arrived_ns - known.sent_ns, 0) / 1e9)

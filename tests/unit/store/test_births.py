@@ -2,6 +2,7 @@
 
 import asyncio
 
+import msgspec
 import pytest
 
 from covey import errors, model
@@ -74,10 +75,35 @@ async def test_a_twin_finds_the_instance_while_it_is_of_use() -> None:
         assert isinstance(await create(c, start(spec=TWIN)), commit_births.Created)
 
 
-async def test_the_same_external_id_alone_is_no_twin() -> None:
+@pytest.mark.parametrize("spent", [State.TERMINATING, State.TERMINATED, State.ERROR])
+async def test_a_twin_that_is_of_no_use_any_more_is_not_found(spent: State) -> None:
+    """A CI job that is tried again names its start as before, while the old instance may still be shown."""
+    async with cloud.running() as c:
+        first = await create(c, start(spec=TWIN))
+        assert isinstance(first, commit_births.Created)
+        kept = (await c.look()).instance(first.ids[0])
+        assert kept is not None
+        ended = msgspec.structs.replace(kept.noun, state=spent)
+        await c.store.commit(base.Txn((), (base.Put(schema.instance(first.ids[0]), schema.encode(ended)),)))
+        second = await create(c, start(spec=TWIN))
+        assert isinstance(second, commit_births.Created)
+        assert await create(c, start(spec=TWIN)) == commit_births.Repeated(second.ids)
+
+
+async def test_a_twin_asks_for_the_same_in_the_same_words() -> None:
+    """Another template or tag below the same names is another request."""
+    async with cloud.running() as c:
+        first = await create(c, start(spec=TWIN))
+        assert isinstance(await create(c, start(spec=TWIN, body="other")), commit_births.Created)
+        assert isinstance(first, commit_births.Created)
+        assert (await c.look()).instance_count() == 2
+
+
+@pytest.mark.parametrize("names", [{"external_id": "profile"}, {"name": "n"}, {}])
+async def test_the_same_external_id_alone_is_no_twin(names: dict[str, str]) -> None:
     """Many instances may share one external id."""
     async with cloud.running() as c:
-        spec = nouns.spec(external_id="profile")
+        spec = nouns.spec(**names)
         assert isinstance(await create(c, start(spec=spec)), commit_births.Created)
         assert isinstance(await create(c, start(spec=spec)), commit_births.Created)
 
