@@ -44,6 +44,7 @@ class Controller:
         self.joins: list[wire.Join] = []
         self.questions: list[model.Question] = []  # shown until they are answered
         self.answers: list[wire.Answer] = []
+        self.adopts: list[wire.Adopt] = []
         self.called: set[str] = set()
         self.messages: list[int] = []
         self.lose: list[str] = []
@@ -98,6 +99,11 @@ class Controller:
 
     def unwant(self, instance: str, epoch: int = 1) -> None:
         del self.wants[instance, epoch]
+        self.changed()
+
+    def restore(self, revision: int = 5) -> None:
+        """Another history, at a lower revision: this node must tell what it has first."""
+        self.hold, self.history, self.revision = True, "restored", revision
         self.changed()
 
     def changed(self) -> None:
@@ -182,6 +188,13 @@ class Controller:
         self.messages.append(answer.messages)
         self.questions = [question for question in self.questions if question.nonce != answer.nonce]
         return wire.Answered(lease=self._lease(), seen=self._seen(), taken=True)
+
+    async def _adopt(self, body: bytes) -> wire.Adopted:
+        told = msgspec.json.decode(body, type=wire.Adopt)
+        self.adopts.append(told)
+        self.messages.append(told.messages)
+        self.hold = self.hold and not told.last
+        return wire.Adopted(lease=self._lease(), seen=self._seen())
 
     async def _launch(self, body: bytes) -> wire.Launched:
         ask = msgspec.json.decode(body, type=wire.LaunchAsk)
