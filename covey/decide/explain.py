@@ -115,13 +115,13 @@ class _Teller:
             case Reason.HELD:
                 return host.held
             case Reason.DRAINING:
-                return f"draining: takes nothing new; {_count(len(host.claims), 'VM')} still there"
+                return f"takes nothing new; {_count(len(host.claims), 'VM')} still there"
             case Reason.TROUBLE:
-                return f"in trouble: {host.trouble}" if host.trouble else _OWED
+                return host.trouble or _OWED
             case Reason.REFUSED:
                 return self._refused(host)
             case Reason.TOO_LARGE:
-                return f"too small: {_lack(self._kind.need, room.whole)}"
+                return _lack(self._kind.need, room.whole)
             case Reason.FULL if before.has_room(self._kind.need):
                 return f"{_free(before)}, which instances before this one in the queue will take"
             case Reason.FULL:
@@ -136,7 +136,7 @@ class _Teller:
         times = self._instance.refused.count(room.host.id)
         cached = self._instance.spec.digest in room.host.images
         return (
-            f"can take it: {_free(room)}"
+            _free(room)
             + ("" if cached else "; would pull the template first")
             + (f"; has refused it {_times(times)}" if times else "")
         )
@@ -144,8 +144,8 @@ class _Teller:
     def _silence(self, host: rooms.Host) -> str:
         silent_s = self._seen.silent_s(host.id)
         if silent_s is None:
-            return "not alive: no word since before this controller started"
-        return f"not alive: no word since {_span(silent_s)}"
+            return "no word since before this controller started"
+        return f"no word for {_span(silent_s)}"
 
     def _refused(self, host: rooms.Host) -> str:
         """By itself, or by so many that none is asked now."""
@@ -154,7 +154,7 @@ class _Teller:
         again = f"asked again in {_span(max(left) / _S)}" if left else "asked again after a pause"
         if times:
             return f"refused it {_times(times)}" + (f": {instance.message}" if instance.message else "") + f"; {again}"
-        return f"not asked: {_count(len(instance.refused), 'refusal')} in all point to a common cause; {again}"
+        return f"{_count(len(instance.refused), 'refusal')} in all point to a common cause; {again}"
 
 
 _OWED = "still has to remove a placement that it did not acknowledge; it gets nothing new before"
@@ -162,9 +162,9 @@ _OWED = "still has to remove a placement that it did not acknowledge; it gets no
 
 def _full(room: rooms.Room, need: rooms.Size) -> str:
     if room.counts_vms and room.slots == 1:
-        return "full: its only slot is taken"
+        return "its only slot is taken"
     if room.counts_vms:
-        return f"full: {len(room.host.claims)} of {_count(room.slots, 'slot')} are taken"
+        return f"{len(room.host.claims)} of {_count(room.slots, 'slot')} are taken"
     lacks = []
     if room.free.vcpu < need.vcpu:
         lacks.append(f"needs {_vcpu(need.vcpu)}, {max(room.free.vcpu, 0)} of {room.whole.vcpu} are free")

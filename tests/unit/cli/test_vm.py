@@ -144,7 +144,7 @@ EXPLAINED = {
     "waiting": 7,
     "competitors": 4,
     "before": ["i-1", "i-2", "i-3", "i-4"],
-    "nodes": [{"node_id": "n", "node_name": "mac-1", "verdict": "too_large", "text": "full: 2 of 2 slots are taken"}],
+    "nodes": [{"node_id": "n", "node_name": "mac-1", "verdict": "too_large", "text": "2 of 2 slots are taken"}],
 }
 
 
@@ -158,7 +158,7 @@ def test_explain(cloud: Cloud, covey: Covey) -> None:
         "turn      100, by waiting; its priority is 1000",
         "",
         "NODE   VERDICT    BECAUSE",
-        "mac-1  too large  full: 2 of 2 slots are taken",
+        "mac-1  too large  2 of 2 slots are taken",
     ]
     assert covey("vm", "explain", "i-9", "--json").json == EXPLAINED
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from covey import model, wire
+from covey import model, wire, world
 from covey.controller import hosts, waiting
 from covey.store import commit_nodes
 from tests.support import cloud as clouds
@@ -15,6 +15,19 @@ from tests.unit.controller import cloud
 
 Event = wire.ReportEvent
 SMALL = msgspec.structs.replace(cloud.FACTS, slots=1)
+
+
+class Clock(world.System):
+    """Moves on by a step whenever it is asked."""
+
+    def __init__(self, step_ns: int = 0) -> None:
+        super().__init__()
+        self.now_ns = 0
+        self.step_ns = step_ns
+
+    def boot_ns(self) -> int:
+        self.now_ns += self.step_ns
+        return self.now_ns
 
 
 async def explained(api: cloud.Api, id: str) -> Any:
@@ -55,7 +68,7 @@ async def test_a_queue_and_each_nodes_verdict() -> None:
                 "node_id": joined.node,
                 "node_name": "host-1",
                 "verdict": "full",
-                "text": "full: its only slot is taken",
+                "text": "its only slot is taken",
             }
         ]
         placed = await explained(house.api, first)
@@ -93,7 +106,7 @@ async def test_a_long_queue_costs_one_plan_and_not_one_each() -> None:
 
 async def test_a_plan_that_was_quick_is_made_anew_for_each_change() -> None:
     async with clouds.running() as c:
-        told = waiting.Waiting(c.world, hosts.Fleet())
+        told = waiting.Waiting(Clock(), hosts.Fleet())
         (id,) = await c.create()
         me = model.InstanceId(id)
         assert told.why(await c.look(), me) == "Waiting: no node has joined"
@@ -103,3 +116,20 @@ async def test_a_plan_that_was_quick_is_made_anew_for_each_change() -> None:
         await commit_nodes.configure(c.writer, snapshot, node, {"drain": True}, "operator")
         assert "draining" in told.why(await c.look(), me)
         assert told.why(await c.look(), model.InstanceId("another")) == ""
+
+
+async def test_a_plan_that_was_slow_is_told_for_a_while_but_of_nobody_that_it_does_not_know() -> None:
+    async with clouds.running() as c:
+        clock = Clock(50_000_000)  # a plan takes one step
+        told = waiting.Waiting(clock, hosts.Fleet())
+        (old,) = map(model.InstanceId, await c.create())
+        assert told.why(await c.look(), old) == "Waiting: no node has joined"
+        await c.join()
+        assert told.why(await c.look(), old) == "Waiting: no node has joined", "as it was a moment ago"
+        (new,) = map(model.InstanceId, await c.create())
+        assert told.why(await c.look(), new) == "Waiting: it is being placed on host"
+        assert told.why(await c.look(), old) == "Waiting: it is being placed on host"
+        await c.terminate(new)
+        clock.now_ns += 1_000_000_000
+        await commit_nodes.remove(c.writer, await c.look(), next((await c.look()).nodes()).noun.id, "operator")
+        assert told.why(await c.look(), old) == "Waiting: no node has joined"
