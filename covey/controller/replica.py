@@ -28,6 +28,7 @@ from covey.controller import (
     display,
     hosts,
     loop,
+    members,
     presence,
     renewals,
     templates,
@@ -70,6 +71,7 @@ class Replica:
         self._loop = loop.Loop(
             self._mirror, self._writer, world, me=self._id, queue=self._waiting, spans=_spans(chosen)
         )
+        self._members = members.Members(self._store.admin if isinstance(self._store, etcd.Etcd) else None)
         self._renewals = renewals.Renewals(self._store, world)
         self._templates = templates.Templates(chosen.local_registries, exchange)
         self._status, routes = self._api()
@@ -111,6 +113,7 @@ class Replica:
         self._tasks = [
             asyncio.create_task(self._live()),
             asyncio.create_task(self._keep("health", self._look_after_health)),
+            asyncio.create_task(self._keep("members", self._members.run)),
         ]
 
     async def stop(self) -> None:
@@ -214,7 +217,8 @@ class Replica:
     def _lesser_troubles(self) -> list[str]:
         """What is wrong without keeping this controller from serving."""
         broken = self._mirror.broken
-        return [f"{len(broken)} keys hold values that cannot be read, for example {min(broken)}"] if broken else []
+        unread = [f"{len(broken)} keys hold values that cannot be read, for example {min(broken)}"] if broken else []
+        return [*self._members.troubles, *unread]
 
     async def _look_after_health(self) -> None:
         """Note which nodes are there, and raise the alarm for parked polls while this controller is red."""
