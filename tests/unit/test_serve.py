@@ -409,6 +409,58 @@ async def test_drain_ends_with_the_grace_and_counts_what_it_broke_off() -> None:
             await waiting
 
 
+async def test_while_it_goes_down_requests_are_taken_and_each_answer_closes_its_connection(
+    house: House, http: aiohttp.ClientSession
+) -> None:
+    """Between the first red /readyz and the end, nobody who looks away in time meets a closed connection."""
+    kept = await asyncio.open_connection("127.0.0.1", house.server.port)
+    kept[1].write(post(b"{}"))
+    assert "connection" not in (await read_answer(kept[0]))[1]
+    house.server.draining.set()
+    kept[1].write(post(b"{}"))
+    for reader, writer in (kept, await asyncio.open_connection("127.0.0.1", house.server.port)):
+        if reader is not kept[0]:
+            writer.write(post(b"{}"))
+        status, headers, _ = await read_answer(reader)
+        assert (status, headers["connection"]) == (200, "close")
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_what_is_idle_is_served_until_the_very_end() -> None:
+    """A request that crosses the drain on a kept connection is answered."""
+    house = _house()
+    async with running(house) as http:
+        idle = await asyncio.open_connection("127.0.0.1", house.server.port)
+        waiting = asyncio.create_task(_status(http, "/wait"))
+        await until(lambda: house.seen == ["waiting"])
+        draining = asyncio.create_task(house.server.drain(5.0))
+        await asyncio.sleep(0.05)
+        idle[1].write(post(b"{}"))
+        assert (await read_answer(idle[0]))[0] == 200
+        house.gate.set()
+        assert await waiting == 200
+        assert await draining == 0
+        idle[1].close()
+        await idle[1].wait_closed()
+
+
+async def test_connections_are_bounded(house: House, http: aiohttp.ClientSession) -> None:
+    house.server.connection_limit = 2
+    kept = [await asyncio.open_connection("127.0.0.1", house.server.port) for _ in range(2)]
+    await until(lambda: house.server.open == 2)
+    reader, writer = await asyncio.open_connection("127.0.0.1", house.server.port)
+    status, headers, _ = await read_answer(reader)
+    assert (status, headers["retry-after"], await reader.read()) == (503, "1", b"")
+    writer.close()
+    kept[0][1].close()
+    await until(lambda: house.server.open == 1)
+    assert await _status(http, "/empty") == 200
+    for _, one in [*kept, (reader, writer)]:
+        one.close()
+        await one.wait_closed()
+
+
 async def test_an_idle_server_drains_at_once(house: House) -> None:
     async with running(house) as http:
         assert await _status(http, "/empty") == 200

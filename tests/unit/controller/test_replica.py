@@ -104,6 +104,34 @@ async def _says(api: cloud.Api, text: str) -> bool:
     return status == 503 and text in envelope["message"]
 
 
+@pytest.mark.parametrize("watched", [True, False])
+async def test_a_controller_that_is_watched_is_red_for_a_while_before_it_takes_no_more(watched: bool) -> None:
+    clock = world.System()
+    store = memory.Memory(clock)
+    chosen = cloud.chosen(COVEY_ALLOW_EMPTY_REGISTRY="true", COVEY_SHUTDOWN_DELAY="1s")
+    one = replica.Replica(chosen, clock, store.client())
+    await one.start()
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{one.server.port}") as http:
+        api = cloud.Api(http)
+        await cloud.until(lambda: _lists_nothing(api))
+        if watched:
+            assert await cloud.is_ready(api)
+        began = time.monotonic()
+        stopping = asyncio.create_task(one.stop())
+        await asyncio.sleep(0)
+        if watched:
+            status, envelope = await api.ask("GET", "/readyz")
+            assert (status, envelope["message"]) == (503, "this controller is going down")
+            assert await api.ok("GET", "/api/v1/vm") == []
+        await stopping
+        assert (time.monotonic() - began >= 1) == watched
+    await store.close()
+
+
+async def _lists_nothing(api: cloud.Api) -> bool:
+    return (await api.ask("GET", "/api/v1/vm"))[0] == 200
+
+
 async def test_data_of_another_format_is_left_alone() -> None:
     clock = world.System()
     store = memory.Memory(clock)
