@@ -190,6 +190,8 @@ class Worker:
         elif do is Do.START:
             await self._start(record)
         elif do is Do.FOLLOW:
+            if self._parts.records.get(record.key) is None:  # just made anew: its time to boot begins only once
+                self._parts.records.save_if_possible(record)
             after = await self._verbs.follow(record, self._woken)
             if after.stage is not Stage.BOOTED:
                 self._bodies = None
@@ -278,6 +280,7 @@ class Worker:
         if record is not None or want is None or want.spec is None:
             return record
         found = (self._bodies or {}).get(epoch)
+        runs = found is not None and found.phase is hypervisor.Phase.RUNNING
         return records.Record(
             instance=self.instance,
             epoch=epoch,
@@ -285,7 +288,8 @@ class Worker:
             seen=self._seen,
             spec=want.spec,
             vm_name=want.vm_name,
-            stage=Stage.LAUNCHED if found is not None and found.phase is hypervisor.Phase.RUNNING else Stage.ACCEPTED,
+            stage=Stage.LAUNCHED if runs else Stage.ACCEPTED,
+            launched_ns=self._parts.clock.boot_ns() if runs else 0,  # no earlier one is known to count from
         )
 
     def _stands(self, record: records.Record, body: Body) -> None:

@@ -10,6 +10,7 @@ The last line is the verdict; a seed that fails is named with the command that s
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -24,7 +25,12 @@ import structlog
 from tests.sim import clockwork, story, truth
 
 _PROGRESS_S = 15.0
+_CPU_S = 60.0  # of one story; most take two
 _SAID = 20_000  # characters of a fault: they fit into a pipe
+
+
+class Spinning(BaseException):
+    """No program under test may take this for its own fault."""
 
 
 @dataclass
@@ -40,13 +46,20 @@ def tell_one(seed: int, storm_s: float, *, aloud: bool) -> Ended:
     """Live through one story in this process, which is good for nothing afterwards."""
     one = story.Story(storm_s=storm_s, tell=_say if aloud else lambda _at_s, _text: None)
     _listen(one, aloud=aloud)
+    signal.signal(signal.SIGVTALRM, _take_too_long)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _CPU_S)
     try:
         counts = clockwork.run(seed, one)
     except truth.Broken as error:
         return Ended(seed, str(error)[:_SAID], {})
-    except Exception:
+    except (Exception, Spinning):
         return Ended(seed, traceback.format_exc()[-_SAID:], {})
     return Ended(seed, "", dict(counts))
+
+
+def _take_too_long(_number: int, frame: object) -> None:
+    """Something turns and turns while no time goes by."""
+    raise Spinning(f"{_CPU_S:g} s of processor time are over")
 
 
 def _say(at_s: float, text: str) -> None:

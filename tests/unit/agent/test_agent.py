@@ -105,6 +105,21 @@ async def test_a_guest_that_never_answers_is_failed(cloud: fake.Controller, make
     assert cloud.item(vm, Said.FAILED).message == "the guest did not answer within 2 s"
 
 
+async def test_a_guest_that_never_answers_is_failed_also_when_its_record_is_lost(
+    cloud: fake.Controller, make_node: MakeNode, tmp_path: Path
+) -> None:
+    before, vm = make_node(hang_share=1.0), name()
+    await before.start()
+    cloud.want(RUN, vm)
+    await fake.until(lambda: [vm.phase for vm in before.driver._vms.values()] == ["running"], "running")
+    await before.stop()
+    (record,) = (tmp_path / "node/records").glob("*.json")
+    record.write_bytes(b"{")
+    after = make_node(hang_share=1.0)
+    await after.start()
+    await fake.until(lambda: Said.FAILED in cloud.said(vm), "failed")
+
+
 async def test_what_cannot_be_prepared_leaves_nothing_behind(cloud: fake.Controller, make_node: MakeNode) -> None:
     node, vm = make_node(fail="prepare", fail_share=1.0), name()
     await node.start()
