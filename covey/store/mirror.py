@@ -68,7 +68,7 @@ class Mirror:
         self._moved = _Bell()
         self._nodes: dict[str, _Bell] = {}
         self._node_moved: dict[str, int] = {}  # node -> revision at which its wanted state may have changed last
-        self._proof = _SharedRead(store, world, self._distrust)
+        self._proof = _SharedRead(store, world, lambda: self._draft.revision, self._distrust)
         self._targets: collections.deque[tuple[int, int]] = collections.deque()  # (revision shown by a probe, when)
         self._direct: asyncio.Task[view.Snapshot] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -368,12 +368,16 @@ class _Bell:
 class _SharedRead:
     """One linearizable read for all requests that arrived before it was sent (safety S21).
 
-    Each read is sent after the one before was answered, so the revision never goes back, nor does the term but for an
-    election under way; in one and the same store the cluster id stays. `distrust` is told otherwise (safety S18)."""
+    Each read is sent after the one before was answered, so the revision never goes back behind that, nor behind what a
+    watch has delivered (`floor`); nor does the term, but for an election under way; in one and the same store the
+    cluster id stays. `distrust` is told otherwise (safety S18)."""
 
-    def __init__(self, store: base.Store, world: worlds.World, distrust: Callable[..., None]) -> None:
+    def __init__(
+        self, store: base.Store, world: worlds.World, floor: Callable[[], int], distrust: Callable[..., None]
+    ) -> None:
         self._store = store
         self._world = world
+        self._floor = floor
         self._distrust = distrust
         self._term = 0
         self._cluster = ""
@@ -395,8 +399,9 @@ class _SharedRead:
             await asyncio.wait((before,))
         self._last, self._next = self._next, None  # from here on, who comes waits for another one
         sent_ns = self._world.boot_ns()
+        floor = max(self.revision, self._floor())
         page = await self._store.range(schema.FORMAT_KEY, keys_only=True)
-        self._judge(page)
+        self._judge(page, floor)
         self.proved_ns = max(self.proved_ns, sent_ns)
         self.revision = page.revision
         self.fence = page.kvs[0].mod_revision if page.kvs else 0
@@ -407,11 +412,11 @@ class _SharedRead:
         self.revision = self.fence = self._term = 0
         self._cluster = ""
 
-    def _judge(self, page: base.Page) -> None:
+    def _judge(self, page: base.Page, floor: int) -> None:
         """Raises Unavailable when this cannot be the store that was read before."""
         why = ""
-        if page.revision < self.revision:
-            why = f"its revision went back from {self.revision} to {page.revision}"
+        if page.revision < floor:
+            why = f"its revision went back from {floor} to {page.revision}"
         elif self._cluster and page.cluster and page.cluster != self._cluster:
             why = f"its cluster id is {page.cluster}, and was {self._cluster}"
         elif page.term < self._term:

@@ -98,7 +98,8 @@ def test_a_node_that_was_cut_off_until_the_store_had_overtaken_it(tmp_path: Path
             others += cloud.start()
             cloud.wait_until(others[-1], "Started", timeout_s=SOON_S)
             cloud.terminate(others[-1])
-        why = f"until node beta has reported what runs there: the store was restored; `covey node release {beta.name}`"
+        name = cloud.shown(beta)["node_name"]
+        why = f"until node {name} has reported what runs there: the store was restored; `covey node release {name}`"
         eventually(lambda: why in cloud.instance(late)["message"])
         assert late not in alpha.starts()
 
@@ -122,9 +123,10 @@ def test_an_operator_gives_up_a_node_that_was_lost_with_the_store(tmp_path: Path
         alpha.thaw()
         wait_until_found_out(cloud)
         eventually(lambda: cloud.events("node-adopted", alpha.id), SOON_S)
-        eventually(lambda: "covey node release" in cloud.instance(late)["message"])
+        name = cloud.shown(beta)["node_name"]
+        eventually(lambda: f"`covey node release {name}`" in cloud.instance(late)["message"])
         assert alpha.starts() == []
-        ran = conftest.covey("node", "release", "beta", COVEY_CONTROLLER=cloud.urls[0])
+        ran = conftest.covey("node", "release", name, COVEY_CONTROLLER=cloud.urls[0])
         assert ran.code == 0, ran
         cloud.wait_until(late, "Started", timeout_s=SOON_S)
         assert alpha.starts() == [late]
