@@ -66,6 +66,10 @@ CONTROLLER = {
         "Remove a node: its instances go to Error, and what it runs is destroyed should it come back.",
         api_node.NodeRemoval,
     ),
+    ("POST", "/api/v1/node/release"): Entry(
+        "After a restore of the store: give up waiting for a node's word on what it runs. OK when repeated.",
+        api_node.NodeRelease,
+    ),
     ("GET", "/api/v1/group"): Entry("The groups of nodes. Making them is not built yet.", None, views.Group),
     ("GET", "/api/v1/registry/vm"): Entry("The registry's templates; with `?id=` one with its versions."),
     ("GET", "/api/v1/registry/disk"): Entry("Room on the registry's disk, in bytes.", None, oci.DiskView),

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
-from covey import model, wire
+from covey import model
 from covey.controller import hosts
 from covey.decide import deadlines
 from covey.store import base, commit_cloud, commit_nodes, schema
 from tests.support import cloud, nouns
 from tests.unit.controller import test_loop as looped
 
-Said = wire.ReportEvent
 State = model.State
 MS = 1_000_000
 NEVER = looped.NEVER
@@ -26,17 +25,6 @@ async def _on(c: cloud.Cloud, id: str, node: str) -> bool:
 
 async def _waits(c: cloud.Cloud, id: str) -> bool:
     return (await c.instance(id)).waiting
-
-
-async def test_a_node_that_shows_no_progress_loses_it() -> None:
-    """Safety S10: it had named it."""
-    async with cloud.running() as c:
-        stuck = await c.join()
-        (id,) = await c.create(homes=[stuck])
-        await c.report(stuck, nouns.item(Said.ACKNOWLEDGED, model.InstanceId(id)))
-        other = await c.join()
-        async with looping(c, spans=NEVER._replace(stalled_ns=50 * MS)):
-            await until(lambda: _on(c, id, other))
 
 
 async def test_a_node_whose_ledger_cannot_be_read_is_passed_by() -> None:
