@@ -73,6 +73,7 @@ class Load:
     mix: Sequence[Kind]
     rate: float
     shots: list[Shot] = field(default_factory=list)
+    fault_at_s: float = 0.0
     _ending: threading.Event = field(default_factory=threading.Event)
     _begun: float = field(default_factory=time.monotonic)
 
@@ -142,6 +143,22 @@ class Load:
             longest_s=max(shot.took_s for shot in shots),
             stall_s=max((later - earlier for earlier, later in itertools.pairwise(done)), default=0.0),
         )
+
+    def resumed_s(self, kind: Kind) -> float:
+        """How long after the fault's begin the longest time without a success of `kind` ended."""
+        done = sorted(shot.at_s + shot.took_s for shot in self.of(kind) if shot.ok)
+        pairs = [(earlier, later) for earlier, later in itertools.pairwise(done) if later > self.fault_at_s]
+        return max(pairs, key=lambda pair: pair[1] - pair[0])[1] - self.fault_at_s
+
+    def noise_s(self) -> float:
+        """The slowest request that the fault had no part in: what this machine adds by itself, being busy."""
+        calm = [shot for shot in self.shots if not -1 < shot.at_s - self.fault_at_s < 3]
+        calm += [shot for shot in self.shots if shot.at_s + shot.took_s < self.fault_at_s]
+        return max((shot.took_s for shot in calm), default=0.0)
+
+    def in_flight_at_fault(self, shot: Shot) -> bool:
+        """Whether it may have been on its way when the fault began (1 s of grace for what came before its notice)."""
+        return shot.at_s < self.fault_at_s + 1
 
     def settle(self) -> None:
         """Repeat each start with a key that got no answer, with its key, until one comes: it succeeds."""
