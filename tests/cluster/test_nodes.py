@@ -156,7 +156,7 @@ def test_another_host_with_the_same_id_is_refused(cloud: fleet.Fleet, host: Host
     id, node = started(cloud), host.node
     shutil.copytree(host.data / "agent", tmp_path / "other" / "agent", ignore=shutil.ignore_patterns("agent.lock"))
     copied = tmp_path / "other" / "agent" / "node.json"
-    copied.write_text(json.dumps({**json.loads(copied.read_text()), "host_key": uuid.uuid4().hex}))
+    copied.write_text(json.dumps({**json.loads(copied.read_text()), "host_key": uuid.uuid4().hex, "home": None}))
     session = cloud.value(f"session/{node.id}")["counter"]
     program = conftest.Program(
         *("agent", "--hypervisor", "synthetic", "--data-dir", tmp_path / "other"),
