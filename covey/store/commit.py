@@ -47,7 +47,8 @@ _HOUR_S = 3600
 _SPANS_S = {DAY: (24 * _HOUR_S, _HOUR_S), WEEK: (7 * 24 * _HOUR_S, _HOUR_S), MONTH: (30 * 24 * _HOUR_S, _HOUR_S)}
 _SPANS_S |= {MINUTE: (60, 60)}  # how long a key lives at least, and for how long one lease is given to new keys
 _ATTEMPTS = 50  # each lost race means that somebody else got on; so many in a row mean a bug
-_RESEND_S = 0.05
+_RESEND_S = 0.05  # doubled each time, up to …
+_RESEND_MOST_S = 0.4
 _CLOSE_S = 2.0
 
 
@@ -203,6 +204,11 @@ class Writer:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
+    @property
+    def unfinished(self) -> int:
+        """How much is being finished in the background."""
+        return len(self._background)
+
     async def close(self) -> None:
         """Give what runs in the background a moment, then end it."""
         if self._background:
@@ -254,6 +260,7 @@ class Writer:
         Rejected is definite also after Unsure: an earlier copy that was applied would have made the guards fail first.
         """
         unsure = False
+        pause_s = _RESEND_S
         while True:
             left_ns = until_ns - self.world.boot_ns()
             if left_ns < 0:
@@ -265,7 +272,8 @@ class Writer:
             except errors.Unavailable:
                 if not unsure:  # this copy was not applied, but an earlier one may yet be
                     raise
-            await asyncio.sleep(_RESEND_S)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _RESEND_MOST_S)
 
     async def _lease_out(self, ops: tuple[base.Op, ...]) -> tuple[base.Op, ...]:
         """Put real leases in place of DAY, WEEK, MONTH and MINUTE. One is shared by all keys of an hour, or minute."""

@@ -13,6 +13,7 @@ from covey.store import base, codec, commit, commit_instances, schema, view
 _SPENT = frozenset({model.State.TERMINATING, model.State.TERMINATED, model.State.ERROR})
 _CLOSE_PAUSE_S = 1.0
 _CLOSE_FOR_NS = 60_000_000_000
+_DOORS = 300  # starts with a lost reply that may be unsettled at once
 
 _log = observe.log("births")
 
@@ -83,10 +84,12 @@ async def create(
             lambda revision: Created(start.ids, revision),
         )
 
+    if writer.unfinished >= _DOORS:
+        raise errors.Unavailable("too many starts before this one are unsettled; nothing was done")
     try:
         return await writer.run(snapshot, rule, until_ns=until_ns)
     except (errors.Unsure, asyncio.CancelledError):
-        writer.soon(_close_door(writer, snapshot, start))
+        writer.soon(_close_door(writer, snapshot, start._replace(script_text="", metadata={})))
         raise
 
 

@@ -157,12 +157,32 @@ async def test_the_door_is_closed_on_a_create_that_was_given_up() -> None:
         c.flaky.plan(Fate.LATE)
         what = start()
         with pytest.raises(errors.Unsure):
-            await create(c, what, until_ns=c.world.boot_ns() + 20_000_000)
+            await create(c, what, until_ns=c.world.boot_ns() + 45_000_000)
         await c.writer.close()
         await c.flaky.settled()
         assert (await c.look()).instance(what.ids[0]) is None
         born = await c.values(schema.born(what.ids[0]))
         assert b'"closed":true' in born[0].value
+
+
+async def test_no_more_starts_are_taken_while_very_many_are_unsettled() -> None:
+    """What is kept of them in memory is bounded, however long the store gives no answers."""
+    async with cloud.running() as c:
+        await create(c, start())  # shared leases are there now
+        snapshot = await c.look()
+        c.flaky.partition(True)
+        while c.writer.unfinished < 300:
+            until_ns = c.world.boot_ns() + 200_000_000
+            lost = (commit_births.create(c.writer, snapshot, start(), until_ns=until_ns) for _ in range(100))
+            assert errors.Unsure in map(type, await asyncio.gather(*lost, return_exceptions=True))
+        with pytest.raises(errors.Unavailable, match="unsettled"):
+            await commit_births.create(c.writer, snapshot, start())
+        c.flaky.partition(False)
+        async with asyncio.timeout(20):
+            while c.writer.unfinished:
+                await asyncio.sleep(0.05)
+        assert isinstance(await create(c, start()), commit_births.Created)
+        assert (await c.look()).instance_count() == 2
 
 
 async def test_what_turns_up_after_giving_up_is_terminated() -> None:
@@ -172,7 +192,7 @@ async def test_what_turns_up_after_giving_up_is_terminated() -> None:
         c.flaky.plan(Fate.LOST_REPLY)
         what = start()
         with pytest.raises(errors.Unsure):
-            await create(c, what, until_ns=c.world.boot_ns() + 20_000_000)
+            await create(c, what, until_ns=c.world.boot_ns() + 45_000_000)
         await c.writer.close()
         instance = await c.instance(what.ids[0])
         assert instance.state == State.TERMINATED
@@ -187,7 +207,7 @@ async def test_what_turns_up_stays_for_the_repeat_with_its_key() -> None:
         c.flaky.plan(Fate.LOST_REPLY)
         what = start(key="k")
         with pytest.raises(errors.Unsure):
-            await create(c, what, until_ns=c.world.boot_ns() + 20_000_000)
+            await create(c, what, until_ns=c.world.boot_ns() + 45_000_000)
         await c.writer.close()
         assert await create(c, start(key="k")) == commit_births.Repeated(what.ids)
         assert (await c.instance(what.ids[0])).state == State.SCHEDULING
@@ -201,7 +221,7 @@ async def test_what_turns_up_stays_for_a_repeat_that_was_answered_with_it() -> N
         c.flaky.plan(Fate.LOST_REPLY, Fate.UNAVAILABLE)  # the second is the first attempt to close the door
         what = start(spec=TWIN)
         with pytest.raises(errors.Unsure):
-            await create(c, what, until_ns=c.world.boot_ns() + 20_000_000)
+            await create(c, what, until_ns=c.world.boot_ns() + 45_000_000)
         while c.flaky.planned:
             await asyncio.sleep(0.001)
         assert await create(c, start(spec=TWIN)) == commit_births.Repeated(what.ids)
@@ -216,7 +236,7 @@ async def test_a_repeat_after_the_door_was_closed_is_a_new_start() -> None:
         c.flaky.plan(Fate.LOST_REPLY)
         what = start(spec=TWIN)
         with pytest.raises(errors.Unsure):
-            await create(c, what, until_ns=c.world.boot_ns() + 20_000_000)
+            await create(c, what, until_ns=c.world.boot_ns() + 45_000_000)
         await c.writer.close()
         assert (await c.instance(what.ids[0])).state == State.TERMINATED
         assert isinstance(await create(c, start(spec=TWIN)), commit_births.Created)
