@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from covey import world
-from covey.agent import agent, parts, synthetic
+from covey.agent import agent, host, parts, synthetic
 from covey.client import http
 from tests.unit.agent import fake
 
@@ -36,7 +36,8 @@ class Node:
         self.images = synthetic.Images(knobs.pull_s)
         self.endpoints = http.Endpoints([url], timeout_s=5)
         config = agent.Config(data_dir=str(data or ""), limits=parts.Limits(boot_s=2.0, quick_s=0.1))
-        self.agent = agent.Agent(config, self.clock, self.driver, self.images, self.endpoints)
+        self.place = host.Place()
+        self.agent = agent.Agent(config, self.clock, self.driver, self.images, self.endpoints, place=self._where)
         self.driver._wake = self.agent.wake
         self._task: asyncio.Task[None] | None = None
 
@@ -50,6 +51,9 @@ class Node:
                 await self._task
             self._task = None
         await self.endpoints.close()
+
+    async def _where(self) -> host.Place:
+        return self.place
 
     async def phases(self) -> dict[tuple[str, int], str]:
         return {(vm.instance, vm.epoch): str(vm.phase) for vm in await self.driver.list()}

@@ -49,6 +49,8 @@ class Controller:
         self.messages: list[int] = []
         self.lose: list[str] = []
         self.break_: dict[str, int] = {}
+        self.refuse = ""  # joins are refused with these words
+        self.controllers: tuple[str, ...] = ()  # announced to agents
         self.before_launch_answer: Callable[[], None] = lambda: None
         self._numbers: set[tuple[int, str, int, int]] = set()
         self._changed = asyncio.Event()
@@ -146,6 +148,8 @@ class Controller:
     async def _join(self, body: bytes) -> wire.Joined | web.Response:
         ask = msgspec.json.decode(body, type=wire.Join)
         self.joins.append(ask)
+        if self.refuse:
+            return web.json_response({"status": "FAIL", "message": self.refuse, "body": None})
         known = not self.counter or self.secret in (ask.last_secret, ask.secret)
         if not known or (self.host_key and ask.host_key != self.host_key):
             return _envelope("the last secret is not the one", 409)
@@ -180,6 +184,7 @@ class Controller:
             heartbeat_s=self.heartbeat_s,
             hold=self.hold,
             questions=tuple(self.questions),
+            controllers=self.controllers,
         )
 
     async def _answer(self, body: bytes) -> wire.Answered:

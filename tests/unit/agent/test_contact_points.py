@@ -1,0 +1,87 @@
+"""Where a node and its cloud find each other: learnt controllers, a host that moves, a join that is refused."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from covey import errors
+from covey.agent import host, identity
+from tests.unit.agent import fake
+from tests.unit.agent.conftest import MakeNode
+
+
+async def test_a_node_whose_host_got_another_name_or_address_says_so(
+    cloud: fake.Controller, make_node: MakeNode
+) -> None:
+    """Without a restart: it joins again, as the same node, and its VMs run on."""
+    node = make_node()
+    node.place = host.Place("before", "192.0.2.1")
+    await node.start()
+    await fake.until(lambda: bool(cloud.called & {"report"}), "the node has joined")
+    assert (cloud.joins[-1].facts.name, cloud.joins[-1].facts.ip) == ("before", "192.0.2.1")
+    node.place = host.Place("after", "192.0.2.2")
+    node.clock.ahead_ns += 61_000_000_000
+    node.agent.wake()
+    await fake.until(lambda: node.agent._moved, "the node has looked at its host again")
+    cloud.changed()  # its poll is answered
+    await fake.until(lambda: len(cloud.joins) == 2, "the node joins again")
+    assert (cloud.joins[-1].facts.name, cloud.joins[-1].facts.ip) == ("after", "192.0.2.2")
+    assert cloud.joins[-1].node == "node-1"
+
+
+async def test_a_host_that_does_not_know_its_address_now_has_not_moved(
+    cloud: fake.Controller, make_node: MakeNode
+) -> None:
+    """The network is away for a while."""
+    node = make_node()
+    node.place = host.Place("mine", "192.0.2.1")
+    await node.start()
+    await fake.until(lambda: bool(cloud.called & {"report"}), "the node has joined")
+    node.place = host.Place("mine", "")
+    reports = len(cloud.reports)
+    node.clock.ahead_ns += 61_000_000_000
+    node.agent.wake()
+    await fake.until(lambda: len(cloud.reports) > reports + 1, "it goes on")
+    cloud.changed()
+    assert len(cloud.joins) == 1
+
+
+async def test_learnt_controllers_are_asked_and_kept(
+    cloud: fake.Controller, make_node: MakeNode, tmp_path: Path
+) -> None:
+    node = make_node()
+    cloud.controllers = ("http://127.0.0.1:1", cloud.url)
+    await node.start()
+    await fake.until(lambda: set(node.endpoints.urls) == set(cloud.controllers), "the node has learnt")
+    assert identity.learnt(tmp_path / "node") == cloud.controllers
+    cloud.controllers = ()  # nothing to learn from that
+    cloud.changed()
+    await fake.until(lambda: cloud.called >= {"report"}, "it goes on")
+    await fake.until(lambda: len(cloud.messages) > 3, "it has asked again")
+    assert set(node.endpoints.urls) == {"http://127.0.0.1:1", cloud.url}
+
+
+async def test_an_operators_join_that_is_refused_for_good_ends(cloud: fake.Controller, make_node: MakeNode) -> None:
+    node = make_node()
+    node.agent._explicit = True
+    cloud.refuse = "the agent belongs to another cloud"
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await asyncio.wait_for(node.agent.run(), 20)
+    (error,) = caught.value.exceptions
+    assert isinstance(error, errors.SettingError)
+    assert "another cloud" in str(error)
+
+
+@pytest.mark.parametrize("status", [409, 410], ids=["its old session lives", "its removal is not finished"])
+async def test_an_operators_join_waits_for_what_passes(
+    cloud: fake.Controller, make_node: MakeNode, status: int
+) -> None:
+    node = make_node()
+    node.agent._explicit = True
+    cloud.break_["join"] = status
+    await node.start()
+    await fake.until(lambda: "join" in cloud.called, "the node has asked")
+    del cloud.break_["join"]
+    await fake.until(lambda: "report" in cloud.called, "the node has joined")
+    assert cloud.joins[-1].explicit
