@@ -487,6 +487,30 @@ async def test_vms_survive_the_agent_and_are_adopted(
     assert not list((tmp_path / "node" / "records").iterdir())
 
 
+async def test_after_a_restart_no_answer_older_than_its_acts_is_believed(
+    cloud: fake.Controller, make_node: MakeNode
+) -> None:
+    """Safety S2: the revision that an act rests on is on disk with it; the next life knows it."""
+    first, vm, other = make_node(), name(), name()
+    await first.start()
+    await started(cloud, vm)
+    await started(cloud, other)
+    cloud.revision += 10
+    cloud.want(DESTROY, vm)
+    await fake.until(lambda: Said.GONE in cloud.said(vm), "gone")
+    newest = cloud.revision
+    await first.stop()
+    cloud.want(DESTROY, other)
+    cloud.revision = newest - 5  # a controller that lags says this
+    second = make_node()
+    polls = len(cloud.messages)
+    await second.start()
+    await fake.until(lambda: len(cloud.messages) > polls + 2, "it asked again")
+    assert await second.phases() == {(other, 1): "running"}
+    cloud.revision = newest + 5
+    await fake.until(lambda: Said.GONE in cloud.said(other), "gone by a new answer")
+
+
 async def test_a_join_whose_answer_was_lost_is_repeated(cloud: fake.Controller, make_node: MakeNode) -> None:
     """Safety S7: the secret is on disk before it is sent, so whichever the controller knows is known here too."""
     cloud.lose.append("join")
