@@ -1,7 +1,7 @@
 # Every verb does what it needs first; `make test` is also what CI runs (.ci/run).
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check sim storm bench docs up lock wheel clean
+.PHONY: help setup topology demo test check sim storm bench docs up lock wheel clean
 
 WITH_PATH := PATH="$(CURDIR)/.venv/bin:$(CURDIR)/.deps/etcd/usr/bin:$$PATH"
 RUN := $(WITH_PATH) .venv/bin/python
@@ -32,6 +32,9 @@ bench: setup ## starts a second, latency, memory; prints tables: make bench ARGS
 
 docs: setup ## draws the generated pages of docs/reference from the code
 	@$(RUN) scripts/gen_docs.py
+
+topology: setup ## controllers behind a balancer, to be broken by hand: make topology ARGS=haproxy|nginx|keepalived|nodeside
+	@$(RUN) -m scripts.topology $(ARGS)
 
 up: setup ## a cloud on this machine with synthetic nodes: make up ARGS="--nodes 100"
 	@$(WITH_PATH) covey up $(ARGS)

@@ -281,6 +281,12 @@ class Lab:
             self._switch = None
 
     @property
+    def switch_pid(self) -> int:
+        """A process in whose network namespace the bridge is, for faults by hand (`nsenter -t … -n nft`)."""
+        assert isinstance(self.switch, _Bridge)
+        return self.switch.host.holder
+
+    @property
     def switch(self) -> Switch:
         if self._switch is None:
             raise LabError("the lab is closed")
@@ -339,7 +345,7 @@ class _Bridge:
     """A kernel bridge in a namespace of its own. One rule a direction, in the chain that forwarded frames pass."""
 
     def __init__(self, hosts: Mapping[str, Host]) -> None:
-        self._host = Host("switch", "")
+        self.host = Host("switch", "")
         try:
             self._tool("ip", "link", "add", "br0", "type", "bridge")
             self._tool("ip", "link", "set", "br0", "up")
@@ -361,7 +367,7 @@ class _Bridge:
 
     def _tool(self, *argv: str, text: str = "") -> None:
         """In the network namespace only: a pid on the command line is the machine's."""
-        command = ["nsenter", "-t", str(self._host.holder), "-n", "--", *argv]
+        command = ["nsenter", "-t", str(self.host.holder), "-n", "--", *argv]
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=30, check=False)
         if done.returncode:
             raise LabError(f"{' '.join(argv)}: {done.stderr.strip()} {text}")
@@ -380,7 +386,7 @@ class _Bridge:
         self._nft("flush chain bridge lab faults")
 
     def close(self) -> None:
-        self._host.close()
+        self.host.close()
 
 
 class _Taps:
@@ -429,4 +435,5 @@ def _start(
         stdout=stdout,
         stderr=stderr,
         env=environment() if env is None else dict(env),
+        start_new_session=True,  # Ctrl-C is ours alone
     )
