@@ -108,14 +108,14 @@ async def test_a_node_leaves(house: cloud.Cloud) -> None:
 # ---- leases (safety S8)
 
 
-async def test_every_message_renews_and_tells_how_old_the_renewal_is(house: cloud.Cloud) -> None:
+async def test_a_message_renews_and_tells_how_old_the_renewal_is(house: cloud.Cloud) -> None:
     agent = cloud.Agent(house.api)
     joined = await agent.join()
     assert (joined.lease.ttl_s, joined.lease.age_s, joined.heartbeat_s) == (30, 0, 5)
     state = await agent.wanted()
     assert (state.lease.age_s, state.lease.margin_s) == (0, 5)
     assert 29 < state.lease.ttl_s <= 30
-    assert (await agent.report()).lease.age_s == 0
+    assert 0 <= (await agent.report()).lease.age_s < 1, "right after a renewal a message rests on that one"
 
 
 async def test_a_lease_that_has_ended_means_join_again(house: cloud.Cloud) -> None:
