@@ -31,6 +31,7 @@ _READ = 1 << 20
 _PIECE = 512 << 20  # one PATCH: bounds what a killed server loses; a file of one piece is published without a copy
 _PAUSE_S = 0.1  # after a failed try, doubled with each one in a row
 _PAUSE_LIMIT_S = 2.0
+_HEADERS_S = 5.0  # a server that has not begun to answer a download by then is left, if there is another one
 _SLOW_DISK = 20e6  # bytes/s that a server can at least make durable
 
 
@@ -293,9 +294,10 @@ class Registry:
             url = self._http.pick()
             body = io.BytesIO(data) if isinstance(data, bytes) else data  # aiohttp sends a stream in pieces
             try:
-                answer = await self._http.session.request(
-                    method, url + path, data=body, headers=dict(headers), timeout=timeout
-                )
+                async with asyncio.timeout(_HEADERS_S if method == "GET" and len(self._http.urls) > 1 else None):
+                    answer = await self._http.session.request(
+                        method, url + path, data=body, headers=dict(headers), timeout=timeout
+                    )
             except (aiohttp.ClientError, OSError) as error:
                 self._http.mark_bad(url)
                 failures.append(f"{url}: {type(error).__name__}{f' {error}' if str(error) else ''}")

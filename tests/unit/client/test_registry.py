@@ -1,0 +1,37 @@
+"""One of two registries dies or freezes: what is read comes from the other one, at once."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from covey.client import http, oci, registry
+from tests.support import proxy
+from tests.support import registry as server
+
+TEMPLATE = "templates/9c8b3f0e-2f4f-4d57-9a3c-0d7b8f3c1a55"
+
+
+@pytest.mark.parametrize("first", ["manifest", "blob"])
+@pytest.mark.parametrize("mood", [proxy.Mood.CLOSED, proxy.Mood.DEAF], ids=["dead", "frozen"])
+async def test_reading_goes_on_at_the_other_registry(tmp_path: Path, mood: proxy.Mood, first: str) -> None:
+    layer, config = b"layer " * 1000, server.template_config()
+    content = server.template_manifest(config, layer, name="t", tag="v1")
+    async with server.serving(tmp_path / "data") as only, proxy.before(only.port) as nasty:
+        async with server.talking(only) as writer:
+            for blob in (config, layer):
+                await writer.upload_bytes(TEMPLATE, blob)
+            digest, _ = await writer.push_manifest(TEMPLATE, "v1", content)
+        await nasty.turn(mood)
+        urls = [f"http://{nasty.address}", only.url]
+        async with http.Endpoints(urls) as endpoints:
+            reader = registry.Registry(endpoints)
+            began_s = time.monotonic()
+            if first == "manifest":
+                assert (await reader.manifest(TEMPLATE, "v1"))[1] == digest
+            target = tmp_path / "layer"
+            await reader.fetch(TEMPLATE, oci.digest_of(layer), len(layer), target)
+            assert target.read_bytes() == layer
+            assert await reader.has_blob(TEMPLATE, oci.digest_of(layer))
+            assert len(await reader.templates()) == 1
+            assert time.monotonic() - began_s < (5 if first == "manifest" else 10)
