@@ -152,7 +152,8 @@ def test_a_node_that_left_comes_back_as_if_new_and_runs_vms(cloud: fleet.Fleet, 
 
 
 def test_another_host_with_the_same_id_is_refused(cloud: fleet.Fleet, host: Host, tmp_path: Path) -> None:
-    """Safety S7: it shows the node's id and even its secret, but its data directory is another one."""
+    """Safety S7: it shows the node's id and even its secret, but its data directory is another one. (A whole copy of it
+    does not even begin: test_balancing.py.)"""
     id, node = started(cloud), host.node
     shutil.copytree(host.data / "agent", tmp_path / "other" / "agent", ignore=shutil.ignore_patterns("agent.lock"))
     copied = tmp_path / "other" / "agent" / "node.json"
