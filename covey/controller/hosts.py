@@ -10,12 +10,11 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from covey import model, world
-from covey.decide import placement, rooms
+from covey.decide import permission, placement, rooms
 from covey.store import codec, view
 
 _REFRESH_NS = 10_000_000  # candidates may be this old; the chosen node is looked at anew
 _BORN_TOGETHER = 8  # more instances of one request than this queue: their transaction would be very large
-_HELD = "it has not yet said what it runs since the store was restored"  # safety S19
 _NO_LEDGER = "what it holds cannot be read from the store"  # no placement there could be written down
 
 
@@ -34,7 +33,7 @@ def host(snapshot: view.Snapshot, id: str, silent: frozenset[str] = frozenset())
         alive=alive is not None and alive.noun.session == session.noun.counter and id not in silent,
         owed=any(order.noun.withdrawn for order in snapshot.orders_on(id)),
         trouble=_NO_LEDGER if ledger is None else trouble,
-        held=_HELD if snapshot.held(id) else "",
+        held=permission.HELD if snapshot.held(id) else "",
     )
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from covey import model
+from covey.decide import permission
 from covey.store import codec, view
 
 UNSET = msgspec.UNSET
@@ -333,7 +334,7 @@ def node(snapshot: view.Snapshot, kept: codec.Kept[model.Node], shown: Shown) ->
         last_updated=date(said.at_ns),
         timestamp=said.at_ns // 1_000_000_000,
         agent_version=facts.agent_version,
-        trouble=said.trouble,
+        trouble=said.trouble or (permission.HELD if snapshot.held(noun.id) else ""),
     )
 
 

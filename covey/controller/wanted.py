@@ -65,8 +65,14 @@ def for_node(snapshot: view.Snapshot, node: str) -> NodeWants:
 def _orders(snapshot: view.Snapshot, node: str) -> Iterable[wire.Wanted]:
     for kept in snapshot.orders_on(node):
         order = kept.noun
+        instance = snapshot.instance(order.instance)
         yield wire.Wanted(
-            instance=order.instance, epoch=order.epoch, verb=Verb.DESTROY, decision=order.decision, acknowledged=True
+            instance=order.instance,
+            epoch=order.epoch,
+            verb=Verb.DESTROY,
+            decision=order.decision,
+            acknowledged=True,
+            final=instance is None or instance.noun.state in (State.TERMINATING, State.TERMINATED),
         )
 
 

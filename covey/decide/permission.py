@@ -24,6 +24,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 NAMES_SHOWN = 3
+HELD = "it has not yet said what it runs since the store was restored"  # of a node
 
 
 class Link(NamedTuple):

@@ -18,6 +18,7 @@ from covey.store import base, codec, commit, schema, view
 _DELETES = 100  # per transaction
 _BALLAST, _BALLAST_TTL_S = 24, 60  # two entries each; a restored store of five members begins with twelve
 _KEPT_NS = 30 * 24 * 3600 * 1_000_000_000  # nonces
+_MOST = 5000  # nonces of 30 days: an etcd that fails again and again must not make the chain grow without end
 
 _log = observe.log("history")
 
@@ -113,12 +114,13 @@ async def _breach(store: base.Store) -> permission.Link:
 
 
 async def old_nonces(writer: commit.Writer) -> list[base.Kv]:
-    """Nonces older than 30 days, for `sweep`: the oldest, so that the chain stays whole from its oldest link on. Clocks
-    that differ make it shorter or longer; who saw less than it reaches back is held (safety S18)."""
+    """Nonces older than 30 days, or more than 5,000, for `sweep`: the oldest, so that the chain stays whole from its
+    oldest link on. Clocks that differ make it shorter or longer; who saw less than it reaches back is held (S18)."""
     page = await writer.store.range(schema.HISTORY, base.prefix_end(schema.HISTORY))
     old: list[base.Kv] = []
     for kv in sorted(page.kvs, key=lambda kv: kv.create_revision)[:-1]:
-        if writer.world.wall_ns() - codec.decode(kv, schema.Nonce).noun.at_ns < _KEPT_NS:
+        young = writer.world.wall_ns() - codec.decode(kv, schema.Nonce).noun.at_ns < _KEPT_NS
+        if young and len(page.kvs) - len(old) <= _MOST:
             break
         old.append(kv)
     return old
