@@ -27,9 +27,9 @@ class Presence:
             del self._seen_ns[id]
 
     def silent_s(self, node: model.NodeId) -> float | None:
-        """How long ago this controller last saw the node alive; None: never."""
+        """For how long a node whose lease has ended was not heard of; None: this controller never saw it alive."""
         seen_ns = self._seen_ns.get(node)
-        return None if seen_ns is None else (self._world.boot_ns() - seen_ns) / 1e9
+        return None if seen_ns is None else (self._world.boot_ns() - seen_ns) / 1e9 + wire.LEASE_TTL_S
 
     def present(self, snapshot: view.Snapshot, node: model.NodeId, timeout_s: float) -> bool:
         """Whether the node was heard of in the last `timeout_s`; one that was never seen alive from here was not."""

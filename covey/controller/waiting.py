@@ -15,12 +15,13 @@ from typing import NamedTuple
 from covey import model
 from covey import world as worlds
 from covey.controller import hosts
-from covey.decide import explain, pauses, permission, placement
+from covey.decide import deadlines, explain, pauses, permission, placement
 from covey.store import codec, view
 
 Decision = placement.Place | placement.Wait
 
 _TOLD_AGAIN = 4  # a plan may be told again for so many times as long as it took to make
+_STANDS_STILL_S = deadlines.Spans().silent_ns / 1e9
 _MIN_NS = 1_000_000  # plans quicker than this are always made anew
 
 
@@ -107,12 +108,16 @@ class Waiting:
         if not instance.waiting and instance.state is model.State.PULLING and not snapshot.may_begin(kept):
             return explain.Story(text=f"Waiting: {permission.why_held_back(snapshot.awaited())}")
         if not instance.waiting:
-            silent_s = self._silent_s(instance.node)
+            silent_s = self._silent_for_s(instance.node)
             return explain.placed(instance, _name(snapshot, instance.node), talking=talking, silent_s=silent_s)
         cloud = self.plan(snapshot).cloud
         queue = placement.queue((one.noun for one in snapshot.waiting()), cloud.births)
         left_ns = pauses.left_ns(self._refusals, instance, self._world.boot_ns())
-        return explain.waiting(instance, queue, cloud, explain.Observed(self._silent_s, left_ns))
+        return explain.waiting(instance, queue, cloud, explain.Observed(self._silent_for_s, left_ns))
+
+    def _silent_for_s(self, node: model.NodeId) -> float | None:
+        """At least for so long: of one whose lease lives, the span after which that counts no more (safety S8)."""
+        return _STANDS_STILL_S if node in self.fleet.silent else self._silent_s(node)
 
     def _recent(self, snapshot: view.Snapshot) -> Plan | None:
         """The last plan, if it may be told again."""

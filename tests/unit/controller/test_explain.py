@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from covey import model, wire, world
-from covey.controller import hosts, waiting
+from covey.controller import hosts, presence, waiting
 from covey.store import commit_nodes
 from tests.support import cloud as clouds
 from tests.support import nouns
@@ -133,3 +133,26 @@ async def test_a_plan_that_was_slow_is_told_for_a_while_but_of_nobody_that_it_do
         clock.now_ns += 1_000_000_000
         await commit_nodes.remove(c.writer, await c.look(), next((await c.look()).nodes()).noun.id, "operator")
         assert told.why(await c.look(), old) == "Waiting: no node has joined"
+
+
+async def test_how_long_a_node_was_not_heard_of_is_told_by_this_controllers_clock() -> None:
+    """Safety S9; its last word came a lease before its sign of life went."""
+    async with clouds.running() as c:
+        clock, fleet = Clock(), hosts.Fleet()
+        seen = presence.Presence(clock)
+        told = waiting.Waiting(clock, fleet, seen.silent_s)
+        node = await c.join()
+        (id,) = await c.create()
+        seen.look(await c.look())
+        session = (await c.look()).session(node)
+        assert session is not None
+        c.store._data.revoke(session.noun.lease)  # type: ignore[attr-defined]
+        clock.now_ns += 12_000_000_000
+        snapshot = await c.look()
+        kept = snapshot.instance(id)
+        assert kept is not None
+        [verdict] = told.story(snapshot, kept, talking=True).verdicts
+        assert verdict.text == "no word for 42 s"
+        fleet.silent = frozenset({node})
+        [verdict] = told.story(snapshot, kept, talking=True).verdicts
+        assert verdict.text == "no word for 2 min"
