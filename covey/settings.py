@@ -101,6 +101,7 @@ class Standalone(_Settings, frozen=True, kw_only=True):
     data_dir: Path
     nodes: int
     graceful_shutdown_timeout_s: float
+    shutdown_delay_s: float
     etcd_binary: str  # "": found on the PATH
     etcd_name: str
     listen_client_urls: tuple[str, ...]  # (): a free loopback port
@@ -231,6 +232,7 @@ def standalone(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Standalon
         data_dir=data_dir,
         nodes=read.number("NODES"),
         graceful_shutdown_timeout_s=read.duration("GRACEFUL_SHUTDOWN_TIMEOUT"),
+        shutdown_delay_s=read.duration("SHUTDOWN_DELAY"),
         etcd_binary=read.text("ETCD_BINARY"),
         etcd_name=read.text("NAME"),
         listen_client_urls=read.urls("LISTEN_CLIENT_URLS"),

@@ -106,7 +106,7 @@ def _programs(
     """In the order of starting."""
     covey = (sys.executable, "-m", "covey")
     common = {**environ, "COVEY_STANDALONE": "false", "COVEY_RUN_REGISTRY": "false", "COVEY_NODES": "0"}
-    patience_s = chosen.graceful_shutdown_timeout_s + 5
+    patience_s = chosen.shutdown_delay_s + chosen.graceful_shutdown_timeout_s + 5
     if where.etcd_client:
         yield _etcd(chosen, where, binary, environ)
         common["COVEY_ETCD_ENDPOINTS"] = where.etcd_client

@@ -153,6 +153,8 @@ class AgentApi:
         until_ns = arrived_ns + int(min(max(ask.wait_s, 0.0), wire.POLL_LIMIT_S) * 1e9)
         wants = wanted.for_node(snapshot, caller.node)
         while not hold and not wants.news_for(ask.tag) and self._writer.world.boot_ns() < until_ns:
+            if call.draining.is_set():  # what is short is still served; who waits shall wait elsewhere
+                raise errors.Unavailable("this controller is going down; ask another controller")
             if not await self._park(call, caller.node, snapshot.revision, until_ns):
                 break
             self._check_ready()

@@ -95,9 +95,7 @@ class Replica:
             *api_node.NodeApi(self._mirror, self._writer, shown).routes(),
             *api_registry.RegistryApi(self._templates).routes(),
         ]
-        agents = api_agent.AgentApi(
-            self._mirror, self._writer, self._renewals, terms, self._alarm, self._trouble_of_agents
-        )
+        agents = api_agent.AgentApi(self._mirror, self._writer, self._renewals, terms, self._alarm, self._trouble)
         return status, [*status.probes(), *map(self._gated, people), *map(_of_agents, agents.routes())]
 
     # ---- start and stop --------------------------------------------------------------------------------------------
@@ -211,7 +209,7 @@ class Replica:
         """Why this controller cannot serve now; "" when it can (safety S25)."""
         return self._entering or self._mirror.trouble
 
-    def _trouble_of_agents(self) -> str:
+    def _trouble_of_polls(self) -> str:
         return "this controller is going down" if self.server.draining.is_set() else self._trouble()
 
     def _lesser_troubles(self) -> list[str]:
@@ -224,7 +222,7 @@ class Replica:
         """Note which nodes are there, and raise the alarm for parked polls while this controller is red."""
         was = self._entering
         while True:
-            trouble = self._trouble_of_agents()
+            trouble = self._trouble_of_polls()
             if bool(trouble) != self._alarm.is_set():
                 (self._alarm.set if trouble else self._alarm.clear)()
             if bool(trouble) != bool(was):

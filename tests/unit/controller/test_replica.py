@@ -270,3 +270,18 @@ async def test_requests_as_clients_really_send_them() -> None:
             assert (status, envelope) == (200, {"status": "OK", "message": ""})
         for request, status in (("GET /nowhere", 404), ("PATCH /api/v1/vm", 405), ("GET /api/v1/vm/", 404)):
             assert (await raw(port, f"{request} HTTP/1.1"))[0] == status
+
+
+async def test_an_agent_s_words_are_taken_to_the_end_and_only_its_polls_are_sent_elsewhere() -> None:
+    async with cloud.running(COVEY_SHUTDOWN_DELAY="3s") as house:
+        agent = cloud.Agent(house.api)
+        await agent.join()
+        await agent.wanted()
+        parked = asyncio.create_task(_park(agent))
+        await asyncio.sleep(0.1)
+        stopping = asyncio.create_task(house.replicas[0].stop())
+        assert await parked == 503
+        await agent.report()
+        assert await _park(agent) == 503
+        await agent.wanted(tag="what is new to it is told")
+        await stopping
