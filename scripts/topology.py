@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from tests.support import balancers, lab_cloud, netlab
 
 KINDS = ("haproxy", "nginx", "keepalived", "nodeside")
-VIRTUAL = f"{netlab.NETWORK}.200"
 RESTART_S = 5.0
 LOOK_S = 0.2
 TRUST = {"COVEY_TRUSTED_PROXIES": f"{netlab.NETWORK}.0/24"}
@@ -100,14 +99,9 @@ def _nginx(cloud: lab_cloud.Cloud) -> str:
 
 
 def _keepalived(cloud: lab_cloud.Cloud) -> str:
-    one, other = cloud.lab["lb1"].ip, cloud.lab["lb2"].ip
-    addresses = {"VIRTUAL": f"{VIRTUAL}/24", "A": one, "B": other, "CARD": "eth0"}
-    for host, which in (("lb1", "a"), ("lb2", "b")):
-        balancers.haproxy(cloud, host)
-        balancers.keepalived(cloud, host, which, addresses)
-    url = f"http://{VIRTUAL}:8090"
-    cloud.until(lambda: cloud.is_ready(url), 30, "the virtual address answers")
-    return url
+    pair = balancers.Pair(cloud)
+    pair.wait_both_well()
+    return pair.url
 
 
 # ---- what is said ----------------------------------------------------------------------------------------------------
@@ -167,7 +161,7 @@ def main() -> int:
         print("topology: namespaces need root: sudo make topology ARGS=…", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    more = {"keepalived": ("lb1", "lb2"), "nodeside": ()}.get(options.kind, ("lb1",))
+    more = {"keepalived": balancers.PAIR, "nodeside": ()}.get(options.kind, ("lb1",))
     say(f"Starting 3 etcd members, 3 controllers, a registry, {options.nodes} nodes: {options.kind}")
     try:
         with lab_cloud.running(more=more, env=TRUST) as cloud:

@@ -8,9 +8,11 @@ import os
 import shutil
 from pathlib import Path
 
-from tests.support import lab_cloud
+from tests.support import lab_cloud, netlab
 
 DEPLOY = lab_cloud.ROOT / "deploy"
+PAIR = ("lb1", "lb2")  # hosts of two balancers that share an address
+VIRTUAL = f"{netlab.NETWORK}.200"
 
 
 class NotInstalled(Exception):
@@ -61,14 +63,36 @@ def nginx(cloud: lab_cloud.Cloud, host: str) -> lab_cloud.Program:
     return program
 
 
-def keepalived(cloud: lab_cloud.Cloud, host: str, which: str, addresses: dict[str, str]) -> lab_cloud.Program:
-    """`which` is a or b; `addresses` the values of addresses.conf. Not waited for."""
-    folder = Path(shutil.copytree(DEPLOY / "keepalived", cloud.directory / f"{host}-keepalived"))
-    text = "".join(f"${name}={value}\n" for name, value in addresses.items())
-    (folder / "addresses.conf").write_text(text)
-    files = ["-f", folder / f"keepalived-{which}.conf", "-p", folder / "pid", "-r", folder / "vrrp.pid"]
-    argv = [binary("keepalived"), "--dont-fork", "--log-console", "--log-detail", *map(str, files)]
-    return cloud.start_other(f"{host}-keepalived", host, argv)
+class Pair:
+    """Two hosts, each with haproxy and keepalived, that share a virtual address: `url` is the API behind it."""
+
+    def __init__(self, cloud: lab_cloud.Cloud) -> None:
+        self.cloud = cloud
+        self.url = f"http://{VIRTUAL}:8090"
+        self.haproxy = {host: haproxy(cloud, host) for host in PAIR}
+        self.keepalived = {host: self._keepalived(host, which) for host, which in zip(PAIR, "ab", strict=True)}
+
+    def _keepalived(self, host: str, which: str) -> lab_cloud.Program:
+        folder = Path(shutil.copytree(DEPLOY / "keepalived", self.cloud.directory / f"{host}-keepalived"))
+        one, other = (self.cloud.lab[name].ip for name in PAIR)
+        addresses = {"VIRTUAL": f"{VIRTUAL}/24", "A": one, "B": other, "CARD": "eth0"}
+        (folder / "addresses.conf").write_text("".join(f"${name}={value}\n" for name, value in addresses.items()))
+        files = ["-f", folder / f"keepalived-{which}.conf", "-p", folder / "pid", "-r", folder / "vrrp.pid"]
+        argv = [binary("keepalived"), "--dont-fork", "--log-console", "--log-detail", *map(str, files)]
+        return self.cloud.start_other(f"{host}-keepalived", host, argv)
+
+    def holders(self) -> list[str]:
+        """Who has the address now."""
+        return [host for host in PAIR if VIRTUAL in self.cloud.lab[host].run(["ip", "-o", "addr"]).stdout]
+
+    def wait_both_well(self) -> str:
+        """Until one holds the address, through which the cloud answers, and the other could take it; the holder."""
+        self.cloud.wait_ready(*self.haproxy.values())
+        self.cloud.until(lambda: len(self.holders()) == 1 and self.cloud.is_ready(self.url), 30, "one holder")
+        (holder,) = self.holders()
+        spare = self.keepalived[next(host for host in PAIR if host != holder)]
+        self.cloud.until(lambda: spare.log().rfind("BACKUP STATE") > spare.log().rfind("FAULT STATE"), 30, "a spare")
+        return holder
 
 
 def _place(url: str) -> str:

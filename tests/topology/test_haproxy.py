@@ -35,7 +35,7 @@ def test_a_frozen_controller_fails_no_read(behind_haproxy: lab_cloud.Cloud) -> N
     load = _run(behind_haproxy, "controller SIGSTOP", "frozen")
     assert load.failed(Kind.GET) == []
     assert load.figures(Kind.GET).longest_s < SLOWEST_GET_S + load.noise_s()
-    assert all(shot.status == 502 for shot in load.failed(Kind.KEYLESS)), "says that it may have been carried out"
+    assert {shot.status for shot in load.failed(Kind.KEYLESS)} <= {502, 504}  # it may have been carried out
     load.settle()
     load.assert_exactly_once()
 

@@ -4,44 +4,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support import balancers, lab_cloud, netlab, open_load
+from tests.support import balancers, lab_cloud, open_load
 from tests.topology import conftest
 
 Kind = open_load.Kind
-VIRTUAL = f"{netlab.NETWORK}.200"
-HOSTS = ("lb1", "lb2")
 STALL_S = 4.0  # two failed checks and the takeover
 
 
-class Pair:
-    """Two balancers; `holder` is the host that has the virtual address now."""
-
-    def __init__(self, cloud: lab_cloud.Cloud) -> None:
-        self.cloud = cloud
-        self.url = f"http://{VIRTUAL}:8090"
-        addresses = {"VIRTUAL": f"{VIRTUAL}/24", "A": cloud.lab["lb1"].ip, "B": cloud.lab["lb2"].ip, "CARD": "eth0"}
-        self.haproxy = {host: balancers.haproxy(cloud, host) for host in HOSTS}
-        self.keepalived = {
-            host: balancers.keepalived(cloud, host, which, addresses) for host, which in zip(HOSTS, "ab", strict=True)
-        }
-
-    def holders(self) -> list[str]:
-        return [host for host in HOSTS if VIRTUAL in self.cloud.lab[host].run(["ip", "-o", "addr"]).stdout]
-
-    def wait_both_well(self) -> str:
-        """Until one holds the address, through which the cloud answers, and the other could take it; the holder."""
-        self.cloud.wait_ready(*self.haproxy.values())
-        self.cloud.until(lambda: len(self.holders()) == 1 and self.cloud.is_ready(self.url), 30, "one holder")
-        (holder,) = self.holders()
-        spare = self.keepalived[next(host for host in HOSTS if host != holder)]
-        self.cloud.until(lambda: spare.log().rfind("BACKUP STATE") > spare.log().rfind("FAULT STATE"), 30, "a spare")
-        return holder
-
-
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    with lab_cloud.running(more=HOSTS, env=conftest.BEHIND) as cloud:
-        pair = Pair(cloud)
+def pair() -> Iterator[balancers.Pair]:
+    with lab_cloud.running(more=balancers.PAIR, env=conftest.BEHIND) as cloud:
+        pair = balancers.Pair(cloud)
         pair.wait_both_well()
         cloud.start_nodes("n1", conftest.NODES, [pair.url], **conftest.ROOM)
         cloud.wait_nodes(conftest.NODES)
@@ -49,7 +22,7 @@ def pair() -> Iterator[Pair]:
 
 
 @pytest.mark.parametrize("fault", ["haproxy kill -9", "haproxy SIGSTOP", "power off"])
-def test_the_address_moves(pair: Pair, fault: str) -> None:
+def test_the_address_moves(pair: balancers.Pair, fault: str) -> None:
     holder = pair.wait_both_well()
     with open_load.running(pair.cloud, pair.url, label=fault.replace(" ", "-"), mix=(Kind.GET, Kind.KEYED)) as load:
         load.wait(1.0)
