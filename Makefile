@@ -21,8 +21,8 @@ test: setup ## everything CI checks; one part: make test ARGS=unit
 check: setup ## style, types, layers, documentation (no tests)
 	@$(RUN) scripts/test.py check
 
-sim: setup ## the simulated cloud over fresh seeds: make sim SEEDS=500 (FIRST=7 begins at a certain one)
-	@$(RUN) -m tests.sim --seeds $(or $(SEEDS),200) --first $(or $(FIRST),$$(date +%s))
+sim: setup ## the simulated cloud: five minutes of fresh seeds, or one told aloud: make sim MINUTES=30, make sim SEED=7
+	@$(RUN) -m tests.sim $(if $(SEED),--seed $(SEED),--seeds 1000000 --minutes $(or $(MINUTES),5) --first $(or $(FIRST),$$(date +%s)))
 
 storm: setup ## a cloud of real programs under random faults and load: make storm MINUTES=30 SEED=7
 	@$(RUN) -m tests.storm --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED))

@@ -45,7 +45,7 @@ class Replica:
         if not self.process.dead:
             return
         self._lives += 1
-        self.line.doom = ""
+        self.line.doom, self.line.closed = "", False
         self.process = clockwork.Process(f"{self.name}.{self._lives}")
         self.process.spawn(self._live(self.process))
 

@@ -95,7 +95,9 @@ class Line:
         self._sea = sea
         self._chance = chance
         self.flaky = _Weathered(sea, chance, weather)
+        self._listening: list[asyncio.Queue[base.Batch | errors.StoreError | None]] = []
         self.read_loss = 0.0
+        self.closed = False
         self.doom = ""  # "before" or "after": when the next commit kills its process
 
     async def range(
@@ -110,6 +112,8 @@ class Line:
         serializable: bool = False,
         oldest_first: bool = False,
     ) -> base.Page:
+        if self.closed:
+            raise errors.Unavailable("the store is closed")
         if self._chance.random() < self.read_loss:
             await asyncio.sleep(self._chance.uniform(0.0, 1.0))
             raise errors.Unavailable("the answer was lost")
@@ -127,6 +131,8 @@ class Line:
         )
 
     async def commit(self, txn: base.Txn, *, within_s: float | None = None) -> base.Outcome:
+        if self.closed:
+            raise errors.Unavailable("the store is closed")
         process, doom = clockwork.current(), self.doom
         if doom and process is not None:
             self.doom = ""
@@ -141,20 +147,24 @@ class Line:
         process.kill()
 
     async def watch(self, key: str, end: str, start_revision: int) -> AsyncIterator[base.Batch]:
-        batches: asyncio.Queue[base.Batch | errors.StoreError] = asyncio.Queue()
+        batches: asyncio.Queue[base.Batch | errors.StoreError | None] = asyncio.Queue()
+        self._listening.append(batches)
         pump = clockwork.depart(self._pump(batches, key, end, start_revision, clockwork.current()))
         try:
             while True:
                 batch = await batches.get()
+                if batch is None:
+                    raise asyncio.CancelledError
                 if isinstance(batch, errors.StoreError):
                     raise batch
                 yield batch
         finally:
             pump.cancel()
+            self._listening.remove(batches)
 
     async def _pump(
         self,
-        batches: "asyncio.Queue[base.Batch | errors.StoreError]",
+        batches: "asyncio.Queue[base.Batch | errors.StoreError | None]",
         key: str,
         end: str,
         start: int,
@@ -178,11 +188,18 @@ class Line:
     async def compact(self, revision: int) -> None:
         await clockwork.outside(self.flaky.compact(revision))
 
+    def end_lease(self, id: int) -> None:
+        """End somebody's lease, as an operator may; no part of `base.Store`."""
+        self._sea.end_lease(id)
+
     async def origin(self, revision: int) -> Any:
         return await clockwork.outside(self.flaky.origin(revision))
 
     async def close(self) -> None:
-        """The data is everybody's: there is nothing to let go of."""
+        """Nothing more is asked, and watches end, until the next process uses the line."""
+        self.closed = True
+        for batches in self._listening:
+            batches.put_nowait(None)
 
 
 class _Lease:
