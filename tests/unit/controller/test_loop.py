@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from covey import model, wire
-from covey.controller import loop
+from covey import model, wire, world
+from covey.controller import hosts, loop
 from covey.decide import deadlines
-from covey.store import base, commit, commit_cloud, commit_nodes, mirror, schema
+from covey.store import base, commit, commit_cloud, commit_instances, commit_nodes, mirror, schema, view
 from tests.support import cloud, nouns
 
 State = model.State
@@ -190,6 +191,54 @@ async def test_a_launched_instance_on_a_node_long_away_ends_in_error() -> None:
         c.store._data.revoke(session.noun.lease)  # type: ignore[attr-defined]
         async with looping(c, spans=NEVER._replace(lost_ns=50 * MS)):
             await until(lambda: _states_are(c, {id: State.ERROR}))
+
+
+class Sleeper(world.System):
+    """A host whose clock a test may push forward, as if the process had been stopped."""
+
+    ahead_ns = 0
+
+    def boot_ns(self) -> int:
+        return super().boot_ns() + self.ahead_ns
+
+
+async def test_a_loop_that_was_stopped_begins_every_span_anew() -> None:
+    """Safety S9: what it did not see stand still all the while has not stood still."""
+    clock = Sleeper()
+    async with cloud.running(clock) as c:
+        (id,) = await c.create()
+        await c.terminate(id)
+        async with looping(c, spans=NEVER._replace(terminated_ns=4_000 * MS)) as (one,):
+            await until(lambda: _observed(one, id))
+            clock.ahead_ns += 60_000 * MS
+            began_ns = time.monotonic_ns()
+            await until(lambda: _is_forgotten(c, id))
+            assert time.monotonic_ns() - began_ns > 3_500 * MS
+
+
+async def _observed(one: loop.Loop, id: str) -> bool:
+    return any(thing.id == id for thing in one._observed)
+
+
+async def _is_forgotten(c: cloud.Cloud, id: str) -> bool:
+    return id not in await states(c)
+
+
+async def test_a_node_owes_what_was_withdrawn_until_it_says_gone() -> None:
+    """Safety S10: it has not answered for that one, and gets nothing new."""
+    async with cloud.running() as c:
+        node = await c.join()
+        (id,) = await c.create(homes=[node])
+        await commit_instances.withdraw(c.writer, await c.look(), await c.kept(id), cloud.WHO)
+        assert _owes(await c.look(), node)
+        await c.report(node, nouns.item(Said.GONE, model.InstanceId(id), epoch=1))
+        assert not _owes(await c.look(), node)
+
+
+def _owes(snapshot: view.Snapshot, node: str) -> bool:
+    found = hosts.host(snapshot, node)
+    assert found is not None
+    return found.owed
 
 
 async def test_a_removal_that_a_crash_cut_short_is_finished() -> None:

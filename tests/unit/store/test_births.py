@@ -117,7 +117,15 @@ async def test_a_twin_younger_than_the_snapshot_is_found() -> None:
         assert again == commit_births.Repeated(first.ids)
 
 
-@pytest.mark.parametrize("fates", [(Fate.LOST_REPLY,), (Fate.LOST_REQUEST,), (Fate.LOST_REPLY, Fate.LOST_REPLY)])
+@pytest.mark.parametrize(
+    "fates",
+    [
+        (Fate.LOST_REPLY,),
+        (Fate.LOST_REQUEST,),
+        (Fate.LOST_REPLY, Fate.LOST_REPLY),
+        (Fate.LOST_REPLY, Fate.UNAVAILABLE),  # "not done" is said of that copy, not of the one before it
+    ],
+)
 async def test_unsure_is_sent_again_until_it_is_definite(fates: tuple[flaky.Fate, ...]) -> None:
     """Safety S15: whatever was lost, the caller learns of one creation."""
     async with cloud.running() as c:
