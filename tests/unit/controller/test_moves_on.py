@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from covey import model
+from covey import model, wire
 from covey.controller import hosts
 from covey.decide import deadlines
 from covey.store import base, commit_cloud, commit_nodes, schema
 from tests.support import cloud, nouns
 from tests.unit.controller import test_loop as looped
 
+Said = wire.ReportEvent
 State = model.State
 MS = 1_000_000
 NEVER = looped.NEVER
@@ -167,3 +168,31 @@ async def _all_aged(c: cloud.Cloud) -> bool:
 def test_spans_are_those_that_are_documented() -> None:
     spans = deadlines.Spans()
     assert (spans.waiting_ns, spans.stalled_ns) == (600_000 * MS, 900_000 * MS)
+
+
+async def test_nodes_that_all_lose_the_registry_at_once_use_up_no_attempts() -> None:
+    """Each refuses in turn; from the third refusal on all are left alone for a while that grows."""
+    async with cloud.running() as c, looping(c) as (one,):
+        nodes = {await c.join() for _ in range(12)}
+        (id,) = await c.create()
+        me = model.InstanceId(id)
+        ends_ns = c.world.boot_ns() + 5_000 * MS
+        while c.world.boot_ns() < ends_ns:
+            now = await c.instance(id)
+            if now.node:
+                await c.report(
+                    now.node, nouns.item(Said.REFUSED, me, epoch=now.epoch, message="no registry")
+                )
+                await c.report(now.node, nouns.item(Said.GONE, me, epoch=now.epoch))
+            await asyncio.sleep(0.02)
+        await until(lambda: _on_one_of(c, id, nodes))
+        now = await c.instance(id)
+        assert now.state == State.PULLING
+        assert 4 <= len(now.refused) <= 6
+        assert now.refused[0] != now.refused[1], "another node is asked at once"
+        await c.report(now.node, nouns.item(Said.REFUSED, me, epoch=now.epoch, message="no registry"))
+        await until(lambda: looped._true("refused by host, host, host and" in looped.why(one, id)))
+
+
+async def _on_one_of(c: cloud.Cloud, id: str, nodes: set[model.NodeId]) -> bool:
+    return (await c.instance(id)).node in nodes

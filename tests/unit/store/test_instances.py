@@ -350,3 +350,20 @@ async def test_a_node_that_joins_again_keeps_what_was_launched_and_no_more() -> 
         assert await c.report(node, booted, session=1) == commit_reports.StaleSession()
         await c.report(node, booted, session=2)
         assert (await c.instance(launched)).state == State.STARTED
+
+
+async def test_waiting_is_counted_once_per_span_whoever_saw_it() -> None:
+    """Safety S9: two controllers that saw the same span; and only of what still waits."""
+    async with cloud.running() as c:
+        (id,) = await c.create()
+        snapshot, kept = await c.look(), await c.kept(id)
+        assert await commit_instances.age(c.writer, snapshot, kept) is True
+        assert isinstance(await commit_instances.age(c.writer, snapshot, kept), commit.Lost)
+        aged = await c.instance(id)
+        assert (aged.aged, aged.state) == (1, State.SCHEDULING)
+        node = await c.join()
+        waiting = await c.kept(id)
+        await c.place(node, id)
+        assert isinstance(await commit_instances.age(c.writer, await c.look(), waiting), commit.Lost)
+        assert isinstance(await commit_instances.age(c.writer, await c.look(), await c.kept(id)), commit.Lost)
+        assert (await c.instance(id)).aged == 1, "it keeps its turn, should it wait again"
