@@ -12,10 +12,11 @@ from tests.support import lab_cloud
 @pytest.mark.parametrize("name", planted.BUGS)
 def test_a_bug_can_be_planted(name: str, tmp_path: Path) -> None:
     bug = planted.BUGS[name]
-    (tmp_path / bug.file).parent.mkdir(parents=True)
-    shutil.copy(lab_cloud.ROOT / bug.file, tmp_path / bug.file)
+    for file, _, _ in bug.edits:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(lab_cloud.ROOT / file, tmp_path / file)
     planted.plant(bug, tmp_path)
-    changed = (tmp_path / bug.file).read_text()
-    assert changed != (lab_cloud.ROOT / bug.file).read_text()
-    if bug.file.endswith(".py"):
-        compile(changed, bug.file, "exec")
+    for file, old, _ in bug.edits:
+        changed = (tmp_path / file).read_text()
+        assert old not in changed
+        compile(changed, file, "exec")

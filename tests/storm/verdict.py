@@ -140,4 +140,4 @@ def table(verdict: Verdict, faults_done: dict[str, int]) -> str:
     rows += [("created", verdict.creates), ("ended", verdict.ends), *verdict.figures.items()]
     rows += [("faults", sum(faults_done.values()))]
     rows += [(f"  {kind}", count) for kind, count in sorted(faults_done.items())]
-    return "\n".join(f"{name:<46}{value!s}" for name, value in rows)
+    return "\n".join(f"{name:<46} {value!s}" for name, value in rows)
