@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 import pytest
 
 from covey import errors, world
+from covey.decide import permission
 from covey.store import base, etcd, limits, memory
 from tests.sim import clockwork, sea
 from tests.support import etcd as etcd_server
@@ -275,6 +276,29 @@ class TestRefusals:
             await store.range(bench.key("a"), revision=now + 1000)
         with pytest.raises(errors.Rejected):
             await store.compact(now + 1000)
+
+
+class TestOrigin:
+    """Where a store is in its own life (safety S18): what a restore makes go back."""
+
+    async def test_it_grows_with_every_write(self, bench: Bench, store: base.Store) -> None:
+        before = await store.origin(0)
+        revision = await put(store, (bench.key("a"), b"1"))
+        after = await store.origin(revision)
+        assert before.cluster == after.cluster != ""
+        assert 0 < before.term <= after.term
+        assert 0 < before.entries < after.entries
+        assert permission.restored(before, after) == ""
+
+    async def test_each_answer_tells_whose_it_is(self, bench: Bench, store: base.Store) -> None:
+        origin = await store.origin(0)
+        for page in (await store.range(bench.key("a")), await store.range(bench.prefix, bench.end)):
+            assert (page.cluster, page.term) == (origin.cluster, origin.term)
+
+    async def test_nobody_speaks_for_a_revision_to_come(self, bench: Bench, store: base.Store) -> None:
+        revision = await put(store, (bench.key("a"), b"1"))
+        with pytest.raises(errors.Unavailable):
+            await store.origin(revision + 1000)
 
 
 class TestRanges:
