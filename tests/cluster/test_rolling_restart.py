@@ -13,6 +13,8 @@ import time
 import urllib.parse
 from pathlib import Path
 
+import pytest
+
 from tests.cluster import conftest, fleet
 
 CLIENTS = 8
@@ -99,6 +101,7 @@ def _closed(connection: http.client.HTTPConnection) -> bool:
     return connection.sock is not None and bool(select.select([connection.sock], [], [], 0)[0])
 
 
+@pytest.mark.timeout(300)
 def test_no_request_fails_while_controllers_are_restarted_one_after_the_other(tmp_path: Path) -> None:
     with fleet.running(tmp_path, controllers=2, members=1, COVEY_SHUTDOWN_DELAY="1s") as cloud:
         node = cloud.node("alpha")
