@@ -50,12 +50,13 @@ PARTS = (
     Part("cluster", 240, 900, tests=("tests/cluster",)),
     Part("topology", 170, 600, tests=("tests/topology",)),
     Part("contract", 150, 600, tests=("tests/contract",)),
+    Part("mutants", 180, 900, tests=("tests/mutants",)),
     Part(
         "sim",
         120,
         600,
         tests=("tests/sim",),
-        checks=(("python", "-m", "tests.sim", "--seeds", "10", "--first", str(int(time.time()))),),  # fresh seeds
+        checks=(("python", "-m", "tests.sim", "--seeds", "1000", "--minutes", "1", "--first", str(int(time.time()))),),
     ),
     Part("unit", 90, 600, tests=("tests/unit",)),
     Part("conformance", 45, 300, tests=("tests/conformance",)),

@@ -118,8 +118,7 @@ class Process:
         self.name = name
         self.dead = False
         self.frozen = False
-        self.frozen_at_s = 0.0
-        self.slept_s = 0.0  # how long the last freeze lasted
+        self.died_at_s = 0.0
         self.thawed = asyncio.Event()
         self.ended = asyncio.Event()
         self._held: list[asyncio.Handle] = []
@@ -145,20 +144,19 @@ class Process:
     def kill(self) -> None:
         if self.dead:
             return
-        self.dead = True
+        self.dead, self.died_at_s = True, asyncio.get_running_loop().time()
         self._held.clear()
         _graveyard.extend(task for task in asyncio.all_tasks() if isinstance(task, Task) and task.owner is self)
         self.ended.set()
 
     def freeze(self) -> None:
         if not self.dead and not self.frozen:
-            self.frozen, self.frozen_at_s = True, asyncio.get_running_loop().time()
+            self.frozen = True
 
     def thaw(self) -> None:
         if self.frozen and not self.dead:
             self.frozen = False
             loop = asyncio.get_running_loop()
-            self.slept_s = loop.time() - self.frozen_at_s
             loop._ready.extend(self._held)  # type: ignore[attr-defined]
             self._held = []
             self.thawed.set()

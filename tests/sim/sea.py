@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from covey import errors
-from covey.store import base, memory
+from covey.store import base, memory, schema
 from tests.sim import clockwork
 from tests.support import flaky
 
@@ -98,7 +98,9 @@ class Line:
         self._listening: list[asyncio.Queue[base.Batch | errors.StoreError | None]] = []
         self.read_loss = 0.0
         self.closed = False
-        self.doom = ""  # "before" or "after": when the next commit kills its process
+        self.doom = (
+            ""  # "before", "after": when the next commit kills its process; "deaf": the next create is not heard
+        )
 
     async def range(
         self,
@@ -134,7 +136,10 @@ class Line:
         if self.closed:
             raise errors.Unavailable("the store is closed")
         process, doom = clockwork.current(), self.doom
-        if doom and process is not None:
+        if doom == "deaf" and any(key.startswith(schema.BORN) for key in _written(txn)):
+            self.doom = ""
+            self.flaky.partition(True, deaf=True)  # it is done, and nothing is heard of it
+        elif doom in ("before", "after") and process is not None:
             self.doom = ""
             if doom == "after":
                 await clockwork.outside(self._last_commit(txn, process))

@@ -26,6 +26,7 @@ from tests.sim import node as nodes
 N = TypeVar("N", bound=model.Noun)
 State = model.State
 Key = tuple[str, int]
+_CLOSED_S = 65.0  # so long a controller tries to close the door on a start that it gave up
 OVER = (State.TERMINATING, State.TERMINATED)
 LIVING = (State.SCHEDULING, State.PULLING, State.STARTED)
 
@@ -43,6 +44,7 @@ class Ask:
     twin: bool = False
     answered: list[tuple[str, ...]] = field(default_factory=list)
     unsure_by: clockwork.Process | None = None  # the controller whose last word was "not known"; nobody asked again
+    unsure_at_s: float = 0.0
 
 
 class Truth:
@@ -280,7 +282,8 @@ class Truth:
         living = [id for id in living if self.instances[id].state not in (*OVER, State.ERROR)]
         if len(living) > ask.count:
             return f"I7: {len(living)} instances live of a start that asked for {ask.count}"
-        if living and ask.unsure_by is not None and not ask.unsure_by.dead:
+        by = ask.unsure_by
+        if living and by is not None and not (by.dead and by.died_at_s < ask.unsure_at_s + _CLOSED_S):
             return f"S15: a start whose last word was 'not known' has made {living}"
         return ""
 

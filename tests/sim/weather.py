@@ -44,6 +44,7 @@ class Weather:
         self.calm = True
         self._faults: tuple[Callable[[float], Awaitable[None]], ...] = (
             *(self.cut_controller_from_store, self.deafen_controller, self.slow_watch, self.lose_reads, self.compact),
+            *(self.deafen_controller_at_create, self.deafen_controller_at_create),
             *(self.end_lease, self.delay_lease, self.cut_node, self.cut_node_one_way, self.cut_controller),
             *(self.lose_messages, self.kill_controller, self.kill_controller_at_commit, self.freeze_controller),
             *(self.restart_controller, self.kill_all_controllers, self.jump_controller_clock, self.kill_agent),
@@ -99,6 +100,14 @@ class Weather:
         one = self._replica()
         one.line.flaky.partition(True, deaf=True)
         await asyncio.sleep(for_s)
+        one.line.flaky.partition(False)
+
+    async def deafen_controller_at_create(self, for_s: float) -> None:
+        """A start is stored, and the controller that stored it must tell its client that it does not know."""
+        one = self._replica()
+        one.line.doom = "deaf"
+        await asyncio.sleep(max(for_s, 15.0))
+        one.line.doom = ""
         one.line.flaky.partition(False)
 
     async def slow_watch(self, for_s: float) -> None:

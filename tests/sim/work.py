@@ -74,7 +74,7 @@ class Client:
             return False
         except errors.RemoteError as error:
             if not again and error.status == 503 and process is self._replicas[index].process:
-                ask.unsure_by = process
+                ask.unsure_by, ask.unsure_at_s = process, asyncio.get_running_loop().time()
             return False
         self._judge.answered(tag, ids)
         for id in ids:
