@@ -158,6 +158,7 @@ def unless_it_fails(data_dir: Path) -> Iterator[None]:
     except BaseException:
         with contextlib.suppress(errors.SettingError):  # of a directory that cannot be used: the fault is known
             stop(data_dir)
+            take_explicit(data_dir)
             if not _joined(data_dir):
                 _undo(data_dir, names, made_dirs)
             if before:

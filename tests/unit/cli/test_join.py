@@ -2,12 +2,27 @@
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from covey import model, wire
 from covey.cli import background
 from tests.unit.cli import conftest
+
+JOINED = wire.Joined(
+    node=model.NodeId("node-1"),
+    session=1,
+    cloud="cloud",
+    seen=wire.Seen(),
+    lease=wire.LeaseTerms(),
+    heartbeat_s=1.0,
+    registries=(),
+    name="one",
+)
 
 
 @pytest.fixture
@@ -74,6 +89,38 @@ def test_a_failing_join_keeps_the_settings_before_it(
     assert join(covey, tmp_path, cloud.url).code == 1
     assert sorted(os.listdir(background.folder(tmp_path))) == ["agent.env", "images"]
     assert background.saved(tmp_path) == {"COVEY_CONTROLLER": "http://before"}
+
+
+def test_a_node_whose_operator_fails_to_join_another_cloud_stays_in_its_own(
+    cloud: conftest.Cloud, tmp_path: Path
+) -> None:
+    """Its agent was stopped for that, and runs again with the settings before."""
+    cloud.ok("GET", "/readyz", "ready")
+    cloud.ok("GET", "/api/v1/status", {"status": "Running", "registry_address": ""})
+    cloud.answers["POST", "/agent/v1/join"] = [
+        (200, {"status": "OK", "message": "", "body": msgspec.to_builtins(JOINED)}),
+        (200, {"status": "FAIL", "message": "the agent belongs to another cloud", "body": None}),
+        (503, {"status": "FAIL", "message": "later", "body": None}),
+    ]
+    try:
+        ran = join_as("one", cloud, tmp_path)
+        assert ran.returncode == 0, ran
+        first, settings = background.running_pid(tmp_path), background.saved(tmp_path)
+        ran = join_as("two", cloud, tmp_path)
+        assert (ran.returncode, "another cloud" in ran.stderr) == (1, True), ran
+        assert background.running_pid(tmp_path) not in (0, first)
+        assert background.saved(tmp_path) == settings
+        assert not background.take_explicit(tmp_path)
+    finally:
+        background.stop(tmp_path)
+
+
+def join_as(name: str, cloud: conftest.Cloud, data: Path) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: the agent outlives it."""
+    words = ("join", cloud.url, "--hypervisor", "synthetic", "--data-dir", str(data), "--node-name", name)
+    return subprocess.run(
+        [sys.executable, "-m", "covey", *words], capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def test_an_agent_that_runs_by_itself_is_left_alone(
