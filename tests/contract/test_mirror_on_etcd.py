@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
-from covey import model, wire, world
+from covey import errors, model, wire, world
+from covey.decide import permission
 from covey.store import base, commit, commit_births, commit_cloud, etcd, mirror
 from tests.support import cloud, nouns
 from tests.support import etcd as etcd_server
@@ -84,3 +86,32 @@ async def test_keys_of_other_programs_are_passed_over(cluster: etcd_server.Clust
         (id,) = await one.create()
         assert (await copy.fresh()).instance(id) is not None
         assert copy.broken == {}
+
+
+@pytest.mark.parametrize("members", [1, 3])
+async def test_a_restore_is_found_out_by_who_was_there_and_by_who_was_not(members: int, tmp_path: Path) -> None:
+    """Safety S18: plain etcdctl, with the same names and token, so the cluster id stays; the cloud is a minute old."""
+    with etcd_server.running(members) as cluster:
+        async with replica(cluster) as (copy, one):
+            await one.create()
+            await asyncio.to_thread(cluster.save, tmp_path / "backup")
+            before = await copy.fresh()
+            cluster.restore(tmp_path / "backup")
+            store = etcd.Etcd(cluster.endpoints, world=one.world)
+            try:  # a controller that starts now: nothing was lost, and only the log tells
+                writer = commit.Writer(store, one.world, who="a new one")
+                assert isinstance(await commit_cloud.start(writer), commit_cloud.Cloud)
+                restored = (await mirror.listing(store)).freeze()
+                assert "raft index went back" in restored.breach_why
+                assert restored.chain[-2] == before.chain[-1]
+            finally:
+                await store.close()
+            async with asyncio.timeout(20):  # the one that was there sees it as soon as its watch goes on
+                while not await sees(copy, restored.breach):
+                    await asyncio.sleep(0.05)
+
+
+async def sees(copy: mirror.Mirror, breach: permission.Link) -> bool:
+    with contextlib.suppress(errors.StoreError):
+        return (await copy.fresh()).breach == breach
+    return False

@@ -8,7 +8,7 @@ import pytest
 
 from covey import errors, model, wire
 from covey.decide import permission
-from covey.store import base, mirror, schema
+from covey.store import base, commit_cloud, mirror, schema
 from tests.support import cloud, flaky, nouns
 
 
@@ -143,6 +143,18 @@ async def test_how_a_view_relates_to_this_store() -> None:
         assert now.kinship(wire.Seen(history=now.history, revision=now.revision + 1000)) is permission.Kinship.AHEAD
         assert now.kinship(wire.Seen(history="another", revision=now.revision)) is permission.Kinship.FOREIGN
         assert now.kinship(wire.Seen(history="another", revision=1)) is permission.Kinship.FORGOTTEN
+
+
+async def test_a_write_stands_in_the_view_of_its_own_revision() -> None:
+    """Safety S18: a nonce may have been added between the view that a write was decided on and the write."""
+    async with cloud.running() as c, mirrored(c) as (copy, _):
+        before = await copy.fresh()
+        await commit_cloud.add_nonce(c.writer)
+        (id,) = await c.create()
+        revision = (await c.kept(id)).revision
+        now = await copy.fresh()
+        assert now.kinship(await copy.seen_at(revision)) is permission.Kinship.OWN
+        assert now.kinship(wire.Seen(history=before.history, revision=revision)) is permission.Kinship.FOREIGN
 
 
 async def test_only_the_node_concerned_is_woken() -> None:
