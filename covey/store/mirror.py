@@ -97,15 +97,17 @@ class Mirror:
     async def fresh(self) -> view.Snapshot:
         """A snapshot that shows every write answered before this call (promise I6). Raises Unavailable."""
         revision = await self._proof.read()
-        try:
-            async with asyncio.timeout(REACH_NS / 1e9):
-                await self.reached(revision)
-        except TimeoutError:
-            return await self._directly(revision)
+        late = False
+        if self._draft.revision < revision or not self._listed.is_set():
+            try:
+                async with asyncio.timeout(REACH_NS / 1e9):
+                    await self.reached(revision)
+            except TimeoutError:
+                late = True
         self._check_fence()
         if self._broke:
             raise errors.Unavailable(self.trouble)
-        return self.snapshot()
+        return await self._directly(revision) if late else self.snapshot()
 
     async def seen_at(self, revision: int) -> wire.Seen:
         """The view of `revision`, which a write of this process made, as an agent remembers it (safety S18). Raises
