@@ -1,9 +1,9 @@
 """What clients notice of each outage, per balancer: `python -m bench.outages`, or with names: `… haproxy nginx`.
 
 A cloud of real programs, each on a host of its own (tests/support/lab_cloud.py), behind a balancer with the files of
-deploy/ as they are; an open loop of requests (half GETs, a quarter POSTs with an Idempotency-Key, a quarter without);
-one fault in their midst. After each run every start with a key that got no answer is repeated with its key, and then
-etcd and the nodes' journals must agree that every start is one VM: the bench ends with an error if not.
+deploy/ as they are; an open loop of requests (three quarters GETs, an eighth POSTs with an Idempotency-Key, an eighth
+without); one fault in their midst. After each run every start with a key that got no answer is repeated with its key,
+and then etcd and the nodes' journals must agree that every start is one VM: the bench ends with an error if not.
 
 Prints a Markdown table, which docs/operate/balancers.md holds. It needs root, and takes about eight minutes.
 """
@@ -17,7 +17,6 @@ from typing import NamedTuple
 from tests.support import balancers, lab_cloud, netlab, open_load, outages
 
 Kind = open_load.Kind
-MIX = (Kind.GET, Kind.KEYED, Kind.GET, Kind.KEYLESS)
 BALANCERS = ("haproxy", "nginx", "keepalived")
 NODES = 4
 COLUMNS = ("balancer", "fault", "requests", "sent", "failed", "over 0.3 s", "over 1.5 s", "longest", "longest stall")
@@ -40,7 +39,7 @@ def measure(
 ) -> list[Row]:
     """One fault under load; three rows."""
     label = f"{balancer}-{name}".replace(" ", "-")
-    load = outages.run(cloud, url, fault, label=label, mix=MIX, quiet_s=2, under_s=spans, after_s=2)
+    load = outages.run(cloud, url, fault, label=label, mix=open_load.MIXED, quiet_s=2, under_s=spans, after_s=2)
     rows = [Row(balancer, name, kind, load.figures(kind)) for kind in Kind]  # before repeats
     load.settle()
     load.assert_exactly_once()

@@ -37,6 +37,9 @@ class Kind(StrEnum):
     KEYLESS = "POST without key"
 
 
+MIXED = (Kind.GET, Kind.GET, Kind.KEYED, Kind.GET, Kind.GET, Kind.GET, Kind.KEYLESS, Kind.GET)
+
+
 class Shot(NamedTuple):
     """One request. `at_s` counts from the load's begin; `status` 0: no answer, `said` tells why."""
 
@@ -188,11 +191,15 @@ class Load:
         assert {name: ids for name, ids in made.items() if len(ids) > 1} == {}
         assert {name: ids for name, ids in answered.items() if made[name] != ids} == {}
         ids = [id for each in made.values() for id in each]
-        self.cloud.until(lambda: self._settled(ids), 60, "every instance is Started and holds one claim")
+        try:
+            self.cloud.until(lambda: not self._unsettled(ids), 60, "every instance is Started and holds one claim")
+        except lab_cloud.NotReady as error:
+            doubtful = self._unsettled(ids)
+            raise AssertionError(f"{error}; {len(doubtful)} of {len(ids)} not: {doubtful[:3]}") from None
         starts = self.cloud.guest_starts()
         assert {id: starts[id] for id in ids if starts[id] != 1} == {}
 
-    def _settled(self, ids: Sequence[str]) -> bool:
+    def _unsettled(self, ids: Sequence[str]) -> list[str]:
         """A placement that was withdrawn leaves a claim for a while, until its node says that nothing is there."""
         instances = self.cloud.etcd_values("/covey/instance/")
         claims = collections.Counter(
@@ -200,7 +207,13 @@ class Load:
             for ledger in self.cloud.etcd_values("/covey/ledger/").values()
             for claim in ledger.get("claims", ())
         )
-        return all(instances[f"/covey/instance/{id}"]["state"] == "Started" and claims[id] == 1 for id in ids)
+        stands = [(id, instances.get(f"/covey/instance/{id}", {}), claims[id]) for id in ids]
+        return [
+            f"{id} {noun.get('state')} epoch {noun.get('epoch')} on {noun.get('node')} with {held} claims: "
+            f"{noun.get('message', '')}"
+            for id, noun, held in stands
+            if noun.get("state") != "Started" or held != 1
+        ]
 
 
 @contextmanager

@@ -12,14 +12,13 @@ import pytest
 from tests.support import lab_cloud, open_load, outages
 
 Kind = open_load.Kind
-MIXED = (Kind.GET, Kind.KEYED, Kind.GET, Kind.KEYLESS)
 SLOWEST_GET_S = 1.5
 WRITES_RESUME_S = 3.0
 RED_S = 2.0
 
 
 def _run(cloud: lab_cloud.Cloud, fault: str, label: str, **spans: float) -> open_load.Load:
-    return outages.run(cloud, cloud.others[0].url, outages.FAULTS[fault], label=label, mix=MIXED, **spans)
+    return outages.run(cloud, cloud.others[0].url, outages.FAULTS[fault], label=label, mix=open_load.MIXED, **spans)
 
 
 def test_a_killed_controller_costs_nothing_but_what_it_held_without_a_key(behind_haproxy: lab_cloud.Cloud) -> None:

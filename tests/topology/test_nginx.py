@@ -4,11 +4,10 @@ repeated and thus late, and a request without a key may fail. deploy/nginx/READM
 from tests.support import lab_cloud, open_load, outages
 
 Kind = open_load.Kind
-MIXED = (Kind.GET, Kind.KEYED, Kind.GET, Kind.KEYLESS)
 
 
 def _run(cloud: lab_cloud.Cloud, fault: str, label: str, **spans: float) -> open_load.Load:
-    return outages.run(cloud, cloud.others[0].url, outages.FAULTS[fault], label=label, mix=MIXED, **spans)
+    return outages.run(cloud, cloud.others[0].url, outages.FAULTS[fault], label=label, mix=open_load.MIXED, **spans)
 
 
 def test_a_killed_controller_fails_no_read(behind_nginx: lab_cloud.Cloud) -> None:
