@@ -5,8 +5,10 @@ import contextlib
 import json
 import socket
 import time
+import types
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -512,6 +514,17 @@ async def test_a_request_that_slept_through_a_gap_commits_nothing(house: House, 
     house.gate.set()
     await until(lambda: house.seen == ["waiting", "too old"])
     await asyncio.gather(waiting, return_exceptions=True)  # 503, or the gap was found first and the connection cut
+
+
+async def test_a_short_gap_is_enough(house: House) -> None:
+    """Safety S24: nobody knows how old a request is that was here when the loop stood still."""
+    stood: Any = types.SimpleNamespace(world=house.clock, gaps=0)
+    nothing: Any = None
+    call = serve.Call(stood, nothing, nothing, {})
+    call.still_fresh()
+    stood.gaps += 1
+    with pytest.raises(errors.Unavailable):
+        call.still_fresh()
 
 
 # ---- without sockets ---------------------------------------------------------------------------------------------
