@@ -3,7 +3,10 @@
 import msgspec
 
 from covey import model, wire
-from covey.store import commit_adopt, memory, schema
+from covey.controller import watchlist
+from covey.decide import deadlines
+from covey.store import commit_adopt, commit_cloud, memory, schema, view
+from tests.support import cloud as store_cloud
 from tests.unit.controller import cloud
 
 RUN = wire.Verb.RUN
@@ -154,3 +157,38 @@ async def test_a_held_node_leaves_only_by_force(house: cloud.Cloud) -> None:
     assert "not yet told" in envelope["message"]
     _, envelope = await agent.call("leave", wire.Leave(force=True))
     assert envelope["status"] == "OK"
+
+
+async def test_nothing_is_concluded_from_the_silence_of_a_node_that_has_not_told() -> None:
+    """No withdrawal, no other placement, no order, no Error: until its operator gives it up."""
+    kinds = deadlines.Kind
+    async with store_cloud.running() as c:
+        node = await c.join()
+        (running,) = await c.create(homes=[node])
+        await c.started(node, running)
+        (placed,) = await c.create(homes=[node])
+        await c.say(node, 1, ("stray", 1))
+        life = (await c.look()).session(node)
+        assert life is not None
+        assert isinstance(c.store, memory.Memory)
+        c.store.end_lease(life.noun.lease)
+
+        def found(snapshot: view.Snapshot) -> set[tuple[str, str]]:
+            things = {(str(thing.kind), thing.id) for thing, _ in watchlist.things(snapshot, ())}
+            stranded = {("stranded", str(kept.noun.id)) for kept in watchlist.stranded(snapshot, ())}
+            return {one for one in things | stranded if one[0] != kinds.BREAK}
+
+        all_of_it = {
+            (kinds.LOST, running),
+            (kinds.UNACKNOWLEDGED, placed),
+            (kinds.UNWANTED, "stray"),
+            ("stranded", placed),
+        }
+        assert found(await c.look()) == all_of_it
+        c.store.restore(c.store.backup(), cluster="another")
+        await commit_cloud.add_nonce(c.writer)
+        held = await c.look()
+        assert found(held) == set()
+        assert [thing.kind for thing, _ in watchlist.things(held, ())] == [kinds.BREAK]
+        await commit_adopt.excuse(c.writer, held, node, "operator")
+        assert found(await c.look()) == all_of_it
