@@ -179,6 +179,25 @@ async def test_cut_off_from_the_store_it_turns_red_within_two_seconds_and_answer
         assert await cut.state(id) in ("Terminating", "Terminated")
 
 
+async def test_turning_red_answers_parked_polls() -> None:
+    """Safety S25: an agent is not kept by a controller that can tell it nothing."""
+    switches: list[Away] = []
+
+    def wrap(store: base.Store) -> base.Store:
+        switches.append(Away(store))
+        return switches[-1]
+
+    async with cloud.running(1, wrap=wrap) as house:
+        agent = cloud.Agent(house.apis[0])
+        await agent.join()
+        await agent.wanted()
+        parked = asyncio.create_task(_park(agent))
+        await asyncio.sleep(0.2)  # it is parked now; were it not, it would be answered the same
+        switches[0].leave()
+        assert await asyncio.wait_for(parked, 4) == 503
+        switches[0].come()
+
+
 async def _park(agent: cloud.Agent, wait_s: float = 10) -> int:
     ask = wire.Ask(seen=agent.seen, messages=1, tag=agent.tag, wait_s=wait_s)
     return (await agent.call("wanted", ask))[0]
