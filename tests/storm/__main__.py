@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 31))
     parser.add_argument(
-        "--starts", type=float, default=5.0, help="requests to start a second; each is for 1.4 instances"
+        "--starts", type=float, default=5.5, help="requests to start a second; each is for 1.4 instances"
     )
     parser.add_argument("--judge", type=Path, help="the folder of an earlier storm")
     parser.add_argument("--discard", action="store_true", help="keep no files, whatever comes out")
