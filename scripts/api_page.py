@@ -45,8 +45,8 @@ CONTROLLER = {
         views.Instance,
     ),
     ("GET", "/api/v1/vm/explain"): Entry(
-        "Why the instance `?id=` stands where it stands: its place in the queue, who before it may want the same nodes, "
-        "and the verdict of each node with its numbers (see [why an instance waits](../operate/waiting.md)).",
+        "Why the instance `?id=` stands where it stands: its place in the queue, who before it may want the same "
+        "nodes, and the verdict of each node with its numbers (see [why an instance waits](../operate/waiting.md)).",
         None,
         api_explain.Explanation,
     ),

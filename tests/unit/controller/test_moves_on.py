@@ -180,9 +180,7 @@ async def test_nodes_that_all_lose_the_registry_at_once_use_up_no_attempts() -> 
         while c.world.boot_ns() < ends_ns:
             now = await c.instance(id)
             if now.node:
-                await c.report(
-                    now.node, nouns.item(Said.REFUSED, me, epoch=now.epoch, message="no registry")
-                )
+                await c.report(now.node, nouns.item(Said.REFUSED, me, epoch=now.epoch, message="no registry"))
                 await c.report(now.node, nouns.item(Said.GONE, me, epoch=now.epoch))
             await asyncio.sleep(0.02)
         await until(lambda: _on_one_of(c, id, nodes))
