@@ -42,6 +42,7 @@ _RETRY_S = 0.2
 _PAGE = 1000
 _DIRECT_KEYS = 50_000
 _DIRECT_S = 2.0
+_READ_S = 3.0  # an election ends sooner; without a quorum the request is better off with another controller
 
 _log = observe.log("mirror")
 
@@ -96,7 +97,11 @@ class Mirror:
 
     async def fresh(self) -> view.Snapshot:
         """A snapshot that shows every write answered before this call (promise I6). Raises Unavailable."""
-        revision = await self._proof.read()
+        try:
+            async with asyncio.timeout(_READ_S):
+                revision = await self._proof.read()
+        except TimeoutError as error:
+            raise errors.Unavailable("the store does not answer") from error
         late = False
         if self._draft.revision < revision or not self._listed.is_set():
             try:

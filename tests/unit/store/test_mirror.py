@@ -65,6 +65,17 @@ async def test_a_late_watch_is_not_waited_for_long() -> None:
         assert copy.snapshot().instance(id) is None, "the copy itself is still late"
 
 
+async def test_a_store_that_says_nothing_is_not_waited_for_long() -> None:
+    """Promise I10: who asks gets a 503 soon enough to ask another controller, however patient the store's client is."""
+    async with cloud.running() as c, mirrored(c) as (copy, weather):
+        await copy.fresh()
+        weather.delay = lambda: 2.0  # each way
+        began = c.world.boot_ns()
+        with pytest.raises(errors.Unavailable, match="does not answer"):
+            await copy.fresh()
+        assert c.world.boot_ns() - began < 5e9
+
+
 async def test_cut_off_from_the_store_there_is_no_answer() -> None:
     """Promise I10: never an answer from an older view; red within 2 s (safety S25)."""
     async with cloud.running() as c, mirrored(c) as (copy, weather):
