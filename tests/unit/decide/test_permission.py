@@ -4,7 +4,10 @@ import pytest
 
 from covey.decide import permission
 
-Kinship, Link, Origin, View = permission.Kinship, permission.Link, permission.Origin, permission.View
+Kinship = permission.Kinship
+Link = permission.Link
+Origin = permission.Origin
+View = permission.View
 CHAIN = (Link(10, "a"), Link(50, "b"), Link(90, "c"))
 
 
