@@ -23,7 +23,8 @@ from aiohttp import web, web_protocol
 
 from covey import answer, dispatch, errors, gate, observe, origin, serve, world
 
-_AFTERSHOCK_S = 0.05  # connections accepted this soon after a gap had been waiting in the backlog
+_AFTERSHOCK_S = 0.05  # connections accepted this soon after a gap had been waiting in the backlog …
+_AFTERSHOCK_TURNS = 3  # … and so many turns of the loop later
 _KEEPALIVE_S = 150.0  # above 120 s: a client's pooled connection must not be closed under its POST
 _LINGER_S = 3.0
 _CUT_SHARE = 0.7  # uploads are cut after this share of the grace
@@ -60,7 +61,8 @@ class Server:
         self._dispatch.on_gap += [on_gap, self._close_unread] if on_gap is not None else [self._close_unread]
         self.draining = self._dispatch.draining
         self.hand = self._dispatch.hand
-        self._shaken_until_ns = 0
+        self._shaken = False
+        self._calming: asyncio.Handle | None = None
         self._web: _WebServer | None = None
         self._listener: asyncio.Server | None = None
         self._sockets: list[socket.socket] = []
@@ -99,6 +101,8 @@ class Server:
         if self._web is not None:
             await self._web.shutdown(0.1)
         self._dispatch.end()
+        if self._calming is not None:
+            self._calming.cancel()
         return broken
 
     def _unsent_bytes(self) -> int:
@@ -112,7 +116,10 @@ class Server:
     # ---- frozen (safety S24) ---------------------------------------------------------------------------------------
 
     def _close_unread(self, _gap_s: float) -> None:
-        self._shaken_until_ns = self._world.boot_ns() + int(_AFTERSHOCK_S * 1e9)
+        self._shaken = True
+        if self._calming is not None:
+            self._calming.cancel()
+        self._calming = asyncio.get_running_loop().call_later(_AFTERSHOCK_S, self._calm_down, _AFTERSHOCK_TURNS)
         for sock in self._sockets:
             try:
                 while True:
@@ -123,9 +130,14 @@ class Server:
             if connection.transport is not None:
                 connection.transport.abort()
 
+    def _calm_down(self, turns: int) -> None:
+        """Turns of the loop count too: on a busy host time may be up before what was accepted has been looked at."""
+        self._shaken = turns > 0
+        self._calming = asyncio.get_running_loop().call_soon(self._calm_down, turns - 1) if turns else None
+
     def shaken(self) -> bool:
         """Whether a gap was found just now: what is accepted at this moment had been waiting through it."""
-        return self._world.boot_ns() < self._shaken_until_ns
+        return self._shaken
 
     # ---- one request -----------------------------------------------------------------------------------------------
 

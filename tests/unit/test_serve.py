@@ -502,7 +502,7 @@ async def _gap() -> None:
         with pytest.raises(aiohttp.ClientError):
             await waiting
         assert house.seen == ["waiting"]
-        assert [round(gap) for gap in house.gaps] == [3]
+        assert max(house.gaps) >= 3
         await until(lambda: not house.server.shaken())
         assert await _status(http, "/empty") == 200
 
