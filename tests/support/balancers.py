@@ -100,6 +100,7 @@ def _place(url: str) -> str:
 
 
 def _write_servers(file: Path, urls: list[str]) -> None:
-    """Put this cloud's addresses in place of the example's, with the options that the example's lines carry."""
-    options = file.read_text().strip().splitlines()[-1].split(maxsplit=2)[2]
-    file.write_text("".join(f"server {_place(url)} {options}\n" for url in urls))
+    """Put this cloud's addresses in place of the example's, each with every set of options that the example has."""
+    lines = [line.split(maxsplit=2) for line in file.read_text().splitlines() if line.startswith("server ")]
+    kinds = dict.fromkeys(options for _, _, options in lines)
+    file.write_text("".join(f"server {_place(url)} {options}\n" for options in kinds for url in urls))
