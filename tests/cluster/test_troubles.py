@@ -164,6 +164,7 @@ def _or_none(ask: Any) -> Any:
 # ---- 4 -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(240)
 def test_vms_are_lost_at_random_when_agents_balance_over_controllers_with_three_members(cloud: fleet.Fleet) -> None:
     """Users saw: agents that were given several controllers, each with an etcd member of its own, killed running VMs at
     random, beside errors like "required revision is a future revision": the next controller was a little behind, did
@@ -177,12 +178,13 @@ def test_vms_are_lost_at_random_when_agents_balance_over_controllers_with_three_
     chance = random.Random(20)
     for turn in range(6):
         member, controller = chance.choice(cloud.etcd.members), cloud.controllers[turn % 3]
-        member.stop()
-        controller.kill()
+        member.stop()  # controllers whose watch hangs on it fall behind
         more = _patiently(lambda turn=turn: cloud.start(2, via=(turn + 1) % 3))
         _patiently(lambda more=more, turn=turn: _all_started(cloud, more, (turn + 2) % 3))
         kept += more
-        assert set(kept) == set(running(*nodes))
+        controller.kill()  # its agents ask the next one, which may know of none of these
+        for _ in fleet.until(1.5):
+            assert set(kept) == set(running(*nodes))
         member.cont()
         controller.start()
         eventually(controller.ready)
