@@ -26,6 +26,7 @@ Phase = hypervisor.Phase
 Key = tuple[str, int]  # (instance, epoch)
 
 _BOOT_LIMIT_S = 20.0
+_RESTART_S = 1.0
 
 
 class Killed(BaseException):
@@ -121,7 +122,17 @@ class Node:
         self.explicit = False
         self.agent = agent.Agent(config, self.world, driver, Images(self), endpoints)
         driver.woken = self.agent.wake
-        await self.agent.run()
+        try:
+            await self.agent.run()
+        except* errors.HypervisorError:  # never was a node, and cannot be one now: the program ends, and is begun again
+            clockwork.depart(self._begin_again(process))
+
+    async def _begin_again(self, process: clockwork.Process) -> None:
+        """As a supervisor does."""
+        await asyncio.sleep(_RESTART_S)
+        if self.process is process:
+            self.kill()
+            self.start()
 
     def kill(self) -> None:
         """kill -9 of the agent. VMs run on."""
