@@ -32,8 +32,8 @@ BUGS = {
         (
             (
                 "covey/store/mirror.py",
-                "        revision = await self._proof.read()\n        try:",
-                "        revision = self._draft.revision\n        try:",
+                "            async with asyncio.timeout(_READ_S):\n                revision = await self._proof.read()",
+                "            async with asyncio.timeout(_READ_S):\n                revision = self._draft.revision",
             ),
         ),
     ),
