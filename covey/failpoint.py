@@ -2,7 +2,8 @@
 
 ``COVEY_FAILPOINTS=agent.forking=kill,registry.link=error`` arms them at start; unarmed, `reach` is one dict look-up.
 Actions: ``kill`` (SIGKILL to ourselves: nothing is flushed), ``error`` (raises OSError EIO), ``full`` (raises OSError
-ENOSPC), ``stop`` (SIGSTOP to ourselves: a frozen process). A simulation, whose processes are none, `watch`es all points.
+ENOSPC), ``stop`` (SIGSTOP to ourselves: a frozen process). A simulation, which has no processes, hears of all points
+by `watch`.
 """
 
 import errno

@@ -4,7 +4,7 @@ It lets hundreds of nodes run in one process, shows a whole cloud on a laptop, a
 tests. On disk its VMs outlive the agent's kill -9, as real ones do:
 
     vms/<instance>.<epoch>/vm.json      what the VM is (`_Vm`)
-    vms/journal.log                     what was done to guests, for tests: ``<instance> <epoch> start|stop|destroy <ns>``,
+    vms/journal.log                     what was done to guests: ``<instance> <epoch> start|stop|destroy <ns>``,
                                         by the clock that never jumps; a start is written before the guest runs, an end
                                         before it ends, so a crash in between leaves no guest out
 

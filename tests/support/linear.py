@@ -10,8 +10,8 @@ answered so. Several: the object does things by itself. An operation that never 
 after its call, or never.
 
 The search goes depth first through what may come next and remembers where it was: a set of operations done and the
-state after them is a place, and a place is entered once. Objects are independent, so a long history of many objects is many
-short ones; the cost grows with how many operations overlap, hardly with how many there are.
+state after them is a place, and a place is entered once. Objects are independent, so a long history of many objects is
+many short ones; the cost grows with how many operations overlap, hardly with how many there are.
 """
 
 import dataclasses
