@@ -71,10 +71,16 @@ def step(state: str, op: Op) -> Iterable[str]:
 
 @dataclasses.dataclass
 class Request:
-    """One request to start, with all its repeats. `ids`: of each definite answer; `turned_up`: seen in a list only."""
+    """One request to start, with all its repeats. `ids`: of each definite answer; `turned_up`: seen in a list only.
+
+    `zombies`: an attempt without a key, recognised by external id and name, whose client hung up may still be under way
+    (in a frozen balancer, say) when the repeat's instance was ended already; then it is a new start by the contract.
+    """
 
     name: str
     count: int
+    named: bool = False
+    zombies: set[str] = dataclasses.field(default_factory=set)
     calls: list[history.Call] = dataclasses.field(default_factory=list)
     answers: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
     turned_up: set[str] = dataclasses.field(default_factory=set)
@@ -85,7 +91,7 @@ class Request:
 
     @property
     def ids(self) -> set[str]:
-        return {id for answer in self.answers for id in answer} | self.turned_up
+        return {id for answer in self.answers for id in answer} | self.turned_up | self.zombies
 
     @property
     def called_ns(self) -> int:
@@ -100,10 +106,13 @@ class Request:
         """What is wrong with it as a whole; "" when nothing is."""
         if len(set(self.answers)) > 1:
             return f"its repeats were answered differently: {sorted(set(self.answers))}"
-        if self.accepted and len(self.ids) != self.count:
-            return f"{self.count} were asked for and accepted, there are {len(self.ids)}: {sorted(self.ids)}"
-        if len(self.ids) not in (0, self.count):
-            return f"{self.count} were asked for, there are {len(self.ids)}: {sorted(self.ids)}"
+        if len(self.zombies) % self.count:
+            return f"{self.count} were asked for, and a part came late: {sorted(self.zombies)}"
+        ids = self.ids - self.zombies
+        if self.accepted and len(ids) != self.count:
+            return f"{self.count} were asked for and accepted, there are {len(ids)}: {sorted(ids)}"
+        if len(ids) not in (0, self.count):
+            return f"{self.count} were asked for, there are {len(ids)}: {sorted(ids)}"
         return ""
 
 
@@ -111,20 +120,31 @@ def requests(calls: Iterable[history.Call]) -> dict[str, Request]:
     """Every request to start, by the external id that its client gave it."""
     found: dict[str, Request] = {}
     lists = []
+    ends: dict[str, int] = {}
     for call in calls:
         if call.what == "start":
             name = call.request["external_id"]
-            request = found.setdefault(name, Request(name, call.request["count"]))
+            named = call.request.get("kind") == "name"
+            request = found.setdefault(name, Request(name, call.request["count"], named))
             request.calls.append(call)
             if call.known and "ids" in call.answer:
                 request.answers.append(tuple(call.answer["ids"]))
         elif call.what == "list" and call.known:
             lists.append(call)
-    for call in lists:
+        elif call.what == "terminate":
+            ends[call.request["id"]] = min(call.called_ns, ends.get(call.request["id"], call.called_ns))
+    for call in sorted(lists, key=lambda call: call.returned_ns or 0):
         for id, (_state, name) in call.answer["vms"].items():
-            if name in found:
-                found[name].turned_up.add(id)
+            if name in found and id not in found[name].ids:
+                _enter(found[name], id, call, ends)
     return found
+
+
+def _enter(request: Request, id: str, seen: history.Call, ends: dict[str, int]) -> None:
+    """An instance that no answer has told of, where it was first seen."""
+    lost = any(not call.known for call in request.calls)
+    over = request.answers and all(ends.get(one, 1 << 63) < (seen.returned_ns or 0) for one in request.answers[0])
+    (request.zombies if request.named and lost and over else request.turned_up).add(id)
 
 
 # ---- histories of instances ----------------------------------------------------------------------------------------
@@ -144,7 +164,8 @@ def histories(calls: Sequence[history.Call], started: Iterable[Request]) -> dict
     found: dict[str, list[Op]] = {}
     for request in started:
         for id in request.ids:
-            start = linear.Op(request.called_ns, request.returned_ns, Asked("start", "", request.calls[0]))
+            known_ns = None if id in request.zombies else request.returned_ns
+            start = linear.Op(request.called_ns, known_ns, Asked("start", "", request.calls[0]))
             ops = [start, *own.get(id, ())]
             if not request.accepted:
                 ops.append(linear.Op(request.called_ns, None, Asked("terminate", "", request.calls[0])))

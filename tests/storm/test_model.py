@@ -90,6 +90,20 @@ def test_a_start_that_was_given_up_may_be_ended_by_the_cloud() -> None:
     assert misread(start(0, None), start(0.5, 1, VM), *ended), "but not when a repeat was answered with it"
 
 
+def test_a_named_start_that_comes_late_is_a_new_one_only_after_the_end_of_the_first() -> None:
+    """Recognised by external id and name as long as the instance is of use; a key is recognised for a day."""
+
+    def named(called: float, returned: float | None, *ids: str) -> history.Call:
+        request = {"external_id": JOB, "count": 1, "kind": "name"}
+        return call(called, returned, "start", request, {"ids": list(ids)} if returned else {"why": "hung up"})
+
+    late = listed(9, 10, vm_1=TERMINATED, vm_2="Pulling")
+    assert not trouble(named(0, None), named(1, 2, VM), end(3, 4), late)
+    assert trouble(named(0, None), named(1, 2, VM), late), "the first was still of use"
+    assert trouble(named(1, 2, VM), end(3, 4), late), "nothing was under way any more"
+    assert trouble(start(0, None), start(1, 2, VM), end(3, 4), late), "a key is not forgotten"
+
+
 def trouble(*calls: history.Call) -> str:
     (request,) = model.requests(calls).values()
     return request.trouble()
