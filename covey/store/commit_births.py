@@ -89,7 +89,7 @@ async def create(
     try:
         return await writer.run(snapshot, rule, until_ns=until_ns)
     except (errors.Unsure, asyncio.CancelledError):
-        writer.soon(_close_door(writer, snapshot, start._replace(script_text="", metadata={})))
+        writer.soon(_close_door(writer, start._replace(script_text="", metadata={})))
         raise
 
 
@@ -182,11 +182,11 @@ def _records(reading: commit.Reading, start: Start) -> list[base.Op]:
     return ops
 
 
-async def _close_door(writer: commit.Writer, snapshot: view.Snapshot, start: Start) -> None:
+async def _close_door(writer: commit.Writer, start: Start) -> None:
     """Make sure that a create whose caller was told "unsure" has no effect later (safety S15)."""
     while True:
         try:
-            turned_up = await _try_to_close(writer, snapshot, start)
+            turned_up = await _try_to_close(writer, start)
             break
         except (errors.Unsure, errors.Unavailable):
             await asyncio.sleep(_CLOSE_PAUSE_S)
@@ -204,8 +204,10 @@ class _Found(NamedTuple):
     unwanted: bool = False
 
 
-async def _try_to_close(writer: commit.Writer, snapshot: view.Snapshot, start: Start) -> bool:
-    """True when the create had been applied, and stays so for a repeat, or is being terminated."""
+async def _try_to_close(writer: commit.Writer, start: Start) -> bool:
+    """True when the create had been applied, and stays so for a repeat, or is being terminated. It rests on nothing
+    that was seen before, so a break (safety S18) does not shut it out."""
+    snapshot = view.Snapshot()
     decision = model.Decision(who=writer.who, why="the reply to the start request was lost", at_ns=0)
 
     def rule(reading: commit.Reading) -> commit.Write[_Found] | _Found:

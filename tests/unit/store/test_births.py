@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from covey import errors, model
-from covey.store import base, commit, commit_births, commit_instances, schema
+from covey.store import base, commit, commit_births, commit_cloud, commit_instances, schema
 from tests.support import cloud, flaky, nouns
 
 Fate = flaky.Fate
@@ -191,6 +191,23 @@ async def test_no_more_starts_are_taken_while_very_many_are_unsettled() -> None:
                 await asyncio.sleep(0.05)
         assert isinstance(await create(c, start()), commit_births.Created)
         assert (await c.look()).instance_count() == 2
+
+
+async def test_the_door_is_closed_although_the_store_was_restored_meanwhile() -> None:
+    """Safety S15, S18: a break shuts out what was decided before it, but not what puts an end to it."""
+    async with cloud.running() as c:
+        await create(c, start())
+        c.flaky.plan(Fate.LOST_REPLY, Fate.UNAVAILABLE)  # the second is the first attempt to close the door
+        what = start()
+        with pytest.raises(errors.Unsure):
+            await create(c, what, until_ns=c.world.boot_ns() + 45_000_000)
+        while c.flaky.planned:
+            await asyncio.sleep(0.001)
+        await commit_cloud.add_nonce(c.writer, "the test says so")
+        async with asyncio.timeout(10):
+            while c.writer.unfinished:
+                await asyncio.sleep(0.05)
+        assert (await c.instance(what.ids[0])).state == State.TERMINATED
 
 
 async def test_what_turns_up_after_giving_up_is_terminated() -> None:
