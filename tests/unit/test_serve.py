@@ -18,6 +18,7 @@ from aiohttp import web
 
 from covey import answer, errors, serve, server, world
 from covey import gate as gates
+from tests.support import virtual
 
 
 class Thing(msgspec.Struct):
@@ -525,6 +526,27 @@ async def test_a_short_gap_is_enough(house: House) -> None:
     stood.gaps += 1
     with pytest.raises(errors.Unavailable):
         call.still_fresh()
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for_for_ever() -> None:
+    """A host that dies in the middle of its request keeps no place in its lane, also where polls may park."""
+
+    async def nothing_comes() -> None:
+        await asyncio.Event().wait()
+
+    def ask() -> None:
+        house: Any = types.SimpleNamespace(world=world.System(), gaps=0)
+        request: Any = types.SimpleNamespace(size_bytes=100, piece=nothing_comes)
+        route = serve.Route("POST", "/poll", _nothing, time_limit_s=None)
+        virtual.run(serve.Call(house, route, request, {}).json(Thing))
+
+    with pytest.raises(answer.Fault, match="did not come in time") as caught:
+        await asyncio.to_thread(ask)
+    assert caught.value.status == 408
+
+
+async def _nothing(_call: serve.Call) -> None:
+    return None
 
 
 # ---- without sockets ---------------------------------------------------------------------------------------------
