@@ -63,7 +63,8 @@ class Waiting:
         """The plan for this very snapshot."""
         now_ns = self._world.boot_ns()
         last = self._plan
-        if last is not None and last.revision == snapshot.revision and self._stands(last, snapshot, now_ns):
+        paused = last is not None and (last.pause_ends_ns is None or now_ns < last.pause_ends_ns)
+        if last is not None and paused and last.revision == snapshot.revision and self._stands(last, snapshot):
             return last
         waiting = [kept.noun for kept in snapshot.waiting()]
         self._refusals = pauses.observe(self._refusals, waiting, now_ns)
@@ -120,19 +121,16 @@ class Waiting:
         return _STANDS_STILL_S if node in self.fleet.silent else self._silent_s(node)
 
     def _recent(self, snapshot: view.Snapshot) -> Plan | None:
-        """The last plan, if it may be told again."""
+        """The last plan, if it may be told again: also when a pause is over meanwhile, of which there may be more than
+        plans can be made."""
         last, now_ns = self._plan, self._world.boot_ns()
-        if last is None or last.took_ns < _MIN_NS or not self._stands(last, snapshot, now_ns):
+        if last is None or last.took_ns < _MIN_NS or not self._stands(last, snapshot):
             return None
         return last if now_ns - last.made_ns < _TOLD_AGAIN * last.took_ns else None
 
-    def _stands(self, plan: Plan, snapshot: view.Snapshot, now_ns: int) -> bool:
-        """Whether nothing but the revision may have changed since it was made."""
-        return (
-            plan.history == snapshot.history
-            and plan.silent == self.fleet.silent
-            and (plan.pause_ends_ns is None or now_ns < plan.pause_ends_ns)
-        )
+    def _stands(self, plan: Plan, snapshot: view.Snapshot) -> bool:
+        """Whether nothing but the revision, and the ends of pauses, may have changed since it was made."""
+        return plan.history == snapshot.history and plan.silent == self.fleet.silent
 
 
 def _barred(snapshot: view.Snapshot) -> Mapping[model.InstanceId, str]:

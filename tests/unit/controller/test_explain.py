@@ -135,6 +135,24 @@ async def test_a_plan_that_was_slow_is_told_for_a_while_but_of_nobody_that_it_do
         assert told.why(await c.look(), old) == "Waiting: no node has joined"
 
 
+async def test_a_long_queue_whose_pauses_end_all_the_time_costs_one_plan_too() -> None:
+    """A registry is away: while a list is told, the pause of one or another instance is over at every moment."""
+    async with clouds.running() as c:
+        clock = Clock(50_000_000)  # a plan takes one step
+        told = waiting.Waiting(clock, hosts.Fleet())
+        node = await c.join()
+        ids = await c.create(20)
+        for id in ids:  # each refused at another time
+            await c.place(node, id)
+            await c.report(node, nouns.item(Event.REFUSED, model.InstanceId(id)))
+            told.plan(await c.look())
+        snapshot, plans = await c.look(), set()
+        for kept in snapshot.waiting():
+            assert told.why(snapshot, kept.noun.id)
+            plans.add(told._plan.made_ns if told._plan else 0)
+        assert len(plans) <= 5, "a plan for nearly every line of a list"
+
+
 async def test_how_long_a_node_was_not_heard_of_is_told_by_this_controllers_clock() -> None:
     """Safety S9; its last word came a lease before its sign of life went."""
     async with clouds.running() as c:
