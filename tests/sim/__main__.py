@@ -14,8 +14,9 @@ import signal
 import sys
 import time
 import traceback
+import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -29,10 +30,6 @@ _CPU_S = 60.0  # of one story; most take two
 _SAID = 20_000  # characters of a fault: they fit into a pipe
 
 
-class Spinning(BaseException):
-    """No program under test may take this for its own fault."""
-
-
 @dataclass
 class Ended:
     """How one story ended. `why` "": well."""
@@ -42,24 +39,29 @@ class Ended:
     counts: dict[str, int]
 
 
-def tell_one(seed: int, storm_s: float, *, aloud: bool) -> Ended:
+def tell_one(seed: int, storm_s: float, end: Callable[[Ended], NoReturn], *, aloud: bool) -> NoReturn:
     """Live through one story in this process, which is good for nothing afterwards."""
+
+    def take_too_long(_number: int, frame: types.FrameType | None) -> None:
+        """Something turns and turns while no time goes by. An exception would be taken for a fault of whatever runs."""
+        where = "".join(traceback.format_stack(frame))
+        end(Ended(seed, f"{_CPU_S:g} s of processor time are over: {where}"[-_SAID:], {}))
+
     one = story.Story(storm_s=storm_s, tell=_say if aloud else lambda _at_s, _text: None)
     _listen(one, aloud=aloud)
-    signal.signal(signal.SIGVTALRM, _take_too_long)
+    signal.signal(signal.SIGVTALRM, take_too_long)
     signal.setitimer(signal.ITIMER_VIRTUAL, _CPU_S)
+    end(_live_through(seed, one))
+
+
+def _live_through(seed: int, one: story.Story) -> Ended:
     try:
         counts = clockwork.run(seed, one)
     except truth.Broken as error:
         return Ended(seed, str(error)[:_SAID], {})
-    except (Exception, Spinning):
+    except Exception:
         return Ended(seed, traceback.format_exc()[-_SAID:], {})
     return Ended(seed, "", dict(counts))
-
-
-def _take_too_long(_number: int, frame: object) -> None:
-    """Something turns and turns while no time goes by."""
-    raise Spinning(f"{_CPU_S:g} s of processor time are over")
 
 
 def _say(at_s: float, text: str) -> None:
@@ -88,8 +90,12 @@ def tell_in_child(seed: int, storm_s: float) -> tuple[int, int]:
     ours, theirs = os.pipe()
     child = os.fork()
     if not child:
-        os.write(theirs, msgspec.json.encode(tell_one(seed, storm_s, aloud=False)))
-        os._exit(0)  # nothing of the story ends: see `clockwork.run`
+
+        def end(ended: Ended) -> NoReturn:
+            os.write(theirs, msgspec.json.encode(ended))
+            os._exit(0)  # nothing of the story ends: see `clockwork.run`
+
+        tell_one(seed, storm_s, end, aloud=False)
     os.close(theirs)
     return child, ours
 
@@ -128,13 +134,14 @@ def main() -> int:
         os.environ["PYTHONHASHSEED"] = "0"
         os.execv(sys.executable, [sys.executable, "-m", "tests.sim", *sys.argv[1:]])  # noqa: S606
     if chosen.seed is not None:
-        return _one(chosen.seed, chosen.storm)
+        tell_one(chosen.seed, chosen.storm, _verdict, aloud=True)
     return _many(chosen)
 
 
-def _one(seed: int, storm_s: float) -> NoReturn:
-    ended = tell_one(seed, storm_s, aloud=True)
-    sys.stdout.write(f"FAILED at seed {seed}: {ended.why}\n" if ended.why else f"OK: seed {seed}, no promise broken\n")
+def _verdict(ended: Ended) -> NoReturn:
+    """On the one story that was told aloud."""
+    seed, why = ended.seed, ended.why
+    sys.stdout.write(f"FAILED at seed {seed}: {why}\n" if why else f"OK: seed {seed}, no promise broken\n")
     sys.stdout.flush()
     os._exit(1 if ended.why else 0)
 
