@@ -169,6 +169,7 @@ class Agent:
             except errors.Refused as error:
                 if self._explicit and not isinstance(error, session.NotYet):
                     raise errors.SettingError(f"the cloud refuses this node: {error}") from error
+                self.session.left_for_another()  # it may be of another cloud, at an address that was used again
                 trouble, pause_s = f"the cloud refuses this node: {error}", _REFUSED_PAUSE_S
             except errors.HypervisorError as error:
                 if not self.session.node:

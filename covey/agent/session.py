@@ -174,7 +174,7 @@ class Session:
         return True
 
     def left_for_another(self) -> None:
-        """The server that answered last is of a foreign history: others are asked first."""
+        """The server that answered last is of a foreign history, or of another cloud: others are asked first."""
         if len(self._endpoints.urls) > 1:
             self._endpoints.mark_bad(self._endpoints.pick())
 

@@ -14,6 +14,8 @@ Rules:
   asked elsewhere at once.
 * A call that may not be repeated (a POST without an Idempotency-Key) goes to another server only when the first
   certainly did nothing: no connection, or its own word (503).
+* Whoever does not know the path, or answers without the API's envelope, is another program at that address (or an older
+  version of the right one), and is passed by like one that is away.
 * `Retry-After` counts when all servers say so. Until then the next one is asked.
 
 All time is the running loop's, so that a simulation can run in time of its own.
@@ -247,9 +249,8 @@ class Endpoints:
                 text = f"busy; asked to be left alone for {busy_s:.1f} s: {', '.join(self.urls)}"
                 raise errors.RemoteError(text, 503, retry_after_s=busy_s)
             await asyncio.sleep(busy_s)
-            reply = await self.send(
-                method, path, data, repeatable=repeatable, parks=parks, timeout_s=timeout_s, headers=headers
-            )
+            call = self._ask(method, path, data, repeatable, parks, timeout_s, headers, enveloped=True)
+            reply = await _Race(self, call).run()
             busy_s = self._balance.busy_for_s(_now())
             if reply.status != 503 or busy_s == 0 or _now() + busy_s > until_s:
                 return _opened(reply, f"{method} {path}", kind, busy_s)
@@ -266,11 +267,25 @@ class Endpoints:
         headers: Mapping[str, str] = {},
     ) -> Reply:
         """`call` with bytes, and the whole answer."""
+        return await _Race(self, self._ask(method, path, data, repeatable, parks, timeout_s, headers)).run()
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        data: bytes | None,
+        repeatable: bool | None,
+        parks: bool,
+        timeout_s: float | None,
+        headers: Mapping[str, str],
+        *,
+        enveloped: bool = False,
+    ) -> "_Ask":
         self._look_around()
         if repeatable is None:
             repeatable = method != "POST" or any(name.lower() == "idempotency-key" for name in headers)
         limit_s = self._timeout_s if timeout_s is None else timeout_s
-        return await _Race(self, _Ask(method, path, data, dict(headers), repeatable, parks, limit_s)).run()
+        return _Ask(method, path, data, dict(headers), repeatable, parks, limit_s, enveloped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +299,7 @@ class _Ask:
     repeatable: bool
     parks: bool
     limit_s: float
+    enveloped: bool  # the answer must be the API's
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +320,7 @@ class _Race:
         self._again = ""  # a server that may be tried once more
         self._failures: list[str] = []
         self._unwilling: list[Reply] = []  # 503
+        self._strange: Reply | None = None  # of a server that is none of ours
         self._may_copy = ask.repeatable and not ask.parks
 
     async def run(self) -> Reply:
@@ -393,9 +410,20 @@ class _Race:
             self._failures.append(f"{url}: not ready (503)")
             self._unwilling.append(reply)
             return None
+        if self._is_strange(reply):
+            self._strange = reply
+            self._missed(url, f"HTTP {reply.status}: no such API there")
+            return None
         self._balance.answered(url, _now(), None if self._ask.parks else took_s)
         self._pass_by(took_s)
         return reply
+
+    def _is_strange(self, reply: Reply) -> bool:
+        """Whether another server may know better: this one does not know the path, or is no server of this API."""
+        if not self._ask.enveloped:
+            return False
+        unknown = reply.status in (404, 405)
+        return unknown or (self._ask.repeatable and not reply.body.startswith(b"{"))
 
     def _missed(self, url: str, why: str) -> None:
         self._failures.append(f"{url}: {why}")
@@ -418,6 +446,8 @@ class _Race:
         """Every server was asked in vain: their word when all say the same, else RemoteError naming each."""
         if self._unwilling and len(self._unwilling) == len(self._failures):
             return self._unwilling[-1]
+        if self._strange is not None and len(self._failures) == 1:
+            return self._strange
         raise errors.RemoteError("; ".join(dict.fromkeys(self._failures)), 503 if self._unwilling else 0)
 
 

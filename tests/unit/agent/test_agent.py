@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from covey import errors, model, wire
-from covey.agent import session
+from covey.agent import agent, session
+from covey.client import balance
 from tests.support import nouns
 from tests.unit.agent import fake
 from tests.unit.agent.conftest import MakeNode
@@ -428,6 +429,23 @@ async def test_a_removed_node_holds_and_its_vms_stay(cloud: fake.Controller, mak
     cloud.want(DESTROY, vm)
     await fake.until(lambda: node.agent.session.standing is session.Standing.REMOVED, "removed")
     assert await node.phases() == {(vm, 1): "running"}
+
+
+async def test_a_controller_that_refuses_the_node_is_left_for_another_one(
+    cloud: fake.Controller, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one of its controllers was, there is one of another cloud now."""
+    monkeypatch.setattr(agent, "_REFUSED_PAUSE_S", 0.05)
+    foreign, node, vm = fake.Controller(), make_node(), name()
+    foreign.refuse, foreign.counter = "the agent belongs to another cloud", 1
+    await foreign.start()
+    try:
+        node.endpoints._balance = balance.Balance([foreign.url, cloud.url])
+        await node.start()
+        await fake.until(lambda: bool(foreign.joins), "the foreign one is asked, and refuses")
+        await started(cloud, vm)
+    finally:
+        await foreign.stop()
 
 
 async def test_heartbeats_go_on_while_nothing_happens_and_carry_no_word(

@@ -27,6 +27,7 @@ class Peer:
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
     fault: type[errors.RemoteError] | None = None
+    body: bytes = b""
 
 
 FINE = Peer()
@@ -55,7 +56,7 @@ class Net:
             raise http.Lost("no answer") from None
         if peer.fault is not None:
             raise peer.fault("away")
-        return http.Reply(peer.status, peer.headers, OK if peer.status == 200 else BUSY)
+        return http.Reply(peer.status, peer.headers, peer.body or (OK if peer.status == 200 else BUSY))
 
     def asked(self, path: str = "/x") -> list[str]:
         return [url for _, url, where in self.sent if where == path]
@@ -129,6 +130,40 @@ def test_a_post_without_a_key_goes_on_when_certainly_nothing_was_done(bad: Peer)
         assert net.asked() == [A, B]
 
     live(Net(a=bad, b=FINE), story)
+
+
+STRANGERS = {"no such path": Peer(status=404), "no such method": Peer(status=405), "a page": Peer(body=b"<html>")}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS.values(), ids=STRANGERS)
+def test_who_is_no_server_of_this_api_is_passed_by(stranger: Peer) -> None:
+    """A wrong URL, or an address that another program has now: it answers, and even says that it is well."""
+
+    async def story(endpoints: http.Endpoints, net: Net) -> None:
+        for _ in range(20):
+            assert await endpoints.ask("POST", "/x", int, repeatable=True) == 7
+            await asyncio.sleep(5.0)
+        assert net.asked().count(A) <= 5  # tried again now and then, and nobody fails for it
+
+    live(Net(a=stranger, b=FINE), story)
+
+
+def test_the_word_of_the_only_server_about_an_unknown_path_counts() -> None:
+    async def story(endpoints: http.Endpoints, net: Net) -> None:
+        with pytest.raises(errors.RemoteError, match="try later") as raised:
+            await endpoints.ask("GET", "/x", int)
+        assert raised.value.status == 404
+
+    live(Net(a=Peer(status=404)), story)
+
+
+def test_a_post_without_a_key_that_a_strange_server_took_is_not_sent_again() -> None:
+    async def story(endpoints: http.Endpoints, net: Net) -> None:
+        with pytest.raises(errors.RemoteError, match="without the API's envelope"):
+            await endpoints.ask("POST", "/x", int)
+        assert net.asked() == [A]
+
+    live(Net(a=Peer(body=b"<html>"), b=FINE), story)
 
 
 def test_a_poll_is_given_up_when_its_server_fails_another_call() -> None:
