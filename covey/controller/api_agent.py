@@ -95,6 +95,7 @@ class AgentApi:
     # ---- join and leave --------------------------------------------------------------------------------------------
 
     async def join(self, call: serve.Call) -> wire.Joined:
+        arrived_ns = self._writer.world.boot_ns()
         asked = await call.json(wire.Join)
         if not asked.facts.ip:
             asked = msgspec.structs.replace(asked, facts=msgspec.structs.replace(asked.facts, ip=call.client))
@@ -107,12 +108,14 @@ class AgentApi:
         session = joined.session.noun
         if not joined.repeated:
             log.info("a node joined", node=session.node, session=session.counter, name=session.facts.name)
+        # A repeat's lease was granted at the first one, whoever knows when.
+        lease = await self._renew(_Caller(joined.session, arrived_ns)) if joined.repeated else wire.LeaseTerms()
         return wire.Joined(
             node=session.node,
             session=session.counter,
             cloud=snapshot.cloud,
             seen=snapshot.seen,
-            lease=wire.LeaseTerms(),
+            lease=lease,
             heartbeat_s=self._terms.heartbeat_s,
             registries=self._terms.registries,
             name=joined.node.noun.name or session.facts.name,

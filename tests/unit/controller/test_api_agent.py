@@ -131,6 +131,20 @@ async def test_a_lease_that_has_ended_means_join_again(house: cloud.Cloud) -> No
     assert (await status_of(agent))[0] == 200
 
 
+async def test_a_repeated_join_promises_no_more_than_its_lease_has(house: cloud.Cloud) -> None:
+    """Its first answer was lost for so long that most of the lease is over."""
+    agent = cloud.Agent(house.api)
+    joined, copy = await agent.join(), house.replicas[0]._mirror
+    await cloud.until(lambda: copy.snapshot().session(joined.node) is not None)
+    kept = copy.snapshot().session(joined.node)
+    assert kept is not None
+    held = house.store._data.leases[kept.noun.lease]
+    held.ends_ns -= 20_000_000_000
+    promised = (await agent.join()).lease
+    left_s = (held.ends_ns - house.store._data.world.boot_ns()) / 1e9
+    assert promised.ttl_s - promised.age_s - promised.margin_s < left_s
+
+
 async def test_an_idle_fleet_writes_nothing(house: cloud.Cloud) -> None:
     agents = [cloud.Agent(house.api, host_key=f"h{n}", secret=f"s{n}") for n in range(5)]
     for agent in agents:
