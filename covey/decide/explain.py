@@ -88,14 +88,16 @@ class _Teller:
 
     def __init__(self, instance: model.Instance, cloud: placement.Cloud, seen: Observed) -> None:
         self._instance = instance
-        self._kind = placement.kind_of(instance.spec)._replace(paused=cloud.paused.get(instance.id, ()))
+        self._kind = placement.kind_of(instance.spec)
+        self._paused = cloud.paused.get(instance.id, ())
         self._seen = seen
         self._barred = instance.id in cloud.barred
 
     def verdict(self, room: rooms.Room, before: rooms.Room) -> Verdict:
         """`room`: as those before it in the queue leave it; `before`: as it is now."""
         host = room.host
-        reason = placement.verdict(host, self._kind) or placement.shortage(room, self._instance.id, self._kind.need)
+        reason = placement.verdict(host, self._kind, self._paused)
+        reason = reason or placement.shortage(room, self._instance.id, self._kind.need)
         if reason is None and self._barred:
             return Verdict(host.id, host.name, Reason.HELD, "has room, but the instance may not begin anywhere yet")
         return Verdict(host.id, host.name, reason, self._text(reason, room, before))

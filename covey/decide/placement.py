@@ -13,6 +13,7 @@ node may be kept free for it (`reservation`).
 Every instance that stays waiting has a reason that a person can act on (`explain` has the whole story).
 """
 
+import collections
 import heapq
 from collections.abc import Iterable, Mapping, Sequence, Set
 from enum import StrEnum
@@ -119,43 +120,58 @@ class Planning:
         self._by_id = {room.host.id: room for room in self.rooms}
         self._cloud = cloud
         self._kinds: dict[_Kind, _Candidates] = {}
-        self._reasons: dict[_Kind, Wait] = {}
+        self._reasons: dict[_Kind, _Reasons] = {}
         self._reservations = reservation.Reservations(self.rooms, cloud.births)
-        self._hopeless: dict[_Kind, int] = {}  # kind -> since when no reservation helps
+        self._hopeless: dict[tuple[_Kind, tuple[model.NodeId, ...]], int] = {}  # since when no reservation helps
+        self._left_at: dict[model.InstanceId, list[rooms.Room]] | None = None
 
     def decide(self, instance: model.Instance) -> Place | Wait:
         barred = self._cloud.barred.get(instance.id)
         if barred:
             return Wait(instance.id, Reason.HELD, barred)
-        kind = _kind(instance, self._cloud.paused.get(instance.id, ()))
+        kind = kind_of(instance.spec)
+        paused = self._cloud.paused.get(instance.id, ())
         candidates = self._kinds.get(kind)
         if candidates is None:
             candidates = self._kinds[kind] = _Candidates(self._asked_for(kind), kind)
-        best = candidates.best(instance.id)
+        best = candidates.best(instance, paused)
         if best is not None:
             best.take(instance.id, kind.need)
             return Place(instance.id, best.host.id)
-        reserved = self._reserve(instance, kind)
-        if reserved is None and kind in self._reasons:
-            return self._reasons[kind]._replace(instance=instance.id)
-        wait = _wait(instance, kind, self._asked_for(kind))
+        reserved = self._reserve(instance, kind, paused)
+        if reserved is not None:
+            self._reasons.clear()  # one node more is kept
+        reasons = self._reasons.get(kind)
+        if reasons is None:
+            reasons = self._reasons[kind] = _Reasons(self._asked_for(kind), kind)
+        wait = reasons.wait(instance, paused, self._own(instance, paused))
         if reserved is None:
-            self._reasons[kind] = wait
             return wait
         return wait._replace(reserved=reserved.host.id, text=f"{wait.text}; {reserved.host.name} is kept free for it")
 
-    def _reserve(self, instance: model.Instance, kind: "_Kind") -> rooms.Room | None:
-        """Keep a node free for it. What helps none of its kind helps no younger one."""
-        if self._reservations.exhausted:
+    def _own(self, instance: model.Instance, paused: tuple[model.NodeId, ...]) -> list[rooms.Room]:
+        """The nodes to which it is not just one of its kind: that have refused it, or still hold an older epoch."""
+        if self._left_at is None:
+            self._left_at = {}
+            for room in self.rooms:
+                for claim in room.host.claims:
+                    self._left_at.setdefault(claim.instance, []).append(room)
+        ids = {room.host.id for room in self._left_at.get(instance.id, ())} | set(paused) | set(instance.refused)
+        return [self._by_id[id] for id in sorted(ids & self._by_id.keys())]
+
+    def _reserve(self, instance: model.Instance, kind: "_Kind", paused: tuple[model.NodeId, ...]) -> rooms.Room | None:
+        """Keep a node free for it. What helps none of its kind helps no younger one, nor one that fewer nodes may be
+        given."""
+        if self._reservations.exhausted or pauses.EVERYWHERE in paused:
             return None
         since = max(self._cloud.births(instance.id), instance.aged_from)
-        alike = kind._replace(digest="", refused=(), said="")
-        if since >= self._hopeless.get(alike, since + 1):
+        alike = kind._replace(digest="")
+        if any(since >= self._hopeless.get((alike, more), since + 1) for more in ((), paused)):
             return None
-        could = (room for room in self._asked_for(kind) if verdict(room.host, kind) is None)
+        could = (room for room in self._asked_for(kind) if verdict(room.host, kind, paused) is None)
         reserved = self._reservations.reserve(instance.id, kind.need, since, could)
         if reserved is None:
-            self._hopeless[alike] = since
+            self._hopeless[alike, paused] = since
         return reserved
 
     def _asked_for(self, kind: "_Kind") -> Sequence[rooms.Room]:
@@ -171,28 +187,16 @@ def _host_id(host: rooms.Host) -> str:
 
 
 class _Kind(NamedTuple):
-    """Instances of one kind are interchangeable to nodes: they share one ordering of them."""
+    """Instances of one kind are interchangeable to nodes that have not refused them: they share one order of nodes."""
 
     arch: model.Arch
     digest: str
     node: str
     group: str
     need: rooms.Size
-    refused: tuple[str, ...] = ()
-    paused: tuple[str, ...] = ()
-    said: str = ""  # by the node that refused it last: a part of why it waits
-
-
-def _kind(instance: model.Instance, paused: tuple[model.NodeId, ...]) -> _Kind:
-    kind = kind_of(instance.spec)
-    if not instance.refused:
-        return kind
-    said = instance.message if paused else ""
-    return kind._replace(refused=tuple(sorted(instance.refused)), paused=paused, said=said)
 
 
 def kind_of(spec: model.Spec) -> _Kind:
-    """Of an instance that nobody has refused."""
     return _Kind(spec.arch, spec.digest, spec.node, spec.group, rooms.size(spec))
 
 
@@ -208,9 +212,11 @@ class _Candidates:
         ]
         heapq.heapify(self._heap)
 
-    def best(self, instance: model.InstanceId) -> rooms.Room | None:
+    def best(self, instance: model.Instance, paused: tuple[model.NodeId, ...]) -> rooms.Room | None:
         """The best node with room; None when no candidate is left. Nodes that became full are dropped for good: while
-        a plan is being made rooms only shrink."""
+        a plan is being made rooms only shrink. One that has refused it comes after all that have not."""
+        if pauses.EVERYWHERE in paused:
+            return None
         passed = []
         found: rooms.Room | None = None
         while self._heap:
@@ -219,18 +225,24 @@ class _Candidates:
                 heapq.heappop(self._heap)
             elif version != room.version:
                 heapq.heapreplace(self._heap, (self._weight(room), index, room.version, room))
-            elif instance in room.holds:  # an older epoch of it is still being cleaned up there
+            elif instance.id in room.holds or room.host.id in instance.refused:
                 passed.append(heapq.heappop(self._heap))
             else:
                 found = room
                 break
         for entry in passed:
             heapq.heappush(self._heap, entry)
-        return found
+        if found is not None or not instance.refused:
+            return found
+        refusers = (
+            (self._weight(room, instance.refused.count(room.host.id)), index, room)
+            for _, index, _, room in passed
+            if instance.id not in room.holds and room.host.id not in paused  # an older epoch is being cleaned up there
+        )
+        return min(refusers, key=lambda one: one[:2], default=(None, 0, None))[2]
 
-    def _weight(self, room: rooms.Room) -> tuple[bool, int, float]:
+    def _weight(self, room: rooms.Room, refusals: int = 0) -> tuple[bool, int, float]:
         """Less is better."""
-        refusals = self._kind.refused.count(room.host.id)
         return refusals >= REFUSALS, _missing(room.host, self._kind.digest) + 2 * refusals, room.load()
 
 
@@ -238,7 +250,7 @@ def _missing(host: rooms.Host, digest: str) -> int:
     return 0 if digest in host.images else 1
 
 
-def verdict(host: rooms.Host, kind: _Kind) -> Reason | None:
+def verdict(host: rooms.Host, kind: _Kind, paused: tuple[model.NodeId, ...] = ()) -> Reason | None:
     """Why this node is no candidate whatever its room; None when it is one."""
     if kind.node and host.id != kind.node:
         return Reason.UNKNOWN_NODE
@@ -254,13 +266,13 @@ def verdict(host: rooms.Host, kind: _Kind) -> Reason | None:
         return Reason.DRAINING
     if host.owed or host.trouble:
         return Reason.TROUBLE
-    if kind.paused and (host.id in kind.paused or pauses.EVERYWHERE in kind.paused):
+    if paused and (host.id in paused or pauses.EVERYWHERE in paused):
         return Reason.REFUSED
     return None
 
 
-def shortage(room: rooms.Room, instance: model.InstanceId, need: rooms.Size) -> Reason | None:
-    """Why a node that is a candidate has no room for it; None when it has."""
+def shortage(room: rooms.Room, instance: model.InstanceId | None, need: rooms.Size) -> Reason | None:
+    """Why a node that is a candidate has no room for it, or for any other (None); None when it has."""
     if not room.large_enough(need):
         return Reason.TOO_LARGE
     if not room.has_room(need):
@@ -304,21 +316,55 @@ _SHORT = {
 }
 
 
-def _wait(instance: model.Instance, kind: _Kind, fleet: Sequence[rooms.Room]) -> Wait:
-    if not fleet:
-        reason = Reason.UNKNOWN_NODE if kind.node else Reason.NO_NODES
-        return Wait(instance.id, reason, _text(instance, reason, {}, 0))
-    counts: dict[Reason, int] = {}
-    for room in fleet:
-        found = verdict(room.host, kind) or shortage(room, instance.id, kind.need) or Reason.FULL
-        counts[found] = counts.get(found, 0) + 1
-    reason = next(reason for reason in TELLING if reason in counts)
-    text = _text(instance, reason, counts, len(fleet))
-    if reason == Reason.REFUSED:
-        text += _refusers(fleet, instance)
-    if reason == Reason.TROUBLE:
-        text += _troubles(room.host for room in fleet)
-    return Wait(instance.id, reason, text)
+_OF_ROOM = (Reason.FULL, Reason.TOO_LARGE, Reason.RESERVED, Reason.CLEANING)  # of nodes that are candidates
+
+
+class _Reasons:
+    """Why instances of one kind wait. The nodes are looked at once for all of them, and then only those to which an
+    instance is not just one of its kind: thousands may wait, each refused by other nodes."""
+
+    def __init__(self, fleet: Sequence[rooms.Room], kind: _Kind) -> None:
+        self._fleet = fleet
+        self._kind = kind
+        self._of: dict[model.NodeId, Reason] = {room.host.id: self._why(room) for room in fleet}
+        self._counts = collections.Counter(self._of.values())
+        self._troubles = _troubles(room.host for room in fleet)
+
+    def wait(self, instance: model.Instance, paused: tuple[model.NodeId, ...], own: Sequence[rooms.Room]) -> Wait:
+        """`own`: the nodes to look at for this very instance."""
+        if not self._fleet:
+            reason = Reason.UNKNOWN_NODE if self._kind.node else Reason.NO_NODES
+            return Wait(instance.id, reason, _text(instance, reason, {}, 0))
+        counts = self._counts
+        if own or paused:
+            counts = self._counted(instance, paused, own)
+        reason = next(reason for reason in TELLING if counts[reason])
+        text = _text(instance, reason, counts, len(self._fleet))
+        if reason == Reason.REFUSED:
+            text += _refusers([room.host.name for room in own if room.host.id in instance.refused], instance.message)
+        if reason == Reason.TROUBLE:
+            text += self._troubles
+        return Wait(instance.id, reason, text)
+
+    def _counted(
+        self, instance: model.Instance, paused: tuple[model.NodeId, ...], own: Sequence[rooms.Room]
+    ) -> collections.Counter[Reason]:
+        counts = self._counts.copy()
+        if pauses.EVERYWHERE in paused:
+            counts[Reason.REFUSED] += sum(counts.pop(reason, 0) for reason in _OF_ROOM)
+            return counts
+        for room in own:
+            before = self._of.get(room.host.id)
+            if before is not None:
+                counts[before] -= 1
+                counts[self._why(room, instance.id, paused)] += 1
+        return counts
+
+    def _why(
+        self, room: rooms.Room, instance: model.InstanceId | None = None, paused: tuple[model.NodeId, ...] = ()
+    ) -> Reason:
+        kind = self._kind
+        return verdict(room.host, kind, paused) or shortage(room, instance, kind.need) or Reason.FULL
 
 
 def _troubles(hosts: Iterable[rooms.Host]) -> str:
@@ -330,11 +376,10 @@ def _troubles(hosts: Iterable[rooms.Host]) -> str:
     return "".join(f"; {name}: {trouble}" for trouble, name in list(found.items())[:_SHOWN])
 
 
-def _refusers(fleet: Iterable[rooms.Room], instance: model.Instance) -> str:
+def _refusers(names: Sequence[str], message: str) -> str:
     """Which nodes refused it, and what was last said of it."""
-    names = [room.host.name for room in fleet if room.host.id in instance.refused]
     told = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-    said = f": {instance.message}" if instance.message else ""
+    said = f": {message}" if message else ""
     return f"; refused by {told or 'nodes that are not there any more'}{said}"
 
 
@@ -348,9 +393,7 @@ def _text(instance: model.Instance, reason: Reason, counts: Mapping[Reason, int]
         return f"Waiting: no node has the architecture {instance.spec.arch}"
     if reason == Reason.NO_GROUP:
         return f"Waiting: no node of architecture {instance.spec.arch} is in the group {instance.spec.group}"
-    others = [
-        f"{count} {_SHORT[other]}" for other, count in sorted(counts.items(), key=lambda item: TELLING.index(item[0]))
-    ]
+    others = [f"{counts[other]} {_SHORT[other]}" for other in TELLING if counts.get(other)]
     return f"Waiting: {reason} (of {nodes} {'node' if nodes == 1 else 'nodes'}: {', '.join(others)})"
 
 

@@ -2,6 +2,7 @@
 
 import time
 
+import msgspec
 import pytest
 
 from covey import model
@@ -180,6 +181,26 @@ def test_a_large_queue_is_planned_quickly() -> None:
     full = plan_of(waiting, [host(f"{n:03}", held=2) for n in range(500)])
     assert len(reasons(full)) == 1000
     assert time.process_time() - began < 0.5
+
+
+def test_a_large_queue_is_planned_quickly_whoever_refused_whom() -> None:
+    """A registry is away: of 2000 that wait each was refused by other nodes, with a message of its own. A controller
+    that plans for seconds counts as frozen (safety S24)."""
+    nodes = [host(f"{n:03}", slots=3) for n in range(500)]
+    waiting = [
+        msgspec.structs.replace(
+            instance(),
+            refused=tuple(model.NodeId(f"{(n * k) % 500:03}") for k in (1, 3, 7)),
+            message=f"blob {n} cannot be pulled",
+        )
+        for n in range(2000)
+    ]
+    paused = {one.id: (*one.refused[: n % 4], pauses.EVERYWHERE) for n, one in enumerate(waiting)}
+    began = time.process_time()
+    assert set(reasons(plan_of(waiting, nodes, paused=paused))) == {Reason.REFUSED}
+    some = {one.id: one.refused for one in waiting}
+    assert len(placed(plan_of(waiting, nodes, paused=some))) == 1500
+    assert time.process_time() - began < 0.8
 
 
 def candidates(wanted: model.Spec, nodes: list[rooms.Host], *waiting: model.Instance, taken: str = "") -> list[str]:
