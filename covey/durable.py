@@ -93,10 +93,14 @@ def read(path: Path, kind: type[T]) -> T | None:
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        aside = path.with_name(path.name + ".corrupt")
-        path.rename(aside)
-        _log.error("a file is damaged and was set aside", path=str(path), aside=str(aside), error=str(error))
+        path.rename(aside(path))
+        _log.error("a file is damaged and was set aside", path=str(path), aside=str(aside(path)), error=str(error))
         return None
+
+
+def aside(path: Path) -> Path:
+    """Where `read` puts what was in `path`, if it cannot be used."""
+    return path.with_name(path.name + ".corrupt")
 
 
 def remove(path: Path, *, fsync: bool = True) -> None:

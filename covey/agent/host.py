@@ -9,6 +9,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 _MACHINE_ID = "/etc/machine-id"  # machine-id(5)
+_NO_ID = ("", "uninitialized")  # in images: every host that is made of one has this before its first boot
 
 
 class Place(NamedTuple):
@@ -30,7 +31,7 @@ def machine() -> str:
         id = Path(_MACHINE_ID).read_text("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return ""
-    return hashlib.sha256(f"covey {id}".encode()).hexdigest() if id else ""
+    return hashlib.sha256(f"covey {id}".encode()).hexdigest() if id not in _NO_ID else ""
 
 
 def use() -> tuple[float, float]:
@@ -48,10 +49,10 @@ def address_towards(urls: Iterable[str]) -> str:
     """This host's address as the first of these servers that can be named sees it; "" when none can. Where they are
     reached over loopback, so are this node's VMs. Connecting a datagram socket sends nothing."""
     for url in urls:
-        parts = urlsplit(url)
         try:
+            parts = urlsplit(url)
             found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)
-        except OSError:
+        except (OSError, ValueError):  # it cannot be resolved, or is no URL at all: others may be
             continue
         for family, kind, protocol, _, address in found:
             try:

@@ -7,6 +7,9 @@ the secrets sent since is the current one; so all of them are kept until one has
 The identity belongs to one directory of one host (`Home`). A copy finds out by itself and does not begin, as long as
 the system tells hosts apart. A moved directory needs its operator's word.
 
+A damaged file is no reason to become another node: the VMs here are the first one's, and would be removed from the
+other one as wanted by nobody. That too needs an operator's word.
+
 An agent that cannot write cannot join, and a node that has not joined cannot be told to remove the VMs that fill its
 disk: so a little space is kept for just this file.
 """
@@ -79,7 +82,14 @@ class File:
         self.now = known or Identity(host_key=clock.secret())
 
     def settle(self, home: Home, *, explicit: bool) -> None:
-        """Begin here. Raises SettingError for a copy; `explicit`: the operator says that it was moved (safety S7)."""
+        """Begin here. Raises SettingError for a copy, or when the file was damaged; `explicit`: the operator says that
+        it was moved, or shall be a new node (safety S7)."""
+        damaged = None if self._path is None else durable.aside(self._path)
+        if not self.now.node and not explicit and damaged is not None and damaged.exists():
+            raise errors.SettingError(
+                f"which node this is cannot be read ({damaged}): put a good copy in the place of {self._path}, or"
+                " `covey join` again: that makes a new node of this host, and VMs that run here are removed in time"
+            )
         before = self.now.home
         if before is not None and self.now.node:
             if before.on_another_host(home):

@@ -113,7 +113,8 @@ class Session:
                     raise SessionLost(str(error), 410) from error
                 if error.status not in (409, 410):
                     raise
-                refusal = NotYet(f"this node may not join now: {error}")
+                remedy = "" if explicit else "; unless one does run elsewhere, `covey join` on this host"
+                refusal = NotYet(f"this node may not join now: {error}{remedy}")
             else:
                 self._begin(answer, sent_ns)
                 return answer

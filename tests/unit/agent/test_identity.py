@@ -50,6 +50,18 @@ def test_a_copy_on_another_host_does_not_begin(joined: Path, explicit: bool) -> 
         file(joined).settle(home(joined, "another-host"), explicit=explicit)
 
 
+def test_a_node_whose_file_is_damaged_does_not_become_another_one_by_itself(joined: Path) -> None:
+    """Its VMs run on, and another node's would be removed as wanted by nobody (promise I4)."""
+    good = (joined / "node.json").read_bytes()
+    (joined / "node.json").write_bytes(good[:-20])
+    for _ in range(2):  # also the second time, when there is no file any more
+        with pytest.raises(errors.SettingError, match=r"which node this is cannot be read .*node\.json\.corrupt"):
+            file(joined).settle(home(joined), explicit=False)
+    file(joined).settle(home(joined), explicit=True)
+    (joined / "node.json").write_bytes(good)
+    file(joined).settle(home(joined), explicit=False)
+
+
 def test_a_copy_on_this_host_does_not_begin_by_itself(joined: Path, tmp_path: Path) -> None:
     """(safety S7)"""
     copy = tmp_path / "copy"
