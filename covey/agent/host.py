@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-_MACHINE_ID = "/etc/machine-id"  # machine-id(5)
+_MACHINE_ID = Path("/etc/machine-id")  # machine-id(5)
 _NO_ID = ("", "uninitialized")  # in images: every host that is made of one has this before its first boot
 
 
@@ -24,11 +24,11 @@ async def nowhere() -> Place:
     return Place()
 
 
-def machine() -> str:
+def machine(file: Path = _MACHINE_ID) -> str:
     """What tells this host from others, the same after a reboot; "" where the system does not say. It is hashed, as
     machine-id(5) asks for."""
     try:
-        id = Path(_MACHINE_ID).read_text("ascii").strip()
+        id = file.read_text("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return ""
     return hashlib.sha256(f"covey {id}".encode()).hexdigest() if id not in _NO_ID else ""

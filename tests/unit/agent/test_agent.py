@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from covey import errors, model, wire
-from covey.agent import agent, session
+from covey.agent import session
 from covey.client import balance
 from tests.support import nouns
 from tests.unit.agent import fake
@@ -432,10 +432,9 @@ async def test_a_removed_node_holds_and_its_vms_stay(cloud: fake.Controller, mak
 
 
 async def test_a_controller_that_refuses_the_node_is_left_for_another_one(
-    cloud: fake.Controller, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
+    cloud: fake.Controller, make_node: MakeNode
 ) -> None:
     """Where one of its controllers was, there is one of another cloud now."""
-    monkeypatch.setattr(agent, "_REFUSED_PAUSE_S", 0.05)
     foreign, node, vm = fake.Controller(), make_node(), name()
     foreign.refuse, foreign.counter = "the agent belongs to another cloud", 1
     await foreign.start()

@@ -8,15 +8,14 @@ from covey.agent import host
 
 
 @pytest.mark.parametrize("text", ["", "\n", "uninitialized\n"])
-def test_an_image_without_a_machine_id_of_its_own_claims_none(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_without_a_machine_id_of_its_own_claims_none(text: str, tmp_path: Path) -> None:
     """Else the host that is made of it would be another one after its first boot (safety S7)."""
-    monkeypatch.setattr(host, "_MACHINE_ID", str(tmp_path / "machine-id"))
-    (tmp_path / "machine-id").write_text(text)
-    assert host.machine() == ""
-    (tmp_path / "machine-id").write_text("0123456789abcdef0123456789abcdef\n")
-    assert len(host.machine()) == 64
+    file = tmp_path / "machine-id"
+    assert host.machine(file) == ""
+    file.write_text(text)
+    assert host.machine(file) == ""
+    file.write_text("0123456789abcdef0123456789abcdef\n")
+    assert len(host.machine(file)) == 64
 
 
 @pytest.mark.parametrize("wrong", ["http://[c1", "http://c1:80x90", "http://c1:808080", "http://" + "a" * 70 + ".c"])
