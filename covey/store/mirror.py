@@ -37,7 +37,7 @@ REACH_NS = 300 * _MS  # a mirror that is further behind is not waited for
 LAG_NS = 2000 * _MS  # behind the reads for so long: reopen the watch, turn red
 PROVED_NS = 2000 * _MS  # how old the last proof of the store may be (safety S25)
 _PROBE_S = 0.5
-_PROVE_S = 2.0
+_PROVE_S = 10.0
 _RETRY_S = 0.2
 _PAGE = 1000
 _DIRECT_KEYS = 50_000
@@ -73,6 +73,7 @@ class Mirror:
         self._targets: collections.deque[tuple[int, int]] = collections.deque()  # (revision shown by a probe, when)
         self._direct: asyncio.Task[view.Snapshot] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._proving: asyncio.Task[None] | None = None
 
     # ---- reading
 
@@ -210,8 +211,9 @@ class Mirror:
                     _log.warning("the store cannot be followed", error=str(error))
                     await asyncio.sleep(_RETRY_S)
         finally:
-            probing.cancel()
-            await asyncio.gather(probing, return_exceptions=True)
+            for task in (probing, self._proving):
+                if task is not None:
+                    await _end(task)
 
     async def _list(self) -> None:
         """Replace the copy by a listing at one revision; what differs wakes those who wait for it."""
@@ -274,7 +276,7 @@ class Mirror:
                 if revision > self._draft.revision:
                     self._targets.append((revision, self._world.boot_ns()))
                 self._check_fence()
-                await self._prove_again()
+            self._prove_soon()
             if self.lag_ns > LAG_NS and self._watching is not None:
                 self._targets.clear()  # the new watch gets its own two seconds
                 self._watching.cancel()
@@ -300,15 +302,21 @@ class Mirror:
         if self._listed.is_set() and copy.fence != proof.fence and copy.fence <= proof.revision <= copy.revision:
             self._distrust("it has a break that its copy lacks")
 
-    async def _prove_again(self) -> None:
-        """After any trouble: compare the store with its past, and enter the break, before this process is ready."""
+    def _prove_soon(self) -> None:
+        """After any trouble: compare the store with its past, and enter the break, before this process is ready. That
+        may take longer than a proof of health lasts: probes go on meanwhile."""
         if self._proven or self._prove is None or self._trouble_of_store():
             return
+        if self._proving is None or self._proving.done():
+            self._proving = asyncio.create_task(self._prove_again(self._prove))
+
+    async def _prove_again(self, prove: Prove) -> None:
         reds, why = self._reds, self._broke
         try:
             async with asyncio.timeout(_PROVE_S):
-                await self._prove(why, self._before)
-        except TimeoutError:
+                await prove(why, self._before)
+        except (TimeoutError, errors.CoveyError) as error:
+            _log.info("the store's history could not be proved; trying again", why=str(error))
             return
         if reds == self._reds:
             self._proven, self._broke = True, ""

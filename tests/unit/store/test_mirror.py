@@ -206,3 +206,29 @@ async def test_indexes_follow_every_change() -> None:
             assert snapshot.waiting_count() == 0
             assert snapshot.script_users("s") == 3
             assert snapshot.history == live.history
+
+
+async def test_a_store_that_is_slow_is_proved_all_the_same() -> None:
+    """Safety S18, S25: its past takes several questions, which together may take longer than one proof of health lasts.
+    A slow store costs latency, and a controller that was frozen once must not stay red for that."""
+    async with cloud.running() as c:
+        weather, proved = flaky.Flaky(c.store), 0
+
+        async def prove(_why: str, _before: object) -> None:
+            nonlocal proved
+            for _ in range(6):
+                await weather.range(schema.FORMAT_KEY)
+            proved += 1
+
+        copy = mirror.Mirror(weather, c.world, prove)
+        task = asyncio.create_task(copy.run())
+        try:
+            await until(lambda: copy.ready)
+            weather.delay = lambda: 0.2  # each way
+            copy.doubt()
+            assert not copy.ready
+            await until(lambda: copy.ready)
+            assert proved >= 2
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
