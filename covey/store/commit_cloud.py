@@ -119,7 +119,10 @@ async def old_nonces(writer: commit.Writer) -> list[base.Kv]:
     page = await writer.store.range(schema.HISTORY, base.prefix_end(schema.HISTORY))
     old: list[base.Kv] = []
     for kv in sorted(page.kvs, key=lambda kv: kv.create_revision)[:-1]:
-        young = writer.world.wall_ns() - codec.decode(kv, schema.Nonce).noun.at_ns < _KEPT_NS
+        try:
+            young = writer.world.wall_ns() - codec.decode(kv, schema.Nonce).noun.at_ns < _KEPT_NS
+        except codec.Broken:
+            break  # left alone, and so is what came after it
         if young and len(page.kvs) - len(old) <= _MOST:
             break
         old.append(kv)
@@ -137,8 +140,10 @@ async def announce(writer: commit.Writer, controller: schema.Controller, lease: 
 
 
 async def sweep(writer: commit.Writer, leftovers: Iterable[base.Kv]) -> int:
-    """Delete keys that nothing refers to (scripts, outputs, remembered requests beyond the limit), each guarded on
-    being as it was seen. Answers with how many went."""
+    """Delete keys that nothing refers to (scripts, outputs, remembered requests beyond the limit, old nonces), each
+    guarded on being as it was seen. They go in their order, and what follows upon one that has changed stays for the
+    next time: another controller sweeps too, and a hole in the chain of nonces would look like a restore (safety S18).
+    Answers with how many went."""
     done = 0
     batch = list(leftovers)
     for start in range(0, len(batch), _DELETES):
@@ -146,5 +151,7 @@ async def sweep(writer: commit.Writer, leftovers: Iterable[base.Kv]) -> int:
         compares = (writer.format_guard, *(base.unchanged(kv.key, kv.mod_revision) for kv in part))
         txn = base.Txn(compares, tuple(base.Delete(kv.key) for kv in part))
         outcome = await writer.settle(txn, writer.world.boot_ns() + commit.LIMIT_NS)
-        done += len(part) if outcome.succeeded else 0
+        if not outcome.succeeded:
+            break
+        done += len(part)
     return done

@@ -5,6 +5,7 @@ shares them, and a later change copies only the shard it falls into. Values of k
 (outputs, scripts, births, idempotency records, events) are not held.
 """
 
+import bisect
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -380,10 +381,13 @@ class Draft(Snapshot):
         self.touched.add(node)
 
     def _set_nonce(self, id: str, kv: base.Kv | None) -> None:
-        links = [link for link in self.chain if link.nonce != id]
-        if kv is not None:
-            links.append(permission.Link(kv.create_revision, id))
-        self.chain = tuple(sorted(links))
+        if kv is None:
+            self.chain = tuple(link for link in self.chain if link.nonce != id)
+        else:  # never written twice, and listed in no particular order
+            link = permission.Link(kv.create_revision, id)
+            at = bisect.bisect_left(self.chain, link)
+            if self.chain[at : at + 1] != (link,):
+                self.chain = (*self.chain[:at], link, *self.chain[at:])
         self.history = self.chain[-1].nonce if self.chain else ""
 
     def _set_breach(self, kv: base.Kv | None) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,7 +10,18 @@ import pytest
 
 from covey import errors, model, wire
 from covey.decide import permission
-from covey.store import base, commit, commit_adopt, commit_cloud, commit_instances, commit_nodes, memory, mirror, schema
+from covey.store import (
+    base,
+    commit,
+    commit_adopt,
+    commit_cloud,
+    commit_instances,
+    commit_nodes,
+    memory,
+    mirror,
+    schema,
+    view,
+)
 from covey.store import commit_reports as reports
 from tests.support import cloud, nouns
 
@@ -120,6 +132,50 @@ async def test_old_nonces_go_from_the_oldest_on() -> None:
         assert [kv.key for kv in old] == chain[:2], "never one from the middle, and never the newest"
         await commit_cloud.sweep(c.writer, old)
         assert [link.nonce for link in (await c.look()).chain] == [schema.tail(key) for key in chain[2:]]
+
+
+async def test_two_sweeps_at_once_tear_no_hole_into_the_chain() -> None:
+    """Safety S18: who saw the store as it was at a hole would seem to come from another history, and hold all nodes."""
+    async with cloud.running() as c:
+        old = schema.encode(schema.Nonce(at_ns=1))
+        (first,) = await c.values(schema.HISTORY)
+        for key in (first.key, *(schema.nonce(f"{number:03}") for number in range(250))):
+            await c.store.commit(base.Txn((), (base.Put(key, old),)))
+        await commit_cloud.add_nonce(c.writer)
+        before = (await c.look()).chain
+        late = await commit_cloud.old_nonces(c.writer)
+        await commit_cloud.sweep(c.writer, late[:30])
+        await commit_cloud.sweep(c.writer, late)  # by another controller, which had looked before that
+        after = (await c.look()).chain
+        assert after == before[-len(after) :]
+        await commit_cloud.sweep(c.writer, await commit_cloud.old_nonces(c.writer))
+        assert len((await c.look()).chain) < 3
+
+
+async def test_a_nonce_that_cannot_be_read_ends_the_sweep_and_no_more() -> None:
+    async with cloud.running() as c:
+        for number in range(3):
+            value = b"?" if number == 1 else schema.encode(schema.Nonce(at_ns=1))
+            await c.store.commit(base.Txn((), (base.Put(schema.nonce(f"a{number}"), value),)))
+        await commit_cloud.add_nonce(c.writer)
+        first = min(await c.values(schema.HISTORY), key=lambda kv: kv.create_revision).key
+        await c.store.commit(base.Txn((), (base.Put(first, schema.encode(schema.Nonce(at_ns=1))),)))
+        assert [kv.key for kv in await commit_cloud.old_nonces(c.writer)] == [first, schema.nonce("a0")]
+
+
+async def test_a_long_chain_is_listed_quickly() -> None:
+    """An etcd that fails again and again makes it long; a controller that lists for seconds counts as frozen (S24)."""
+    draft = view.Draft()
+    value = schema.encode(schema.Nonce(at_ns=1))
+    kvs = [base.Kv(schema.nonce(f"{n * 7919 % 5000:04}"), value, n + 1, n + 1) for n in range(5000)]
+    began = time.process_time()
+    for kv in sorted(kvs):
+        draft.apply(base.Change(kv.key, kv))
+    assert time.process_time() - began < 0.4
+    assert [link.revision for link in draft.chain] == list(range(1, 5001))
+    draft.apply(base.Change(kvs[7].key, kvs[7]))
+    draft.apply(base.Change(kvs[9].key, None))
+    assert len(draft.chain) == 4999
 
 
 # ---- the mirror ------------------------------------------------------------------------------------------------------
