@@ -64,8 +64,12 @@ class Replica:
         """SIGTERM, as in a rolling restart: it answers what it has and ends by itself."""
         process, program = self.process, self.program
         if not process.dead and not process.frozen and program is not None:
-            await process.spawn(program.stop())
+            stopping = process.spawn(program.stop())
+            killed = clockwork.depart(process.ended.wait())
+            await asyncio.wait((stopping, killed), return_when=asyncio.FIRST_COMPLETED)  # the dead finish nothing
             process.kill()
+            if stopping.done():
+                stopping.result()
 
 
 class Registry:
