@@ -73,6 +73,7 @@ class Mirror:
         self._targets: collections.deque[tuple[int, int]] = collections.deque()  # (revision shown by a probe, when)
         self._direct: asyncio.Task[view.Snapshot] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._opened_ns = 0  # when the watch was opened last
         self._proving: asyncio.Task[None] | None = None
 
     # ---- reading
@@ -236,6 +237,7 @@ class Mirror:
     async def _follow(self) -> None:
         """Apply the watch from the revision after the copy's, until it ends or falls behind the reads."""
         self._watching = asyncio.create_task(self._apply_all())
+        self._opened_ns = self._world.boot_ns()
         try:
             await self._watching
         except asyncio.CancelledError:
@@ -273,13 +275,12 @@ class Mirror:
         while True:
             with contextlib.suppress(errors.StoreError):
                 revision = await self._proof.read()
-                if revision > self._draft.revision:
+                if revision > self._draft.revision and (not self._targets or revision > self._targets[-1][0]):
                     self._targets.append((revision, self._world.boot_ns()))
                 self._check_fence()
             self._prove_soon()
-            if self.lag_ns > LAG_NS and self._watching is not None:
-                self._targets.clear()  # the new watch gets its own two seconds
-                self._watching.cancel()
+            if self._watching is not None and self.lag_ns > LAG_NS < self._world.boot_ns() - self._opened_ns:
+                self._watching.cancel()  # red until what replaces it has caught up
             await asyncio.sleep(_PROBE_S)
 
     def _distrust(self, why: str, *, proof: bool = True) -> None:
