@@ -27,13 +27,15 @@ HEARTBEAT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Commands that run one after the other. `tests` names what pytest runs; `about_s` orders the queue."""
+    """Commands that run one after the other. `tests` names what pytest runs; `about_s` orders the queue. `workers`: so
+    many of its test files at once, for parts whose tests mostly wait."""
 
     name: str
     about_s: int
     limit_s: int
     tests: tuple[str, ...] = ()
     checks: tuple[tuple[str, ...], ...] = ()
+    workers: int = 1
 
 
 # The longest first, so that no long one is left for the end.
@@ -47,7 +49,7 @@ PARTS = (
         checks=(("python", "-m", "tests.storm", "--minutes", "5"),),  # a fresh seed, which it prints
     ),
     Part("outage", 300, 900, tests=("tests/outage",)),
-    Part("cluster", 240, 900, tests=("tests/cluster",)),
+    Part("cluster", 330, 1200, tests=("tests/cluster",), workers=2),
     Part("topology", 170, 600, tests=("tests/topology",)),
     Part("contract", 150, 600, tests=("tests/contract",)),
     Part("mutants", 180, 900, tests=("tests/mutants",)),
@@ -58,7 +60,7 @@ PARTS = (
         tests=("tests/sim",),
         checks=(("python", "-m", "tests.sim", "--seeds", "1000", "--minutes", "1", "--first", str(int(time.time()))),),
     ),
-    Part("unit", 90, 600, tests=("tests/unit",)),
+    Part("unit", 180, 900, tests=("tests/unit",), workers=3),
     Part("conformance", 45, 300, tests=("tests/conformance",)),
     Part(
         "check",
@@ -133,7 +135,9 @@ async def run_checks(part: Part, log: Path, result: Result) -> None:
 async def run_tests(part: Part, log: Path, result: Result, extra: list[str]) -> None:
     report = LOGS / f"{part.name}.xml"
     report.unlink(missing_ok=True)
-    command = [str(BIN / "python"), "-m", "pytest", "-q", "--durations=5", f"--junitxml={report}", *extra, *part.tests]
+    side_by_side = ["-n", str(part.workers), "--dist", "loadfile"] if part.workers > 1 else []
+    options = ["-q", "--durations=5", f"--junitxml={report}", *side_by_side, *extra]
+    command = [str(BIN / "python"), "-m", "pytest", *options, *part.tests]
     status = await run(command, log, part.limit_s)
     if status == 124:
         result.trouble = f"took longer than {part.limit_s} s"
