@@ -18,13 +18,13 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 def address(peer: str, headers: multidict.MultiMapping[str], trusted: Sequence[Network]) -> str:
     """Where the request comes from; `peer` is who holds the other end of the connection."""
+    found = _plain(peer)
     if not trusted:
-        return peer
-    found = peer
+        return found
     for hop in reversed(",".join(headers.getall("X-Forwarded-For", [])).split(",")):
         if not _is_trusted(found, trusted) or not _is_address(hop.strip()):
             break
-        found = hop.strip()
+        found = _plain(hop.strip())
     return found
 
 
@@ -32,6 +32,12 @@ def client(address: str, headers: multidict.MultiMapping[str]) -> str:
     """Whose share it is."""
     credentials = headers.get("Authorization", "")
     return credentials or f"{address} {headers.get('User-Agent', '')}"
+
+
+def _plain(text: str) -> str:
+    """An IPv4 address as such: a socket that listens on all addresses shows it as one of IPv6."""
+    mapped = text.lower().removeprefix("::ffff:")
+    return mapped if mapped != text.lower() and _is_address(mapped) else text
 
 
 def _is_trusted(text: str, trusted: Sequence[Network]) -> bool:

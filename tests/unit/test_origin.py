@@ -25,6 +25,8 @@ def headers(*values: str) -> multidict.CIMultiDict[str]:
         ("10.0.0.1", ["nonsense"], "10.0.0.1"),
         ("10.0.0.1", ["2001:db8::1, fd00::1"], "2001:db8::1"),
         ("", ["198.51.100.1"], ""),
+        ("10.0.0.1", ["198.51.100.1:51234"], "10.0.0.1"),
+        ("10.0.0.1", ["198.51.100.1, ::ffff:10.0.0.2"], "198.51.100.1"),
     ],
 )
 def test_only_a_trusted_proxy_is_believed(peer: str, said: list[str], address: str) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import socket
 import time
@@ -59,6 +60,7 @@ class House:
 
 
 ROOMY = gates.Limits()
+PROXIES = (ipaddress.ip_network("127.0.0.0/8"),)
 
 
 def _house(limits: gates.Limits = ROOMY) -> House:
@@ -526,6 +528,23 @@ async def test_a_short_gap_is_enough(house: House) -> None:
     stood.gaps += 1
     with pytest.raises(errors.Unavailable):
         call.still_fresh()
+
+
+async def test_addresses_are_the_same_however_the_server_listens() -> None:
+    """A socket for all addresses is one of IPv6 and shows IPv4 peers in its own notation, in which no proxy and no
+    node would be known."""
+    asked: list[str] = []
+
+    async def note(call: serve.Call) -> None:
+        asked.append(call.address)
+
+    one = server.Server([serve.Route("GET", "/who", note)], world=world.System(), trusted=PROXIES)
+    await one.start("", 0)
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{one.port}") as http:
+        await http.get("/who")
+        await http.get("/who", headers={"X-Forwarded-For": "198.51.100.1"})
+    await one.drain(0.2)
+    assert asked == ["127.0.0.1", "198.51.100.1"]
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for_for_ever() -> None:
