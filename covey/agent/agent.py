@@ -317,6 +317,7 @@ class Agent:
         for key in before.keys() | found.keys():
             if before.get(key) != found.get(key):
                 self._wake_worker(key[0])
+        self._outbox.keep(self._workers.keys() | {instance for instance, _ in found})
 
     def _word(self) -> model.Word:
         """How the node is now. VMs of another cloud are counted, never named (safety S12); nor are those that were said

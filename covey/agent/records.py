@@ -21,7 +21,8 @@ import msgspec
 from covey import durable, model, observe, wire
 from covey.decide import convergence
 
-TOMBSTONES_KEPT_NS = 30 * 24 * 3600 * 1_000_000_000
+_DAY_NS = 24 * 3600 * 1_000_000_000
+TOMBSTONES_KEPT_NS = 30 * _DAY_NS
 
 _log = observe.log("agent")
 Key = tuple[model.InstanceId, int]  # (instance, epoch)
@@ -75,6 +76,7 @@ class Records:
         self._tombstones_dir = None if data is None else data / "tombstones"
         self._records: dict[Key, Record] = {}
         self._tombstones: dict[model.InstanceId, Tombstone] = {}
+        self._swept_ns = 0  # when old tombstones were looked for last
 
     def load(self, now_ns: int) -> None:
         """Read everything back; forget tombstones older than 30 days."""
@@ -89,10 +91,9 @@ class Records:
                 self._records[record.key] = record
         for path in sorted(self._tombstones_dir.glob("*.json")):
             tombstone = durable.read(path, Tombstone)
-            if tombstone is not None and tombstone.at_ns + TOMBSTONES_KEPT_NS < now_ns:
-                durable.remove(path)
-            elif tombstone is not None:
+            if tombstone is not None:
                 self._tombstones[tombstone.instance] = tombstone
+        self._sweep(now_ns)
 
     def save(self, record: Record) -> None:
         """Durable when it returns."""
@@ -119,6 +120,8 @@ class Records:
 
         On a full disk it is kept in memory: destroying is what makes room, and the control plane grants no launch to
         what it ordered destroyed."""
+        if tombstone.at_ns - self._swept_ns > _DAY_NS:
+            self._sweep(tombstone.at_ns)
         known = self._tombstones.get(tombstone.instance)
         if known is not None and known.epoch >= tombstone.epoch and (known.final or not tombstone.final):
             return
@@ -131,6 +134,15 @@ class Records:
                 durable.write(self._tombstones_dir / f"{tombstone.instance}.json", tombstone, fsync=self._sync)
             except OSError as error:
                 _log.error("a tombstone could not be written", instance=tombstone.instance, error=str(error))
+
+    def _sweep(self, now_ns: int) -> None:
+        """Forget old tombstones; not of VMs that are still on record, whatever the clock says."""
+        self._swept_ns = now_ns
+        for tombstone in self.tombstones():
+            if tombstone.at_ns + TOMBSTONES_KEPT_NS < now_ns and not self.of(tombstone.instance):
+                del self._tombstones[tombstone.instance]
+                if self._tombstones_dir is not None:
+                    durable.remove(self._tombstones_dir / f"{tombstone.instance}.json", fsync=False)
 
     def get(self, key: Key) -> Record | None:
         return self._records.get(key)

@@ -8,7 +8,7 @@ a second per VM. The node's word travels along when VMs or capacity changed, or 
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import msgspec
@@ -37,7 +37,7 @@ class Outbox:
         self._clock = clock
         self._word = word
         self._items: list[wire.Item] = []
-        self._sequence: dict[records.Key, int] = {}
+        self._sequence = 0  # one for all: it must go on for each VM, also for one that comes back
         self._said: dict[records.Key, set[Said]] = {}
         self._progress: dict[records.Key, tuple[int, float]] = {}  # when, and how much, was said last
         self._woken = asyncio.Event()
@@ -51,8 +51,8 @@ class Outbox:
             self._said.setdefault(key, set()).add(event)
         if event not in (Said.ACKNOWLEDGED, Said.INFO):
             self._items = [item for item in self._items if not _overtaken(item, key)]
-        sequence = self._sequence[key] = self._sequence.get(key, 0) + 1
-        self._items.append(wire.Item(instance=key[0], epoch=key[1], seq=sequence, event=event, **fields))
+        self._sequence += 1
+        self._items.append(wire.Item(instance=key[0], epoch=key[1], seq=self._sequence, event=event, **fields))
         self._woken.set()
 
     def progress(self, key: records.Key, fraction: float) -> None:
@@ -74,15 +74,15 @@ class Outbox:
         """Whether something about the instance is not settled yet."""
         return any(item.instance == instance for item in self._items)
 
-    def forget(self, key: records.Key) -> None:
-        """Nothing more will be said of it. Its sequence numbers go on, should it come back."""
-        self._said.pop(key, None)
-        self._progress.pop(key, None)
+    def keep(self, instances: Container[model.InstanceId]) -> None:
+        """Forget what was said of all others: nothing of them is here or asked for."""
+        self._said = {key: said for key, said in self._said.items() if key[0] in instances}
+        self._progress = {key: told for key, told in self._progress.items() if key[0] in instances}
 
     def begin(self) -> None:
         """A new session: everything is said again."""
         self._items.clear()
-        self._sequence.clear()
+        self._sequence = 0
         self._said.clear()
         self._progress.clear()
         self._last_word = None

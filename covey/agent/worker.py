@@ -137,7 +137,6 @@ class Worker:
             return False
         for record in self._parts.records.of(self.instance):
             self._parts.records.forget(record.key)
-            self._parts.outbox.forget(record.key)
             self._parts.images.release(verbs.holder_of(record.key))
         return True
 

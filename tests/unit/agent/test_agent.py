@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from covey import errors, model, wire
-from covey.agent import session
+from covey.agent import hypervisor, session
 from covey.client import balance
 from tests.support import nouns
 from tests.unit.agent import fake
@@ -236,19 +236,45 @@ async def test_gone_is_said_once_while_the_answer_is_awaited(cloud: fake.Control
     assert cloud.said(vm).count(Said.GONE) == 1
 
 
-async def test_what_was_said_to_be_gone_is_not_named_again(cloud: fake.Controller, make_node: MakeNode) -> None:
+async def test_what_was_said_to_be_gone_is_not_named_again(
+    cloud: fake.Controller, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Promise I3: a word from a look before the end would bring the claim back."""
-    node, vm, other = make_node(), name(), name()
+    node, vm, may_look = make_node(), name(), asyncio.Event()
+    look, end = node.driver.list, node.driver.destroy
+    may_look.set()
+
+    async def slow_look() -> list[hypervisor.Vm]:
+        await may_look.wait()
+        return await look()
+
+    async def end_unseen(instance: model.InstanceId, epoch: int) -> None:
+        await end(instance, epoch)
+        may_look.clear()
+
     await node.start()
     await started(cloud, vm)
     await fake.until(lambda: any(seen.instance == vm for seen in cloud.words[-1].vms), "named in a word")
-    before = dict(node.agent._found)
-    cloud.want(DESTROY, vm)
-    await fake.until(lambda: Said.GONE in cloud.said(vm), "gone")
-    await started(cloud, other)
-    await fake.until(lambda: any(seen.instance == other for seen in cloud.words[-1].vms), "the next is named")
-    node.agent._found = {**node.agent._found, **before}  # a look that began before the end
-    assert [seen.instance for seen in node.agent._word().vms] == [other]
+    with monkeypatch.context() as patch:
+        patch.setattr(node.driver, "list", slow_look)
+        patch.setattr(node.driver, "destroy", end_unseen)
+        cloud.want(DESTROY, vm)
+        await fake.until(lambda: Said.GONE in cloud.said(vm), "gone")
+        assert (vm, 1) in node.agent._found, "as the last look showed it"
+        assert node.agent._word().vms == ()
+        may_look.set()
+
+
+async def test_what_was_said_of_vms_that_are_no_more_is_forgotten(cloud: fake.Controller, make_node: MakeNode) -> None:
+    """A session may last for months."""
+    node, vms = make_node(), [name() for _ in range(3)]
+    await node.start()
+    for vm in vms:
+        await started(cloud, vm)
+        cloud.want(DESTROY, vm)
+        await fake.until(functools.partial(lambda vm: Said.GONE in cloud.said(vm), vm), "gone")
+    await fake.until(lambda: not node.agent._workers, "nothing is asked for any more")
+    await fake.until(lambda: not node.agent._outbox._said, "forgotten")
 
 
 async def test_a_lost_launch_answer_is_asked_again_with_the_same_nonce(

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from covey import durable, model, wire, world
@@ -55,6 +56,17 @@ def test_a_record_is_private_and_its_removal_lasts(tmp_path: Path) -> None:
     first.forget(record().key)
     first.forget(record().key)
     assert loaded(tmp_path).all() == []
+
+
+def test_an_agent_that_never_restarts_forgets_old_tombstones_too(tmp_path: Path) -> None:
+    """But not of a VM that is still here: the clock may have jumped."""
+    mine = loaded(tmp_path)
+    mine.save(record(instance="here"))
+    for instance in ("old", "here"):
+        mine.bury(msgspec.structs.replace(tombstone(), instance=model.InstanceId(instance)))
+    mine.bury(tombstone(at_ns=31 * DAY_NS))
+    assert {one.instance for one in mine.tombstones()} == {"vm", "here"}
+    assert {path.stem for path in (tmp_path / "tombstones").iterdir()} == {"vm", "here"}
 
 
 def test_an_older_order_never_replaces_a_newer_one(tmp_path: Path) -> None:
