@@ -15,7 +15,7 @@ Nothing is decided while the mirror is not ready, and then every observation sta
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 
 from covey import errors, model, observe
 from covey import world as worlds
@@ -26,6 +26,7 @@ from covey.store import base, commit, commit_adopt, commit_cloud, commit_instanc
 _NS = 1_000_000_000
 _TICK_S = 0.5
 _FROZEN_NS = 2 * _NS  # a loop that slept longer than this may have missed anything (safety S24)
+_TURN_NS = 1 * _NS
 _SECOND_TURN_S = 0.3  # how long other replicas leave waiting instances to the first
 _PATIENCE_NS = 1 * _NS
 _PAUSE_S = 0.2
@@ -187,14 +188,19 @@ class Loop:
             mine = deadlines.ripe(self._observed, self._spans, now_ns, _PATIENCE_NS)
         works: list[Callable[[], Awaitable[object]]] = [
             *(functools.partial(self._replace, snapshot, kept) for kept in watchlist.stranded(snapshot, self.silent)),
-            *(functools.partial(self._act, snapshot, thing) for thing in _paced(mine)),
+            *(functools.partial(self._act, snapshot, thing) for thing in sorted(mine, key=_can_wait)),
             *(functools.partial(self._give_up, snapshot, kept) for kept in watchlist.hopeless(snapshot)),
             *(functools.partial(self._clear, snapshot, id) for id in watchlist.unfinished_removals(snapshot)),
         ]
+        in_time = functools.partial(self._in_time, now_ns + _TURN_NS)
         try:
-            await _all(works)
+            await _all(functools.partial(in_time, work) for work in works)
         except errors.CoveyError as error:  # of one of them, perhaps for ever: the others' spans must not start over
             _log.warning("a turn failed", turn="watch", error=str(error))
+
+    async def _in_time(self, end_ns: int, work: Callable[[], Awaitable[object]]) -> object:
+        """What a turn does not get to is left to the next one: a turn that lasted long would count as frozen."""
+        return await work() if self._world.boot_ns() < end_ns else None
 
     def _note_silent(self, over: list[deadlines.Thing]) -> None:
         silent = frozenset(thing.id for thing in over if thing.kind == deadlines.Kind.SILENT)
@@ -277,14 +283,9 @@ class Loop:
             await self._writer.store.compact(revision)
 
 
-def _paced(over: Iterable[deadlines.Thing]) -> Iterator[deadlines.Thing]:
-    """Not all that wait grow older in the same turn: theirs is no hurry, and a turn must end before it counts as
-    frozen."""
-    aged = 0
-    for thing in over:
-        aged += thing.kind == deadlines.Kind.WAITING
-        if thing.kind != deadlines.Kind.WAITING or aged <= _AT_ONCE:
-            yield thing
+def _can_wait(thing: deadlines.Thing) -> bool:
+    """What thousands may come to at the same moment, and nobody is in a hurry for."""
+    return thing.kind in (deadlines.Kind.TERMINATED, deadlines.Kind.WAITING)
 
 
 async def sweep(writer: commit.Writer, snapshot: view.Snapshot) -> int:

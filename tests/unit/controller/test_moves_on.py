@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from covey import model, wire
-from covey.controller import hosts
+from covey.controller import hosts, loop
 from covey.decide import deadlines
-from covey.store import base, commit_cloud, commit_nodes, schema
-from tests.support import cloud, nouns
+from covey.store import base, commit, commit_cloud, commit_nodes, mirror, schema
+from tests.support import cloud, flaky, nouns
 from tests.unit.controller import test_loop as looped
 
 Said = wire.ReportEvent
@@ -194,3 +194,30 @@ async def test_nodes_that_all_lose_the_registry_at_once_use_up_no_attempts() -> 
 
 async def _on_one_of(c: cloud.Cloud, id: str, nodes: set[model.NodeId]) -> bool:
     return (await c.instance(id)).node in nodes
+
+
+async def test_spans_go_on_while_very_much_is_to_be_done_at_once() -> None:
+    """A night's builds end together, on a slow store: what others have waited so far still counts (promise I1). A turn
+    that takes longer than a freeze would begin all spans anew."""
+    async with cloud.running() as c:
+        weather, me = flaky.Flaky(c.store), "c0"
+        lease = await c.store.grant(60)
+        announced = schema.Controller(id=me, version="", format=1, url="", started_ns=0)
+        await commit_cloud.announce(c.writer, announced, lease)
+        (waits,) = await c.create()
+        ended = [id for _ in range(8) for id in await c.create(100)]
+        await asyncio.gather(*(c.terminate(id) for id in ended))
+        copy = mirror.Mirror(c.store, c.world)
+        spans = NEVER._replace(terminated_ns=500 * MS)
+        one = loop.Loop(copy, commit.Writer(weather, c.world, who=me), c.world, me=me, spans=spans)
+        weather.delay = lambda: 0.12  # each way: 64 at once are 270 in a second
+        thing = deadlines.Thing(deadlines.Kind.WAITING, waits)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(copy.run()), group.create_task(one.run())]
+            await until(lambda: looped._true(thing in one._observed))
+            first_ns = one._observed[thing].first_ns
+            await until(lambda: looped._true(copy.snapshot().instance_count() == 1))
+            await asyncio.sleep(1.2)  # two turns more
+            assert one._observed[thing].first_ns == first_ns
+            for task in tasks:
+                task.cancel()
