@@ -158,7 +158,7 @@ class Agent:
         while True:
             trouble = away = ""
             try:
-                if self._moved or self.session.standing in (session.Standing.OUTSIDE, session.Standing.STALE):
+                if self._may_move() or self.session.standing in (session.Standing.OUTSIDE, session.Standing.STALE):
                     await self._join()
                 await self._ask()
             except session.SessionLost:
@@ -187,6 +187,11 @@ class Agent:
                 continue
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _PAUSE_LIMIT_S)
+
+    def _may_move(self) -> bool:
+        """Whether to tell another name or address, in a session of its own. Not while a launch is under way: one that
+        was granted to a session which has ended is lost, and its VM fails (safety S4). The next poll ends soon."""
+        return self._moved and not any(one.launches for one in self._workers.values())
 
     async def _join(self) -> None:
         facts = await self._facts()
@@ -244,9 +249,12 @@ class Agent:
     async def _on_hold(self) -> None:
         """A poll was answered from another history: nothing is begun or ended here (safety S18, S19)."""
         self.session.hold = True
-        await self._adoption.held()
+        try:
+            await self._adoption.held()
+        finally:  # also when this one cannot take what is told
+            if self.session.standing is session.Standing.GOOD:
+                self.session.left_for_another()
         if self.session.standing is session.Standing.GOOD:
-            self.session.left_for_another()
             await asyncio.sleep(min(self.session.heartbeat_s, adoption.PAUSE_S))
 
     def _apply(self, answer: wire.WantedState) -> None:

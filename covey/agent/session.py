@@ -143,7 +143,7 @@ class Session:
             if error.status not in (409, 410):
                 raise
             if error.status == 409 and str(error).startswith(_HOLD):
-                self.hold = True
+                self.hold = self.hold or counter == self.counter  # else it was said of a view that is given up
                 raise OnHold(str(error), 409) from error
             if counter == self.counter:
                 self._lose(Standing.STALE if error.status == 409 else Standing.REMOVED)
@@ -183,6 +183,7 @@ class Session:
         """A restored store knows all of this node: go on from its view, durably, in a new session (safety S19)."""
         self._file.remember(seen)
         self.seen = seen
+        self.hold = False
         self._lose(Standing.STALE)
 
     def told_of_controllers(self, urls: tuple[str, ...]) -> None:
@@ -207,8 +208,7 @@ class Session:
         self.lease_until_ns = 0
         self._renewed(answer.lease, sent_ns)
         self.heartbeat_s = answer.heartbeat_s
-        self.hold = False
-        self.standing = Standing.GOOD
+        self.standing = Standing.GOOD  # a hold goes on: no answer of the own history has ended it
         self.good.set()
 
     def _renewed(self, lease: wire.LeaseTerms, sent_ns: int) -> None:

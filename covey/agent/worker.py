@@ -59,6 +59,11 @@ class Worker:
         """Something about the instance may have changed."""
         self._woken.set()
 
+    @property
+    def launches(self) -> bool:
+        """Whether launch is asked for, or granted and not used yet."""
+        return bool(self._grants) or (self._step is not None and self._step.do is Do.ASK_LAUNCH)
+
     async def run(self) -> None:
         try:
             while True:

@@ -6,6 +6,7 @@ import msgspec
 
 from covey import wire
 from covey.agent import adoption
+from covey.client import balance
 from tests.unit.agent import fake
 from tests.unit.agent.conftest import MakeNode, Node
 
@@ -90,6 +91,48 @@ async def test_what_was_told_and_not_answered_is_told_again(cloud: fake.Controll
     await fake.until(lambda: node.agent.session.seen.history == "restored", "goes on")
     assert {one.instance for told in cloud.adopts for one in told.vms} == {"vm"}
     assert await node.phases() == {("vm", 1): "running"}
+
+
+async def test_a_controller_that_cannot_take_what_is_told_is_left_for_another_one(
+    cloud: fake.Controller, make_node: MakeNode
+) -> None:
+    """It may be older than this call."""
+    node, other = make_node(), fake.Controller()
+    await other.start()
+    try:
+        node.endpoints._balance = balance.Balance([cloud.url, other.url])
+        await node.start()
+        await started(cloud, "vm")
+        other.counter, other.secret = cloud.counter, cloud.secret
+        for one in (cloud, other):
+            one.break_["adopt"] = 500
+            one.restore()
+        await held_for_long(cloud, node)
+        for _ in range(3):
+            for one in (cloud, other):
+                one.called.clear()
+            await fake.until(lambda: "adopt" in cloud.called and "adopt" in other.called, "both are asked, by turns")
+        assert node.agent.session.hold
+    finally:
+        await other.stop()
+
+
+async def test_a_hold_outlasts_the_session(cloud: fake.Controller, make_node: MakeNode) -> None:
+    """(safety S18) Nothing is done in the moment between a new session and its first answer."""
+    node = make_node()
+    await node.start()
+    await started(cloud, "vm")
+    cloud.hold = True
+    cloud.changed()
+    await fake.until(lambda: node.agent.session.hold, "on hold")
+    cloud.break_["wanted"] = 503
+    cloud.counter += 1  # its reports get 409: it joins again
+    joins = len(cloud.joins)
+    await fake.until(lambda: len(cloud.joins) > joins and node.agent.session.good.is_set(), "a new session")
+    assert node.agent.session.hold
+    del cloud.break_["wanted"]
+    cloud.hold = False
+    await fake.until(lambda: not node.agent.session.hold, "an answer of its own history ends it")
 
 
 async def test_an_agent_that_died_on_hold_tells_after_its_restart(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from covey import errors
+from covey import errors, wire
 from covey.agent import host, identity
 from tests.unit.agent import fake
 from tests.unit.agent.conftest import MakeNode
@@ -28,6 +28,33 @@ async def test_a_node_whose_host_got_another_name_or_address_says_so(
     await fake.until(lambda: len(cloud.joins) == 2, "the node joins again")
     assert (cloud.joins[-1].facts.name, cloud.joins[-1].facts.ip) == ("after", "192.0.2.2")
     assert cloud.joins[-1].node == "node-1"
+
+
+async def test_a_launch_under_way_is_not_lost_because_the_host_got_another_name(
+    cloud: fake.Controller, make_node: MakeNode
+) -> None:
+    """The launch was granted, and its answer is still to come, when the node would begin a session for its new name."""
+    node = make_node()
+    node.place = host.Place("before", "192.0.2.1")
+    await node.start()
+    await fake.until(lambda: bool(cloud.called & {"report"}), "the node has joined")
+    cloud.lose = ["launch"] * 1000
+    cloud.want(wire.Verb.RUN, "vm")
+    await fake.until(lambda: bool(cloud.granted), "granted, and the answer lost")
+    node.place = host.Place("after", "192.0.2.2")
+    node.clock.ahead_ns += 61_000_000_000
+    node.agent.wake()
+    await fake.until(lambda: node.agent._moved, "the node has looked at its host again")
+    for _ in range(3):
+        polls = len(cloud.messages)
+        cloud.changed()
+        cloud.want(wire.Verb.KEEP, f"another-{polls}")  # news: the poll is answered
+        await fake.until(lambda polls=polls: len(cloud.messages) > polls + 1, "it asked again")  # type: ignore[misc]
+    cloud.lose = []
+    await fake.until(lambda: wire.ReportEvent.BOOTED in cloud.said("vm"), "booted")
+    cloud.want(wire.Verb.KEEP, "another")
+    await fake.until(lambda: cloud.joins[-1].facts.name == "after", "then its new name is told")
+    assert wire.ReportEvent.FAILED not in cloud.said("vm")
 
 
 async def test_a_host_that_does_not_know_its_address_now_has_not_moved(
