@@ -1,13 +1,15 @@
 """The one store of a simulation, and the line from each controller to it.
 
 Sea    the data in memory. Sees every transaction, holds back those that are late, and lets some of them surface at
-       the very moment when another transaction touches the same keys: the zombie that a guard must fear (safety S15)
+       the very moment when another transaction touches the same keys: the zombie that a guard must fear (safety S15).
+       It can be taken away and restored from a backup, as by an operator; what was on its way to it is lost then (S18)
 Line   one controller's view, a `base.Store`: through the weather of `tests.support.flaky`; what was sent goes on
        when the sender is killed or frozen. It may kill its own process just before a commit leaves, or just after it
        was applied and before anybody knows
 """
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -29,6 +31,8 @@ class Sea(memory.Memory):
         self._world = world
         self.late: list[base.Txn] = []
         self.surfaced = 0
+        self.away = False
+        self.restores = 0
 
     async def commit(self, txn: base.Txn, *, within_s: float | None = None) -> base.Outcome:
         rogue = next((late for late in self.late if _touch(late, txn)), None)
@@ -42,7 +46,24 @@ class Sea(memory.Memory):
 
     def hold_back(self, txn: base.Txn) -> None:
         """Apply it when somebody else touches its keys, or when the weather clears."""
-        self.late.append(txn)
+        if not self.away:
+            self.late.append(txn)
+
+    def stop(self) -> None:
+        """Every member ends: nobody is answered."""
+        self.away = True
+        self.late.clear()
+
+    def begin_from(self, backup: memory.Backup, *, cluster: str) -> None:
+        """The members begin anew with what the backup holds."""
+        self.data.restore(backup, cluster=cluster)
+        self.away = False
+        self.restores += 1
+
+    async def _turn(self) -> None:
+        await super()._turn()
+        if self.away:
+            raise errors.Unavailable("the store is being restored")
 
     def surface_all(self) -> None:
         while self.late:
@@ -254,7 +275,11 @@ class _Weathered(flaky.Flaky):
         self.late_s = lambda: chance.choice((0.05, 1.0, 20.0))
 
     async def _later(self, txn: base.Txn) -> None:
+        restores = self._sea.restores
         if self._chance.random() < 0.5:
             self._sea.hold_back(txn)
-        else:
-            await super()._later(txn)
+            return
+        await asyncio.sleep(self.late_s())
+        if restores == self._sea.restores:
+            with contextlib.suppress(errors.StoreError):
+                await self._sea.commit(txn)

@@ -4,6 +4,8 @@
     calm       the weather clears, nobody wants anything new: soon all is as it must be
     end        everything is ended: nothing may be left, no VM, no claim, no order
 
+In every sixth story the store is restored from a backup in the middle of the storm (safety S18, S19).
+
 The program under test is the product's own: controllers with their API, mirrors, commits and loops; agents with their
 workers, records and fail-over; the synthetic hypervisor; the store in memory behind a flaky line.
 """
@@ -24,6 +26,7 @@ from tests.sim import node as nodes
 _CALM_S = 240.0  # pauses after refusals, silent nodes and doors that are being closed take their time
 _END_S = 300.0
 _LOOK_S = 2.0
+_RESTORED = 6  # every so many seeds
 
 
 def home() -> Path:
@@ -68,6 +71,7 @@ class Story:
 
     def _build(self, world: clockwork.World) -> None:
         replicas, hosts, clients = self._sizes
+        self._world = world
         self._chance = random.Random(f"{world.seed} story")
         self.truth = truth.Truth(self._tell)
         self.sea = sea.Sea(world, self.truth.saw)
@@ -122,6 +126,8 @@ class Story:
         fault_rate = chance.choice((0.02, 0.1, 0.3))
         ends_s = now() + self._storm_s
         async with asyncio.TaskGroup() as group:
+            if self._restores:
+                group.create_task(self._restore(random.Random(f"{self._world.seed} restore")))
             while now() < ends_s:
                 group.create_task(self._deed())
                 if chance.random() < fault_rate:
@@ -129,6 +135,34 @@ class Story:
                 await asyncio.sleep(chance.expovariate(1.0))
             for task in list(group._tasks):
                 task.cancel()  # who still waits for an answer gives up
+
+    @property
+    def _restores(self) -> bool:
+        return self._world.seed % _RESTORED == 0
+
+    async def _restore(self, chance: random.Random) -> None:
+        """A backup of the store at a random moment; later the store begins again from it."""
+        while any(node.id not in self.truth.nodes for node in self.nodes):
+            await asyncio.sleep(0.5)
+        await asyncio.sleep(chance.uniform(0.0, self._storm_s / 2))
+        backup = self.sea.backup()
+        self.truth.backed_up()
+        self._tell("operator: makes a backup")
+        await asyncio.sleep(chance.uniform(0.5, self._storm_s / 3))
+        self._tell("operator: stops the store")
+        self.sea.stop()
+        replicas = self.replicas if chance.random() < 0.3 else []
+        for one in replicas:
+            one.kill()
+        try:
+            await asyncio.sleep(chance.uniform(1.0, 6.0))
+        finally:
+            self._tell("operator: begins the store from the backup")
+            self.truth.counts["restores"] += 1
+            self.sea.begin_from(backup, cluster=chance.choice(("", self._world.token())))
+            self.truth.restored(self.nodes)
+        for one in replicas:
+            one.start()
 
     async def _fault(self) -> None:
         self.truth.counts["faults"] += 1
@@ -158,7 +192,7 @@ class Story:
             return
         if node.id in self.truth.removed:
             self._join_again(node)
-        elif chance.random() < 0.3:
+        elif chance.random() < 0.3 and not self._restores:  # a node that is removed is not waited for
             self._tell(f"operator: removes {node.name}")
             node.crowded = True
             await client.remove(node.id)

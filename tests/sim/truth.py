@@ -1,4 +1,4 @@
-"""What must always be true, judged by somebody who sees everything: promises I1–I7, rules S1–S16.
+"""What must always be true, judged by somebody who sees everything: promises I1–I7, rules S1–S19.
 
 `Truth` is told of every revision of the store and of every act of every hypervisor at the instant at which it happens,
 and of every answer that a client got. It knows nothing of the product's code but the nouns in the store. The first
@@ -8,13 +8,19 @@ broken promise ends the story.
     hypervisor  I2 one VM per instance · S1 no guest code without launch · I3 room · I4 destroyed on a decision only
     answer      I6 reads show what was true between question and answer · I7 one answer per key
     in the end  I1 all ended · I3 nothing is left · no instance waits while a slot that fits is free
+
+When the store is restored from a backup, what it held then is true again. What came after it may be forgotten:
+instances, terminates, what a key was answered with. That a VM runs may not: what was accepted and runs on a node
+comes back (S19), a second VM of an instance runs only after the first one was destroyed, and nothing is destroyed
+without a decision recorded in one history or the other.
 """
 
 import asyncio
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -26,6 +32,10 @@ from tests.sim import node as nodes
 N = TypeVar("N", bound=model.Noun)
 State = model.State
 Key = tuple[str, int]
+_STORED = (  # what follows from the store alone
+    *("instances", "nodes", "sessions", "alive", "words", "ledgers", "orders", "removed", "forgotten"),
+    *("_births", "_held"),
+)
 _CLOSED_S = 65.0  # so long a controller tries to close the door on a start that it gave up
 OVER = (State.TERMINATING, State.TERMINATED)
 LIVING = (State.SCHEDULING, State.PULLING, State.STARTED)
@@ -74,6 +84,12 @@ class Truth:
         self._ordered: set[tuple[str, str, int]] = set()  # (node, instance, epoch)
         self._ran: dict[str, tuple[str, int]] = {}  # instance -> where and in which epoch guest code ran
         self._held: dict[str, tuple[str, int]] = {}  # instance -> node and epoch of the slot that it says it has
+        self._ended: set[str] = set()  # somebody was recorded to have decided it, in whatever history
+        self.restores = 0
+        self._backup: dict[str, Any] = {}
+        self._lost: dict[str, bool] = {}  # instance that a restore has forgotten -> whether it had been answered OK
+        self._runs: set[str] = set()  # those of them which ran, and must come back
+        self._untold: set[str] = set()  # nodes that have not said since the restore what they have
 
     def fail(self, text: str) -> None:
         self._tell(f"BROKEN {text}")
@@ -83,7 +99,7 @@ class Truth:
     # ---- every revision --------------------------------------------------------------------------------------------
 
     def saw(self, batch: base.Batch) -> None:
-        self.revision = batch.revision
+        self.revision += 1  # not the store's own, which goes back
         for change in batch.changes:
             kind, _, id = change.key.removeprefix(schema.PREFIX).partition("/")
             match kind:
@@ -101,6 +117,8 @@ class Truth:
                     _keep(self.words, id, change.kv, model.Word)
                 case "alive":
                     (self.alive.discard if change.kv is None else self.alive.add)(id)
+                case "adopted":
+                    self._untold.discard(id)
                 case "removed":
                     (self.removed.discard if change.kv is None else self.removed.add)(id)
         self._check_claims()
@@ -119,15 +137,20 @@ class Truth:
             if before is None or before.state != State.TERMINATED:
                 self.fail(f"I1: {id} was forgotten before it was over")
             self.forgotten.add(id)
+            self._ended.add(id)
             self._history[id].append((self.revision, None))
             return
         now = self.instances[id] = msgspec.json.decode(kv.value, type=model.Instance)
         self._history.setdefault(id, []).append((self.revision, now.state))
+        if now.ended is not None:
+            self._ended.add(id)
         if now.claimed:
             self._held[id] = (now.node, now.epoch)
         if now.launch is not None:
             self._launched.add((id, now.launch.epoch, now.launch.node))
-        if before is None:
+        if before is None and id in self._lost:
+            self._saw_return(id)
+        elif before is None:
             self._saw_birth(id, now)
         else:
             self._check_step(id, before, now)
@@ -144,6 +167,13 @@ class Truth:
         ask = self.asks.get(tag)
         if ask is not None and ask.key and len(made) > ask.count:
             self.fail(f"I7: {len(made)} instances were made for one key that asked for {ask.count}")
+
+    def _saw_return(self, id: str) -> None:
+        """A node has told of it."""
+        self.counts["adopted"] += 1
+        self._runs.discard(id)
+        if self._lost.pop(id):
+            self.accepted.add(id)
 
     def _check_step(self, id: str, before: model.Instance, now: model.Instance) -> None:
         if before.state in OVER and now.state not in OVER:
@@ -184,6 +214,35 @@ class Truth:
         if held.node == order.node and held.epoch <= order.epoch and held.launched and held.state in LIVING:
             self.fail(f"I4: {order.instance} was ordered destroyed although it is {held.state}")
 
+    # ---- a restore -------------------------------------------------------------------------------------------------
+
+    def backed_up(self) -> None:
+        """A backup of the store is made."""
+        self._backup = {name: copy.copy(getattr(self, name)) for name in _STORED}
+        self._backup["_births"] = {tag: set(ids) for tag, ids in self._births.items()}
+
+    def restored(self, cloud: Sequence[nodes.Node]) -> None:
+        """The store holds what it held at the backup."""
+        self.restores += 1
+        for name, value in self._backup.items():
+            setattr(self, name, value)
+        self.revision += 1
+        for id, history in self._history.items():
+            now = self.instances.get(id)
+            history.append((self.revision, None if now is None else now.state))
+        lost = self._history.keys() - self.instances.keys() - self.forgotten
+        self._lost = {id: id in self.accepted for id in lost}
+        self.accepted -= lost
+        for ask in self.asks.values():
+            ask.unsure_by = None
+            ask.answered = [ids for ids in ask.answered if lost.isdisjoint(ids)]
+        bodies = {(node.name, key): phase for node in cloud for key, phase in node.bodies().items()}
+        running = {id for (_, (id, _)), phase in bodies.items() if phase is nodes.Phase.RUNNING}
+        self._runs = {id for id, accepted in self._lost.items() if accepted and id in running}
+        self._runs -= self.terminate_asked | self.failed
+        self._ran = {id: (name, epoch) for id, (name, epoch) in self._ran.items() if (name, (id, epoch)) in bodies}
+        self._untold = set(self.nodes)
+
     # ---- every act of a hypervisor ---------------------------------------------------------------------------------
 
     def prepared(self, node: nodes.Node, key: Key) -> None:
@@ -204,16 +263,16 @@ class Truth:
             self.fail(f"S1: guest code of {id} runs on {node.name} in epoch {epoch} without launch")
         ledger = self.ledgers.get(node.id)
         claims = () if ledger is None else ledger.claims
-        if node.id not in self.removed and all((claim.instance, claim.epoch) != key for claim in claims):
+        if node.id not in self.removed | self._untold and all((claim.instance, claim.epoch) != key for claim in claims):
             self.fail(f"S11: {id} in epoch {epoch} runs on {node.name} without a claim")
 
     def destroyed(self, node: nodes.Node, key: Key, *, had_run: bool) -> None:
         self._tell(f"{node.name}: destroyed {_short(key)}{'' if had_run else ', which never ran'}")
         self.counts["destructions"] += 1
         id, epoch = key
-        now = self.instances.get(id)
-        decided = now is None or now.ended is not None
-        decided = decided or any((node.id, id, later) in self._ordered for later in range(epoch, epoch + 30))
+        if self.restores and self._ran.get(id) == (node.name, epoch):
+            del self._ran[id]  # that it ever ran may be forgotten
+        decided = id in self._ended or any((node.id, id, later) in self._ordered for later in range(epoch, epoch + 30))
         if had_run and id not in self._history:
             self.fail(f"I4: {node.name} destroyed {id}, which the cloud does not know")
         if had_run and not decided:
@@ -224,6 +283,8 @@ class Truth:
     def answered(self, tag: str, ids: Sequence[str]) -> None:
         """A start was answered OK."""
         ask = self.asks[tag]
+        if not self._lost.keys().isdisjoint(ids):
+            return  # done before the restore, and forgotten
         ask.answered.append(tuple(ids))
         ask.unsure_by = None
         self.accepted.update(ids)
@@ -240,12 +301,7 @@ class Truth:
     def shown(self, by: str, id: str, state: str | None, sent_at: int) -> None:
         """A read, sent when the store was at revision `sent_at`, was answered with `state` (None: not found)."""
         self.counts["reads"] += 1
-        history = self._history.get(id, [])
-        allowed: set[str | None] = {None} if not history or history[0][0] > sent_at else set()
-        for index, (_, then) in enumerate(history):
-            ended = history[index + 1][0] if index + 1 < len(history) else self.revision + 1
-            if ended > sent_at:
-                allowed.add(None if then is None else str(then))
+        allowed = self._states(id, sent_at)
         if state not in allowed:
             self.fail(f"I6: {by} shows {id} as {state}; between question and answer it was {sorted(map(str, allowed))}")
 
@@ -253,18 +309,29 @@ class Truth:
         """A list shows what was there all the while, and nothing that was never there."""
         self.counts["lists"] += 1
         found = set(ids)
-        for id, history in self._history.items():
-            there = history[0][0] <= sent_at and id not in self.forgotten
-            if there and id not in found:
+        for id in self._history.keys() - found:
+            if None not in self._states(id, sent_at):
                 self.fail(f"I6: the list of {by} lacks {id}, which is there")
         for id in found - self._history.keys():
             self.fail(f"I6: the list of {by} shows {id}, which never was")
+
+    def _states(self, id: str, sent_at: int) -> set[str | None]:
+        """What was true of the instance at some moment from revision `sent_at` on; None: it was not there."""
+        history = self._history.get(id, [])
+        found: set[str | None] = {None} if not history or history[0][0] > sent_at else set()
+        for index, (_, then) in enumerate(history):
+            ended = history[index + 1][0] if index + 1 < len(history) else self.revision + 1
+            if ended > sent_at:
+                found.add(None if then is None else str(then))
+        return found
 
     # ---- in the end ------------------------------------------------------------------------------------------------
 
     def unsettled(self, cloud: Sequence[nodes.Node]) -> str:
         """What is not as it must be once the weather has been fine for a while and nobody wants anything new; "" when
         all is well."""
+        if self._runs:
+            return f"S19: these ran when the store was restored, and no node has told of them: {sorted(self._runs)}"
         rooms = {node.id: self._room(node) for node in cloud if self._open(node)}
         for id, now in self.instances.items():
             free = [node for node, room in rooms.items() if room > 0 and now.spec.node in ("", node)]

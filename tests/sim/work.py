@@ -65,7 +65,7 @@ class Client:
         again = bool(ask.key or ask.twin)
         index = self._chance.randrange(len(self._each))
         way = self._all if again else self._each[index]
-        process = self._replicas[index].process
+        process, restores = self._replicas[index].process, self._judge.restores
         try:
             ids = await way.ask(
                 "POST", "/api/v1/vm", list[str], body, headers=headers, repeatable=again, timeout_s=_TIMEOUT_S
@@ -73,7 +73,8 @@ class Client:
         except errors.Refused:
             return False
         except errors.RemoteError as error:
-            if not again and error.status == 503 and process is self._replicas[index].process:
+            same = process is self._replicas[index].process and restores == self._judge.restores
+            if not again and error.status == 503 and same:
                 ask.unsure_by, ask.unsure_at_s = process, asyncio.get_running_loop().time()
             return False
         self._judge.answered(tag, ids)
@@ -87,10 +88,11 @@ class Client:
     async def terminate(self, id: str) -> bool:
         """Whether it was answered OK."""
         self._judge.terminate_asked.add(id)
+        restores = self._judge.restores
         try:
             await self._all.ask("DELETE", "/api/v1/vm", type(None), {"id": id}, timeout_s=_TIMEOUT_S)
         except errors.NotFound:
-            if id in self._judge.accepted:
+            if id in self._judge.accepted and restores == self._judge.restores:
                 self._judge.fail(f"I1: {id} was accepted and is not found")
             return True
         except (errors.RemoteError, errors.Refused):
