@@ -52,7 +52,8 @@ class ExplainApi:
         if kept is None:
             raise errors.NotFound("Not found")
         talking = self._display.of(snapshot).talking(kept.noun.node)
-        return _shown(kept.noun, self._waiting.story(snapshot, kept, talking=talking))
+        async with self._display.alone():
+            return _shown(kept.noun, self._waiting.story(snapshot, kept, talking=talking))
 
 
 def _shown(instance: model.Instance, story: explain.Story) -> Explanation:

@@ -63,8 +63,9 @@ class NodeApi:
             if kept is None:
                 raise errors.NotFound("Not found")
             return [views.node(snapshot, kept, shown)]
-        found = sorted(snapshot.nodes(), key=lambda kept: (kept.noun.created_ns, kept.noun.id))
-        return [views.node(snapshot, kept, shown) for kept in found]
+        async with self._display.alone():
+            found = sorted(snapshot.nodes(), key=lambda kept: (kept.noun.created_ns, kept.noun.id))
+            return [views.node(snapshot, kept, shown) for kept in found]
 
     async def groups(self, _call: serve.Call) -> Sequence[views.Group]:
         """The groups that nodes carry; they cannot be made through the API yet."""

@@ -127,9 +127,10 @@ class InstanceApi:
 
     async def _list(self) -> list[views.Wrapper]:
         snapshot = await self._mirror.fresh()
-        shown = self._display.of(snapshot)
-        found = sorted((kept.noun for kept in snapshot.instances()), key=lambda noun: (noun.created_ns, noun.id))
-        return [views.wrapper(noun, shown) for noun in found]
+        async with self._display.alone():
+            shown = self._display.of(snapshot)
+            found = sorted((kept.noun for kept in snapshot.instances()), key=lambda noun: (noun.created_ns, noun.id))
+            return [views.wrapper(noun, shown) for noun in found]
 
     async def _outputs(self, id: str) -> views.Outputs:
         prefix = schema.output(id, "")

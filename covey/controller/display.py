@@ -1,7 +1,9 @@
 """What the views show beside the nouns, gathered for one snapshot: presence of nodes, reasons for waiting, names."""
 
+import asyncio
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple
 
 from covey import model
@@ -32,6 +34,16 @@ class Display:
         self._why_waiting = why_waiting
         self._spans = spans
         self._registry = registry
+        self._turn = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """While a large answer is made. Many who asked at the same moment are woken in one turn of the event loop: if
+        their answers were all made in it, it would last so long that this process took itself for frozen (safety
+        S24). So each has a turn of its own."""
+        async with self._turn:
+            await asyncio.sleep(0)
+            yield
 
     def of(self, snapshot: view.Snapshot) -> views.Shown:
         return views.Shown(

@@ -100,6 +100,30 @@ async def test_a_flood_by_agents_leaves_people_theirs() -> None:
         assert {status for status, _ in ended} == {200, 503}
 
 
+async def test_large_answers_are_made_one_in_a_turn_of_the_loop() -> None:
+    """Those who ask at the same moment share a read of the store, and so are woken at the same moment. Of a large cloud
+    thirty lists take seconds: made in one turn, the controller would take itself for frozen (safety S24)."""
+    async with cloud.running() as house:
+        [id] = await house.api.start()
+        turn, turns = 0, []
+
+        async def count() -> None:
+            nonlocal turn
+            while True:
+                await asyncio.sleep(0)
+                turn += 1
+
+        async def ask(number: int) -> None:
+            path = ("/api/v1/vm", "/api/v1/node", f"/api/v1/vm/explain?id={id}")[number % 3]
+            assert (await house.replicas[0].server.hand("GET", path, peer="10.0.0.9")).status == 200
+            turns.append(turn)
+
+        counting = asyncio.create_task(count())
+        await asyncio.gather(*map(ask, range(30)))
+        counting.cancel()
+        assert len(set(turns)) == 30
+
+
 async def test_a_store_that_hangs_turns_the_controller_red_and_passes_without_a_trace() -> None:
     async with slow() as one:
         before = {id for number in range(3) for id in (await one.start("a", number))[1]}
