@@ -201,14 +201,21 @@ class Batcher:
                 _fail(taken, refusal)
                 return
             middle = len(taken) // 2
-            await self._fly(taken[:middle])
-            await self._fly(taken[middle:])
+            await self._fly_again(taken[:middle])
+            await self._fly_again(taken[middle:])
         except errors.StoreError as fault:
             _fail(taken, fault)
         else:
             for waiting, outcome in zip(taken, outcomes, strict=True):
                 if not waiting.done.done():
                     waiting.done.set_result(outcome)
+
+    async def _fly_again(self, taken: Sequence[_Waiting]) -> None:
+        """A part of a refused batch, but for those whose time is up meanwhile: of them nothing was done."""
+        now = self._now_ns()
+        _fail([one for one in taken if one.deadline_ns <= now], errors.Unavailable("waited too long to be sent"))
+        if left := [one for one in taken if one.deadline_ns > now]:
+            await self._fly(left)
 
 
 def _fail(waiting: Sequence[_Waiting], fault: errors.StoreError) -> None:

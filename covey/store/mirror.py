@@ -193,6 +193,7 @@ class Mirror:
     def doubt(self) -> None:
         """The process was frozen (safety S24): nothing that was proved before counts."""
         self._proof.proved_ns = -PROVED_NS
+        self._distrust("this process stood still", proof=False)
 
     # ---- feeding
 

@@ -222,6 +222,22 @@ async def test_nothing_is_sent_for_a_caller_who_asked_too_long_ago(
     assert recorder.sent == [["a"]]
 
 
+async def test_no_part_of_a_split_batch_is_sent_too_late(
+    batcher: batch.Batcher, recorder: Recorder, clock: Clock
+) -> None:
+    """(safety S24) Splitting takes time: what is due meanwhile was refused with all others, and is not sent again."""
+
+    def refused(names: Sequence[str]) -> errors.StoreError | None:
+        clock.ns += 2 * 10**9
+        return errors.Rejected("one of them is guilty") if len(names) > 1 else None
+
+    recorder.fault = refused
+    fates = await asyncio.gather(batcher.commit(write("a")), batcher.commit(write("b"), 1.0), return_exceptions=True)
+    assert isinstance(fates[0], base.Outcome)
+    assert isinstance(fates[1], errors.Unavailable)
+    assert recorder.sent == [["a", "b"], ["a"]]
+
+
 async def test_what_waited_long_still_gets_one_attempt(
     batcher: batch.Batcher, recorder: Recorder, clock: Clock
 ) -> None:

@@ -115,6 +115,29 @@ async def test_doubt_after_a_freeze() -> None:
         assert copy.ready
 
 
+async def test_after_a_freeze_the_past_is_proved_although_nobody_asked_meanwhile() -> None:
+    """Safety S18, S24: the first who asks may come after the next read, and that read alone proves too little."""
+    async with cloud.running() as c:
+        proofs = 0
+
+        async def prove(_why: str, _before: object) -> None:
+            nonlocal proofs
+            proofs += 1
+
+        copy = mirror.Mirror(c.store, c.world, prove)
+        task = asyncio.create_task(copy.run())
+        try:
+            await until(lambda: copy.ready)
+            copy.doubt()
+            await copy.fresh()
+            assert not copy.ready
+            await until(lambda: copy.ready)
+            assert proofs == 2
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_a_compaction_under_the_watch_is_survived() -> None:
     """Safety S20: list again at one revision, and nothing deleted meanwhile stays."""
     async with cloud.running() as c, mirrored(c) as (copy, weather):
