@@ -177,9 +177,12 @@ async def leave(
         decision = model.Decision(who=who, why="the agent left")
         orders = [order.noun.instance for order in snapshot.orders_on(node)][:_CLAIMS]
         known = (schema.order(node, id) for id in orders if reading.order(node, id) is not None)
-        gone = (*_life_keys(node), schema.ledger(node), *known)
-        ops: tuple[base.Op, ...] = (*map(base.Delete, gone), reading.event("left", node, decision))
-        return commit.Write(ops, lambda _: Left(node))
+        ops: dict[str, base.Op] = {key: base.Delete(key) for key in (*_life_keys(node), schema.ledger(node), *known)}
+        breach = reading.snapshot.breach.nonce
+        if breach:  # else its agent, as long as it runs, would look like one of a node that the restore has lost
+            mark = schema.Adopted(nonce=breach, tx=reading.tx)
+            ops[schema.adopted(node)] = reading.put(schema.adopted(node), mark, commit.MONTH)
+        return commit.Write((*ops.values(), reading.event("left", node, decision)), lambda _: Left(node))
 
     answer: Answer = await writer.run(snapshot, rule, until_ns=until_ns)
     if isinstance(answer, StillClaimed) and force:

@@ -359,6 +359,20 @@ async def test_without_a_break_a_forgotten_node_stays_outside() -> None:
         assert refused == commit_nodes.JoinRefused(commit_nodes.Why.SECRET)
 
 
+async def test_a_node_that_left_after_a_restore_does_not_come_back_by_itself() -> None:
+    """Its agent still runs for a moment: it must not take the node's absence for the restore's work."""
+    async with cloud.running() as c:
+        node = await c.join(host_key="host", secret="one")
+        await restore(c, backup(c))
+        await tell(c, node)
+        left = await commit_nodes.leave(c.writer, await c.look(), node, 1, force=False, who="its operator")
+        assert left == commit_nodes.Left(node)
+        again = nouns.join(node=node, host_key="host", secret="two", last_secret="one", cloud=(await c.look()).cloud)
+        refused = await commit_nodes.join(c.writer, await c.look(), again)
+        assert refused == commit_nodes.JoinRefused(commit_nodes.Why.UNKNOWN)
+        assert not (await c.look()).awaited()
+
+
 # ---- adoption --------------------------------------------------------------------------------------------------------
 
 
