@@ -258,7 +258,16 @@ def stop(data_dir: Path) -> bool:
 
 
 def _unit_is_ours(data_dir: Path) -> bool:
-    return _systemd() and _UNIT.exists() and str(folder(data_dir)) in _UNIT.read_text("utf-8")
+    return _systemd() and _UNIT.exists() and is_unit_of(data_dir, _UNIT.read_text("utf-8"))
+
+
+def is_unit_of(data_dir: Path, unit: str) -> bool:
+    """Whether this unit is of the agent on this data directory, and of no other."""
+    return _settings_line(data_dir) in unit.splitlines()
+
+
+def _settings_line(data_dir: Path) -> str:
+    return f"EnvironmentFile={folder(data_dir) / 'agent.env'}"
 
 
 def _systemd() -> bool:
@@ -274,7 +283,7 @@ After=network-online.target
 Wants=network-online.target
 
 [Service]
-EnvironmentFile={folder(data_dir) / "agent.env"}
+{_settings_line(data_dir)}
 ExecStart={sys.executable} -m covey agent
 Restart=always
 RestartSec=2

@@ -69,3 +69,11 @@ def test_who_only_asks_whether_an_agent_runs_keeps_none_from_starting(tmp_path: 
     threading.Timer(0.2, os.close, (asking,)).start()
     with background.running_agent(tmp_path):
         assert background.running_pid(tmp_path) == os.getpid()
+
+
+def test_the_unit_of_another_data_directory_is_not_ours() -> None:
+    """Its agent would be stopped, and its unit removed."""
+    unit = "[Service]\nEnvironmentFile=/disk/srv/covey/agent/agent.env\nRestart=always\n"
+    assert background.is_unit_of(Path("/disk/srv/covey"), unit)
+    for other in ("/srv/covey", "/disk/srv/covey/agent", "/disk/srv"):
+        assert not background.is_unit_of(Path(other), unit)
