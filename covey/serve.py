@@ -173,13 +173,13 @@ class Call:
         return contextlib.nullcontext() if self._ticket is None else self._ticket.aside()
 
     async def read(self) -> bytes:
-        """The whole body, up to the route's limit. Raises Fault 503 when bodies fill too much memory already, and 408
-        when it does not come in time: whoever is gone without a word must not keep a place for ever."""
+        """The whole body, up to the route's limit. Raises Fault 503 when bodies fill too much memory already, and
+        Unavailable when it does not come in time: whoever is gone without a word must not keep a place for ever."""
         try:
             async with asyncio.timeout(max(AGE_LIMIT_S - self.age_s, 0.0)):
                 return await self._read()
         except TimeoutError as error:
-            raise answer.Fault(408, "the body did not come in time and nothing was done; send it again") from error
+            raise errors.Unavailable("the body did not come in time and nothing was done; send it again") from error
 
     async def _read(self) -> bytes:
         parts = []

@@ -559,9 +559,8 @@ async def test_a_body_that_does_not_come_is_not_waited_for_for_ever() -> None:
         route = serve.Route("POST", "/poll", _nothing, time_limit_s=None)
         virtual.run(serve.Call(house, route, request, {}).json(Thing))
 
-    with pytest.raises(answer.Fault, match="did not come in time") as caught:
+    with pytest.raises(errors.Unavailable, match="did not come in time"):
         await asyncio.to_thread(ask)
-    assert caught.value.status == 408
 
 
 async def _nothing(_call: serve.Call) -> None:
