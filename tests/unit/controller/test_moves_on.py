@@ -9,7 +9,7 @@ import pytest
 from covey import model, wire
 from covey.controller import hosts, loop
 from covey.decide import deadlines
-from covey.store import base, commit, commit_cloud, commit_nodes, mirror, schema
+from covey.store import base, commit, commit_cloud, commit_instances, commit_nodes, mirror, schema
 from tests.support import cloud, flaky, nouns
 from tests.unit.controller import test_loop as looped
 
@@ -206,7 +206,9 @@ async def test_spans_go_on_while_very_much_is_to_be_done_at_once() -> None:
         await commit_cloud.announce(c.writer, announced, lease)
         (waits,) = await c.create()
         ended = [id for _ in range(8) for id in await c.create(100)]
-        await asyncio.gather(*(c.terminate(id) for id in ended))
+        snapshot = await c.look()
+        ends = (commit_instances.terminate(c.writer, snapshot, model.InstanceId(id), cloud.WHO) for id in ended)
+        await asyncio.gather(*ends)
         copy = mirror.Mirror(c.store, c.world)
         spans = NEVER._replace(terminated_ns=500 * MS)
         one = loop.Loop(copy, commit.Writer(weather, c.world, who=me), c.world, me=me, spans=spans)
