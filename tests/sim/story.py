@@ -89,6 +89,7 @@ class Story:
         self.clients = [work.Client(f"c{n}", world, self.net, self.replicas, self.truth) for n in range(clients)]
         chance = random.Random(f"{world.seed} weather")
         self.weather = weather.Weather(chance, self.sea, self.net, self.replicas, self.nodes, self._tell)
+        self.weather.tears = not self._restores  # what a record said and the store has forgotten, nobody knows
         replica.Registry(world, self.net).start()
         for one in self.replicas:
             one.start()

@@ -42,6 +42,7 @@ class Weather:
         self._tell = tell
         self.bad = 0.0
         self.calm = True
+        self.tears = True  # records of VMs are damaged now and then
         self._faults: tuple[Callable[[float], Awaitable[None]], ...] = (
             *(self.cut_controller_from_store, self.deafen_controller, self.slow_watch, self.lose_reads, self.compact),
             *(self.deafen_controller_at_create, self.deafen_controller_at_create),
@@ -207,7 +208,7 @@ class Weather:
     async def kill_agent(self, for_s: float) -> None:
         node = self._node()
         node.kill()
-        if self._chance.random() < 0.2:
+        if self._chance.random() < 0.2 and self.tears:
             node.tear_record()
         await asyncio.sleep(for_s)
         node.start()
