@@ -160,7 +160,8 @@ def main() -> int:
     if os.geteuid() != 0:
         print("topology: namespaces need root: sudo make topology ARGS=…", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs are begun with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     more = {"keepalived": balancers.PAIR, "nodeside": ()}.get(options.kind, ("lb1",))
     say(f"Starting 3 etcd members, 3 controllers, a registry, {options.nodes} nodes: {options.kind}")
     try:

@@ -46,10 +46,19 @@ def test_a_topology_comes_up_and_goes_away(kind: str) -> None:
             assert "c1 has ended" in running.stdout.readline()
         finally:
             running.send_signal(signal.SIGINT)
-            said = running.stdout.read()
+            said = _rest(running)
         assert "Everything is taken down" in said
     assert running.returncode == 0
     assert leaks.processes_left(before) == set()
+
+
+def _rest(running: "subprocess.Popen[str]") -> str:
+    """What it says until it ends; it is killed when it does not."""
+    try:
+        return running.communicate(timeout=60)[0]
+    except subprocess.TimeoutExpired:
+        running.kill()
+        return running.communicate()[0]
 
 
 def _kill(pid: int) -> None:
