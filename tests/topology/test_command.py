@@ -1,5 +1,6 @@
 """`make topology` says how to reach the cloud, the cloud survives what it suggests, and all of it ends."""
 
+import os
 import re
 import signal
 import subprocess
@@ -62,5 +63,5 @@ def _rest(running: "subprocess.Popen[str]") -> str:
 
 
 def _kill(pid: int) -> None:
-    subprocess.run(["kill", "-9", str(pid)], check=True)
+    os.kill(pid, signal.SIGKILL)
     time.sleep(0.1)
