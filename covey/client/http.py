@@ -181,10 +181,6 @@ class Endpoints:
                 if where == url:
                     task.cancel()
 
-    def mark_good(self, url: str, took_s: float | None = None) -> None:
-        """It answered; `took_s` says how quickly, where that means something."""
-        self._balance.answered(url, _now(), took_s)
-
     def _look_around(self) -> None:
         """Have a look at the servers that may be well again; nobody waits for it."""
         for url in self._balance.due(_now()):

@@ -119,9 +119,7 @@ class Line:
         self._listening: list[asyncio.Queue[base.Batch | errors.StoreError | None]] = []
         self.read_loss = 0.0
         self.closed = False
-        self.doom = (
-            ""  # "before", "after": when the next commit kills its process; "deaf": the next create is not heard
-        )
+        self.doom = ""  # "before", "after": when the next commit kills its process; "deaf": no reply to a create
 
     async def range(
         self,

@@ -75,6 +75,13 @@ def join(**changes: Any) -> wire.Join:
     return wire.Join(**(values | changes))
 
 
+def joined(**changes: Any) -> wire.Joined:
+    """What a controller answers to a join."""
+    values: dict[str, Any] = {"node": model.NodeId("node-1"), "session": 1, "cloud": "cloud", "seen": wire.Seen()}
+    values |= {"lease": wire.LeaseTerms(), "heartbeat_s": 1.0, "registries": (), "name": "one"}
+    return wire.Joined(**(values | changes))
+
+
 def item(event: wire.ReportEvent, instance: model.InstanceId, epoch: int = 1, seq: int = 0, **more: Any) -> wire.Item:
     """A report item; `seq` grows by itself unless given."""
     return wire.Item(instance=instance, epoch=epoch, seq=seq or next(_count), event=event, **more)

@@ -8,22 +8,32 @@ import pytest
 from covey import errors, wire
 from covey.agent import host, identity
 from tests.unit.agent import fake
-from tests.unit.agent.conftest import MakeNode
+from tests.unit.agent.conftest import MakeNode, Node
+
+
+async def begun_at(place: host.Place, cloud: fake.Controller, make_node: MakeNode) -> Node:
+    node = make_node()
+    node.place = place
+    await node.start()
+    await fake.until(lambda: bool(cloud.called & {"report"}), "the node has joined")
+    return node
+
+
+async def move(node: Node, place: host.Place) -> None:
+    """The host is elsewhere, and the agent has seen it."""
+    node.place = place
+    node.clock.ahead_ns += 61_000_000_000
+    node.agent.wake()
+    await fake.until(lambda: node.agent._moved, "the node has looked at its host again")
 
 
 async def test_a_node_whose_host_got_another_name_or_address_says_so(
     cloud: fake.Controller, make_node: MakeNode
 ) -> None:
     """Without a restart: it joins again, as the same node, and its VMs run on."""
-    node = make_node()
-    node.place = host.Place("before", "192.0.2.1")
-    await node.start()
-    await fake.until(lambda: bool(cloud.called & {"report"}), "the node has joined")
+    node = await begun_at(host.Place("before", "192.0.2.1"), cloud, make_node)
     assert (cloud.joins[-1].facts.name, cloud.joins[-1].facts.ip) == ("before", "192.0.2.1")
-    node.place = host.Place("after", "192.0.2.2")
-    node.clock.ahead_ns += 61_000_000_000
-    node.agent.wake()
-    await fake.until(lambda: node.agent._moved, "the node has looked at its host again")
+    await move(node, host.Place("after", "192.0.2.2"))
     cloud.changed()  # its poll is answered
     await fake.until(lambda: len(cloud.joins) == 2, "the node joins again")
     assert (cloud.joins[-1].facts.name, cloud.joins[-1].facts.ip) == ("after", "192.0.2.2")
@@ -34,17 +44,11 @@ async def test_a_launch_under_way_is_not_lost_because_the_host_got_another_name(
     cloud: fake.Controller, make_node: MakeNode
 ) -> None:
     """The launch was granted, and its answer is still to come, when the node would begin a session for its new name."""
-    node = make_node()
-    node.place = host.Place("before", "192.0.2.1")
-    await node.start()
-    await fake.until(lambda: bool(cloud.called & {"report"}), "the node has joined")
+    node = await begun_at(host.Place("before", "192.0.2.1"), cloud, make_node)
     cloud.lose = ["launch"] * 1000
     cloud.want(wire.Verb.RUN, "vm")
     await fake.until(lambda: bool(cloud.granted), "granted, and the answer lost")
-    node.place = host.Place("after", "192.0.2.2")
-    node.clock.ahead_ns += 61_000_000_000
-    node.agent.wake()
-    await fake.until(lambda: node.agent._moved, "the node has looked at its host again")
+    await move(node, host.Place("after", "192.0.2.2"))
     for _ in range(3):
         polls = len(cloud.messages)
         cloud.changed()
@@ -61,10 +65,7 @@ async def test_a_host_that_does_not_know_its_address_now_has_not_moved(
     cloud: fake.Controller, make_node: MakeNode
 ) -> None:
     """The network is away for a while."""
-    node = make_node()
-    node.place = host.Place("mine", "192.0.2.1")
-    await node.start()
-    await fake.until(lambda: bool(cloud.called & {"report"}), "the node has joined")
+    node = await begun_at(host.Place("mine", "192.0.2.1"), cloud, make_node)
     node.place = host.Place("mine", "")
     reports = len(cloud.reports)
     node.clock.ahead_ns += 61_000_000_000

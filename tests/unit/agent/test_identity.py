@@ -6,8 +6,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from covey import errors, model, wire, world
+from covey import errors, wire, world
 from covey.agent import identity
+from tests.support import nouns
 
 
 def home(data: Path, machine: str = "this-host") -> identity.Home:
@@ -25,17 +26,7 @@ def joined(tmp_path: Path) -> Path:
     data = tmp_path / "first"
     mine = file(data)
     mine.settle(home(data), explicit=True)
-    answer = wire.Joined(
-        node=model.NodeId("node-1"),
-        session=1,
-        cloud="cloud",
-        seen=wire.Seen(),
-        lease=wire.LeaseTerms(),
-        heartbeat_s=1.0,
-        registries=(),
-        name="",
-    )
-    mine.joined(answer, "secret", wire.Seen())
+    mine.joined(nouns.joined(), "secret", wire.Seen())
     return data
 
 

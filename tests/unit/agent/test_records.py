@@ -119,17 +119,7 @@ def test_secrets_are_on_disk_before_they_are_offered(tmp_path: Path) -> None:
     second = identity.File(tmp_path, clock)
     assert second.now.host_key == first.now.host_key
     assert second.pend("two") == ("one",)
-    joined = wire.Joined(
-        node=model.NodeId("n"),
-        session=4,
-        cloud="c",
-        seen=SEEN,
-        lease=wire.LeaseTerms(),
-        heartbeat_s=5,
-        registries=(),
-        name="host",
-    )
-    second.joined(joined, "two", SEEN)
+    second.joined(nouns.joined(node=model.NodeId("n"), session=4, seen=SEEN), "two", SEEN)
     third = identity.File(tmp_path, clock)
     assert (third.now.node, third.now.counter, third.now.secret, third.now.seen) == ("n", 4, "two", SEEN)
     assert third.pend("three") == ("two",)

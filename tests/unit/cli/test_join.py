@@ -9,20 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from covey import model, wire
 from covey.cli import background
+from tests.support import nouns
 from tests.unit.cli import conftest
-
-JOINED = wire.Joined(
-    node=model.NodeId("node-1"),
-    session=1,
-    cloud="cloud",
-    seen=wire.Seen(),
-    lease=wire.LeaseTerms(),
-    heartbeat_s=1.0,
-    registries=(),
-    name="one",
-)
 
 
 @pytest.fixture
@@ -98,7 +87,7 @@ def test_a_node_whose_operator_fails_to_join_another_cloud_stays_in_its_own(
     cloud.ok("GET", "/readyz", "ready")
     cloud.ok("GET", "/api/v1/status", {"status": "Running", "registry_address": ""})
     cloud.answers["POST", "/agent/v1/join"] = [
-        (200, {"status": "OK", "message": "", "body": msgspec.to_builtins(JOINED)}),
+        (200, {"status": "OK", "message": "", "body": msgspec.to_builtins(nouns.joined())}),
         (200, {"status": "FAIL", "message": "the agent belongs to another cloud", "body": None}),
         (503, {"status": "FAIL", "message": "later", "body": None}),
     ]
