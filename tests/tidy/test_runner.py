@@ -47,3 +47,10 @@ def test_every_test_folder_belongs_to_a_part() -> None:
     root = Path(__file__).resolve().parent.parent
     folders = {f"tests/{path.parent.relative_to(root).parts[0]}" for path in root.glob("*/**/test_*.py")}
     assert folders == {folder for part in runner.PARTS for folder in part.tests}
+
+
+def test_one_commit_has_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COVEY_TEST_SEED", raising=False)
+    assert runner.seed_of_this_commit() == runner.seed_of_this_commit() < 2**31
+    monkeypatch.setenv("COVEY_TEST_SEED", "7")
+    assert runner.seed_of_this_commit() == 7
