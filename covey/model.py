@@ -14,7 +14,7 @@ import msgspec
 InstanceId = NewType("InstanceId", str)  # a UUID, never used twice
 NodeId = NewType("NodeId", str)  # a UUID
 TemplateId = NewType("TemplateId", str)  # a UUID; the OCI repository is templates/<id>
-Digest = NewType("Digest", str)  # "sha256:<64 hex>"
+Digest = NewType("Digest", str)  # "sha256:<64 hex>" or "sha512:<128 hex>"
 
 NOWHERE = NodeId("")
 DEFAULT_VCPU = 1  # processors of a VM when neither the start nor its template says how many

@@ -39,6 +39,9 @@ TAG = "dev.covey.tag"
 TITLE = "org.opencontainers.image.title"
 DESCRIPTION = "org.opencontainers.image.description"
 
+SHA256, SHA512 = "sha256", "sha512"  # the digest algorithms that the image specification registers
+DIGEST_FORM = "sha256:<64 hexadecimal digits> or sha512:<128 hexadecimal digits>"
+
 MANIFEST_LIMIT = 4 << 20  # bytes; the specification asks registries to take at least 4 MiB
 CONFIG_LIMIT = 1 << 20
 FORCE_HEADER = "Covey-Force"  # `true`: replace an existing tag of a template
@@ -48,7 +51,7 @@ VERSION_HEADER = "Covey-Version"  # in the answer to a template's manifest: its 
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 _NAME_LIMIT = 255
@@ -173,7 +176,7 @@ def valid_tag(tag: str) -> bool:
 
 
 def valid_digest(digest: str) -> bool:
-    """Whether `digest` is one this registry keeps: sha256 in lower-case hexadecimal."""
+    """Whether `digest` is one this registry keeps: sha256 or sha512 in lower-case hexadecimal."""
     return _DIGEST.fullmatch(digest) is not None
 
 
@@ -181,8 +184,13 @@ def valid_uuid(text: str) -> bool:
     return _UUID.fullmatch(text) is not None
 
 
-def digest_of(content: bytes) -> model.Digest:
-    return model.Digest("sha256:" + hashlib.sha256(content).hexdigest())
+def algorithm_of(digest: str) -> str:
+    """The algorithm of a valid digest."""
+    return digest.partition(":")[0]
+
+
+def digest_of(content: bytes, algorithm: str = SHA256) -> model.Digest:
+    return model.Digest(f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}")
 
 
 def repository_of(template: str) -> str:
@@ -237,7 +245,7 @@ def parse_manifest(content: bytes) -> Manifest:
     references = [*manifest.layers, *manifest.manifests, *filter(None, (manifest.config, manifest.subject))]
     for reference in references:
         if not valid_digest(reference.digest):
-            raise errors.Refused(f"digest {reference.digest!r} is not sha256:<64 hexadecimal digits>")
+            raise errors.Refused(f"digest {reference.digest!r} is not {DIGEST_FORM}")
         if reference.size < 0:
             raise errors.Refused(f"the size of {reference.digest} is negative")
     return manifest

@@ -2,10 +2,12 @@
 
     BASE_PATH/
     ├── format                                   the number of this layout: a server refuses a newer one
-    ├── blobs/sha256/<2 hex>/<64 hex>            a finished blob or manifest, read-only, named by its content
+    ├── blobs/<algorithm>/<2 hex>/<hex>          a finished blob or manifest, read-only, named by its content;
+    │                                            the algorithm is sha256 (64 digits) or sha512 (128 digits)
     ├── repositories/<name>/
     │   ├── _log/<10 digits>                     numbered entries: push, tag, delete, revert; dense, never rewritten
-    │   ├── _blobs/<64 hex>                      empty: this repository may read that blob
+    │   ├── _blobs/<64 or 128 hex>               empty: this repository may read that blob; the length of the name
+    │   │                                        tells the algorithm
     │   └── _pulled                              empty: its mtime is the time of the last pull
     ├── repositories/_names/<64 hex>/_log/…      who holds a template name (SHA-256 of the name)
     ├── uploads/<session>/
@@ -87,8 +89,9 @@ class Blobs(Protocol):
         """The bytes of a small blob (a manifest, a config). Raises FileNotFoundError."""
         ...
 
-    async def put(self, content: bytes) -> Blob:
-        """Store a small blob whole. Durable when it returns; harmless when it exists."""
+    async def put(self, content: bytes, digest: model.Digest | None = None) -> Blob:
+        """Store a small blob whole, under its sha256 unless `digest` names another of its digests (raises WrongDigest).
+        Durable when it returns; harmless when it exists."""
         ...
 
     async def begin(self) -> SessionId:

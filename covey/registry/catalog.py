@@ -106,8 +106,8 @@ class Catalog:
     ) -> tuple[views.Known, int | None]:
         """Take a manifest: check it, check what it refers to, enter it. What it is, and the version number if it became
         one of a template's. The answer to a repetition is the same."""
-        digest = oci.digest_of(content)
         tag = "" if oci.valid_digest(reference) else reference
+        digest = oci.digest_of(content, oci.SHA256 if tag else oci.algorithm_of(reference))
         if not tag and reference != digest:
             raise blobs.WrongDigest(f"the manifest's digest is {digest}, not {reference}")
         manifest, known = self._examine(content, digest, media_type)
@@ -119,7 +119,7 @@ class Catalog:
             return views.decide_push(fold, known, tag, force=force, id=self._world.token(), now_s=self._now_s())
 
         decide(await self.repository(repository))  # a push that is refused leaves no trace
-        await self.blobs.put(content)
+        await self.blobs.put(content, digest)
         failpoint.reach("registry.manifest.stored")
         if release is not None and tag:
             await self._hold_name(release.name, repository)

@@ -24,6 +24,7 @@ from typing import ParamSpec, TypeVar
 import msgspec
 
 from covey import durable, errors, failpoint, model, world
+from covey.client import oci
 from covey.registry import blobs
 
 P = ParamSpec("P")
@@ -51,7 +52,7 @@ class Disk:
         self._reserved_bytes = reserved_bytes
         self._fsync = fsync
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="registry-disk")
-        self._blobs = base / "blobs" / "sha256"
+        self._blobs = base / "blobs"
         self._uploads = base / "uploads"
         self._aside = base / "aside"
         try:
@@ -103,11 +104,13 @@ class Disk:
     async def get(self, digest: model.Digest) -> bytes:
         return await self._run(self._path(digest).read_bytes)
 
-    async def put(self, content: bytes) -> blobs.Blob:
-        return await self._run(self._put, content)
+    async def put(self, content: bytes, digest: model.Digest | None = None) -> blobs.Blob:
+        return await self._run(self._put, content, digest)
 
-    def _put(self, content: bytes) -> blobs.Blob:
-        digest = model.Digest("sha256:" + hashlib.sha256(content).hexdigest())
+    def _put(self, content: bytes, wanted: model.Digest | None) -> blobs.Blob:
+        digest = oci.digest_of(content, oci.algorithm_of(wanted) if wanted else oci.SHA256)
+        if wanted not in (None, digest):
+            raise blobs.WrongDigest(f"the bytes are {digest}, not {wanted}")
         known = self._stat(digest)
         if known is not None:
             return known
@@ -131,8 +134,8 @@ class Disk:
         return blobs.Blob(digest=digest, size_bytes=size_bytes, path=path)
 
     def _path(self, digest: model.Digest) -> Path:
-        name = digest.removeprefix("sha256:")
-        return self._blobs / name[:2] / name
+        algorithm, _, name = digest.partition(":")
+        return self._blobs / algorithm / name[:2] / name
 
     # ---- upload sessions -------------------------------------------------------------------------------------------
 
@@ -238,32 +241,35 @@ class Disk:
 
     def _finish(self, session: blobs.SessionId, digest: model.Digest) -> blobs.Blob:
         parts, folder = self._parts(session), self._folder(session)
+        algorithm = oci.algorithm_of(digest)
         if len(parts) == 1:
             whole, found = folder / parts[0].data, parts[0].sha256
+            if algorithm != oci.SHA256:  # what came in was hashed by sha256; nobody can write to a recorded part
+                found = _hash_file(whole, algorithm)
         else:
-            whole, found = folder / f"whole.{self._world.token()}", ""
-            found = self._join([folder / part.data for part in parts], whole)
+            whole = folder / f"whole.{self._world.token()}"
+            found = self._join([folder / part.data for part in parts], whole, algorithm)
             failpoint.reach("registry.upload.joined")
-        if "sha256:" + found != digest:
-            raise blobs.WrongDigest(f"the bytes received are sha256:{found}, not {digest}")
+        if f"{algorithm}:{found}" != digest:
+            raise blobs.WrongDigest(f"the bytes received are {algorithm}:{found}, not {digest}")
         return self._publish(whole, digest, sum(part.size_bytes for part in parts))
 
-    def _join(self, sources: list[Path], target: Path) -> str:
+    def _join(self, sources: list[Path], target: Path, algorithm: str) -> str:
         """Copy the parts into one private file; the digest is of the bytes written there."""
         self._room(sum(source.stat().st_size for source in sources))
-        sha256 = hashlib.sha256()
+        found = hashlib.new(algorithm)
         handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
         try:
             for source in sources:
                 with source.open("rb", buffering=0) as stream:
                     while batch := stream.read(_BATCH):
                         durable.write_all(handle, batch)
-                        sha256.update(batch)
+                        found.update(batch)
             if self._fsync:
                 os.fsync(handle)
         finally:
             os.close(handle)
-        return sha256.hexdigest()
+        return found.hexdigest()
 
     async def abort(self, session: blobs.SessionId) -> None:
         if _SESSION.fullmatch(session):
@@ -345,6 +351,11 @@ class _Writing:
                 self._handle = -1
             if not self.kept:
                 durable.discard(self.path)
+
+
+def _hash_file(path: Path, algorithm: str) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, algorithm).hexdigest()
 
 
 def _record_name(offset: int) -> str:

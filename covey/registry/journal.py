@@ -137,7 +137,7 @@ class Journal:
         return True
 
     def _grant_path(self, repository: str, digest: str) -> Path:
-        return self._repositories / repository / _BLOBS / digest.removeprefix("sha256:")
+        return self._repositories / repository / _BLOBS / digest.partition(":")[2]
 
     # ---- pulls -----------------------------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ def _check_names(call: serve.Call) -> None:
         raise answer.Fault(400, text, code="NAME_INVALID")
     digest = call.params.get("digest", call.query.get("digest"))
     if digest is not None and not oci.valid_digest(digest):
-        raise answer.Fault(400, f"{digest!r} is not sha256:<64 hexadecimal digits>", code="DIGEST_INVALID")
+        raise answer.Fault(400, f"{digest!r} is not {oci.DIGEST_FORM}", code="DIGEST_INVALID")
     reference = call.params.get("reference")
     if reference is not None and not oci.valid_tag(reference) and not oci.valid_digest(reference):
-        raise answer.Fault(400, f"{reference!r} is neither a tag nor a sha256 digest", code="MANIFEST_INVALID")
+        raise answer.Fault(400, f"{reference!r} is neither a tag nor a digest", code="MANIFEST_INVALID")
