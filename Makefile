@@ -27,8 +27,8 @@ sim: setup ## the simulated cloud: five minutes of fresh seeds, or one told alou
 storm: setup ## a cloud of real programs under random faults and load: make storm MINUTES=30 SEED=7
 	@$(RUN) -m tests.storm --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED))
 
-bench: setup ## starts a second, latency, memory; prints tables: make bench ARGS=--quick
-	@$(RUN) -m bench.starts $(ARGS)
+bench: setup ## measurements: make bench ARGS="starts --quick", or idle, registry, failover, flood, outages
+	@$(RUN) -m bench $(ARGS)
 
 docs: setup ## draws the generated pages of docs/reference from the code
 	@$(RUN) scripts/gen_docs.py

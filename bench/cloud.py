@@ -100,20 +100,23 @@ def _is_ready(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def running(*, nodes: int, members: int = 1, controllers: int = 1) -> Iterator[Cloud]:
-    """A cloud whose nodes have joined and which holds the template `bench`, tag `v1`."""
+def running(
+    *, nodes: int, members: int = 1, controllers: int = 1, slots: int = 0, forget_s: float = 2.0
+) -> Iterator[Cloud]:
+    """A cloud whose nodes have joined and which holds the template `bench`, tag `v1`. `slots` of each node; 0: as many
+    as the hypervisor thinks. A terminated instance is forgotten after `forget_s`."""
     directory = Path(tempfile.mkdtemp(prefix="covey-bench-", dir="/var/tmp"))
     with etcd.running(members) as cluster:
         cloud = Cloud(directory, cluster)
         try:
-            _start(cloud, nodes, controllers)
+            _start(cloud, nodes, controllers, slots, forget_s)
             yield cloud
         finally:
             cloud.end()
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def _start(cloud: Cloud, nodes: int, controllers: int) -> None:
+def _start(cloud: Cloud, nodes: int, controllers: int, slots: int, forget_s: float) -> None:
     port = etcd.free_port()
     cloud.registry = f"http://127.0.0.1:{port}"
     cloud.start("registry", "registry", COVEY_LISTEN_ADDR=f"127.0.0.1:{port}")
@@ -126,7 +129,7 @@ def _start(cloud: Cloud, nodes: int, controllers: int) -> None:
             COVEY_LISTEN_ADDR=f"127.0.0.1:{port}",
             COVEY_ETCD_ENDPOINTS=",".join(cloud.members.endpoints),
             COVEY_ANKA_REGISTRY=cloud.registry,
-            COVEY_INSTANCE_TIME_OUT="2s",
+            COVEY_INSTANCE_TIME_OUT=f"{forget_s:g}s",
         )
     cloud.wait_ready("registry", cloud.registry)
     for number, url in enumerate(cloud.controllers, 1):
@@ -142,6 +145,7 @@ def _start(cloud: Cloud, nodes: int, controllers: int) -> None:
         COVEY_CONTROLLER=",".join(cloud.controllers),
         COVEY_SYNTHETIC_BOOT="0s",
         COVEY_SYNTHETIC_PULL="0s",
+        COVEY_MAX_VMS=str(slots),
     )
     _wait_for_nodes(cloud, nodes)
 

@@ -1,130 +1,50 @@
-"""How fast instances start: `make bench`, or `make bench ARGS="--members 3 --nodes 100"`.
+"""How fast whole life-cycles go: `make bench ARGS="starts --nodes 500 --controllers 1 3"`.
 
-Real processes on one machine (bench/cloud.py); the hypervisor is the synthetic one with no boot time, so what is
-measured is Covey and etcd. Three things, in one run, so that ratios between them mean something on a busy machine:
+Real processes on one machine (bench/cloud.py), etcd on disk with fsync. The hypervisor is the synthetic one with no
+boot time, so what is measured is Covey and etcd. In one run, so that ratios between them mean something on a busy
+machine: the load shapes of bench/shapes.py, and guarded transactions a second that this etcd gives to Covey's own store
+client and nothing else.
 
-1. memory of each process with all nodes joined and nothing to do, and the processor time that idleness costs;
-2. guarded transactions a second that this etcd gives to Covey's own store client and nothing else;
-3. from POST to Started: one at a time, then in a closed loop in which each of C submitters starts an instance, waits
-   until it is Started, terminates it, and starts the next.
-
-Latency ends when a reader of etcd sees Started in the closed loop (so that looking costs the controller nothing), and
-when the API shows it, asked every 2 ms, in the case of one at a time.
+Beside times and rates stands what does not depend on who else uses the machine: processor milliseconds per life-cycle
+of each kind of process, from a shape's first POST until its last instance is forgotten.
 """
 
 import argparse
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import json
-import statistics
+import math
+import os
+import resource
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import aiohttp
-import msgspec
+import uvloop
 
-from bench import cloud
+from bench import chart, cloud, load, shapes
 from covey import world
 from covey.store import base, etcd, schema
 
-LOOK_S = 0.002
-PATIENCE_S = 30.0
+SHAPES = ("isolated", "back-to-back", "steady", "burst", "flat-out", "standing", "full-fleet")
+WRITERS = 128
+_SETTLE_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the result: starts a second, and milliseconds."""
+class Result:
+    """What one number of controllers gave."""
 
-    what: str
-    rate: float
-    p50_ms: float
-    p95_ms: float
-    failed: int = 0
-    cpu_ms: dict[str, float] = field(default_factory=dict)  # of each process, per start
-
-
-class Idle(NamedTuple):
-    """One process with nothing to do: MiB, and percent of one core."""
-
-    name: str
-    rss_mb: float
-    pss_mb: float
-    core_percent: float
-
-
-class State(msgspec.Struct):
-    """What the bench reads of a stored instance."""
-
-    state: str = ""
-
-
-@dataclass(slots=True)
-class Watcher:
-    """States of instances as etcd's watch tells them."""
-
-    waiting: dict[tuple[str, str], asyncio.Future[float]] = field(default_factory=dict)
-    seen: dict[tuple[str, str], float] = field(default_factory=dict)
-
-    async def follow(self, store: etcd.Etcd, since: int) -> None:
-        prefix = schema.INSTANCES
-        async for batch in store.watch(prefix, base.prefix_end(prefix), since):
-            now = time.perf_counter()
-            for change in batch.changes:
-                if change.kv is not None:
-                    self._tell(schema.tail(change.key), msgspec.json.decode(change.kv.value, type=State).state, now)
-
-    def _tell(self, id: str, state: str, now: float) -> None:
-        self.seen.setdefault((id, state), now)
-        future = self.waiting.pop((id, state), None)
-        if future is not None and not future.done():
-            future.set_result(now)
-
-    async def wait_until(self, id: str, state: str) -> float:
-        """When `id` reached `state`, on this process's clock."""
-        if (id, state) in self.seen:
-            return self.seen[id, state]
-        future = self.waiting.setdefault((id, state), asyncio.get_running_loop().create_future())
-        return await asyncio.wait_for(asyncio.shield(future), PATIENCE_S)
-
-
-# ---- the API ---------------------------------------------------------------------------------------------------
-
-
-class Api:
-    """The few calls that the bench makes, straight and without retries."""
-
-    def __init__(self, session: aiohttp.ClientSession, urls: list[str]) -> None:
-        self._session = session
-        self._urls = urls
-        self._turn = 0
-
-    def _url(self) -> str:
-        self._turn += 1
-        return self._urls[self._turn % len(self._urls)] + "/api/v1/vm"
-
-    async def start(self, template: str) -> str:
-        answer = await self._call("POST", {"vmid": template, "tag": "v1"})
-        return str(answer[0])
-
-    async def terminate(self, id: str) -> None:
-        await self._call("DELETE", {"id": id})
-
-    async def state(self, id: str) -> str:
-        async with self._session.get(self._url(), params={"id": id}) as answer:
-            body = (await answer.json(content_type=None)).get("body") or {}
-        return str(body.get("instance_state", ""))
-
-    async def _call(self, method: str, payload: dict[str, Any]) -> Any:
-        async with self._session.request(method, self._url(), json=payload) as answer:
-            envelope = await answer.json(content_type=None)
-        if envelope["status"] != "OK":
-            raise RuntimeError(f"{method}: {envelope['message']}")
-        return envelope.get("body")
+    controllers: int
+    nodes: int
+    members: int
+    raw: float  # guarded transactions a second
+    rows: list[shapes.Row]
 
 
 # ---- measurements ----------------------------------------------------------------------------------------------
@@ -152,144 +72,201 @@ async def raw_rate(store: etcd.Etcd, writers: int, seconds: float) -> float:
     return rate
 
 
-async def one_at_a_time(api: Api, watcher: Watcher, template: str, count: int) -> tuple[Row, int]:
-    """POST, then GET every 2 ms until it says Started; nothing else happens meanwhile."""
-    times = []
-    begun = time.perf_counter()
-    for _ in range(count):
-        started = time.perf_counter()
-        id = await api.start(template)
-        while await api.state(id) != "Started":
-            if time.perf_counter() - started > PATIENCE_S:
-                raise RuntimeError(f"instance {id} is not Started after {PATIENCE_S:.0f} s")
-            await asyncio.sleep(LOOK_S)
-        times.append(time.perf_counter() - started)
-        await api.terminate(id)
-        await watcher.wait_until(id, "Terminated")
-    return row("one at a time, seen by API", times, time.perf_counter() - begun), len(times)
+class Bench:
+    """One cloud under measurement."""
 
+    def __init__(self, running: cloud.Cloud, options: argparse.Namespace, api: load.Api, eye: load.Watcher) -> None:
+        self._running = running
+        self._options = options
+        self._api = api
+        self._watcher = eye
+        self._standing: list[str] = []
 
-async def closed_loop(api: Api, watcher: Watcher, template: str, submitters: int, seconds: float) -> tuple[Row, int]:
-    """Each submitter: POST, wait for Started, terminate, again."""
-    times: list[float] = []
-    failed = 0
-    end = time.perf_counter() + seconds
+    async def rows(self) -> list[shapes.Row]:
+        options = self._options
+        works: dict[str, Callable[[shapes.Lives], Awaitable[shapes.Row]]] = {
+            "isolated": lambda lives: shapes.isolated(lives, options.singles, 0.25),
+            "back-to-back": lambda lives: shapes.back_to_back(lives, options.singles),
+            "steady": lambda lives: shapes.steady(lives, options.rate, options.seconds),
+            "burst": lambda lives: shapes.burst(lives, options.burst),
+            "flat-out": lambda lives: shapes.flat_out(lives, options.flights, options.seconds),
+            "standing": self._beside_standing,
+            "full-fleet": self._full_fleet,
+        }
+        found = []
+        for name in SHAPES:
+            if name in options.shapes:
+                if name == "standing":
+                    await self._stand(options.standing)
+                elif name == "full-fleet":
+                    await self._stand(options.nodes * options.slots)
+                found.append(await self._weighed(works[name]))
+                print(f"  {found[-1].shape}: {found[-1].rate:.0f}/s, {found[-1].total_ms:.1f} ms", file=sys.stderr)
+        return found
 
-    async def submit() -> None:
-        nonlocal failed
-        while time.perf_counter() < end:
-            started = time.perf_counter()
-            try:
-                id = await api.start(template)
-                times.append(await watcher.wait_until(id, "Started") - started)
-                await api.terminate(id)
-            except (TimeoutError, RuntimeError, aiohttp.ClientError):
-                failed += 1
+    async def _stand(self, count: int) -> None:
+        lives = shapes.Lives(self._api, self._watcher)
+        self._standing += await shapes.fill(lives, max(count - len(self._standing), 0))
 
-    begun = time.perf_counter()
-    await asyncio.gather(*(submit() for _ in range(submitters)))
-    return row(f"closed loop, {submitters} submitters", times, time.perf_counter() - begun, failed), len(times)
+    async def _beside_standing(self, lives: shapes.Lives) -> shapes.Row:
+        options = self._options
+        name = f"beside {len(self._standing)} standing"
+        return await shapes.flat_out(lives, options.flights, options.seconds, name)
 
+    async def _full_fleet(self, lives: shapes.Lives) -> shapes.Row:
+        options = self._options
+        return await shapes.full_fleet(lives, self._standing, min(options.ends, len(self._standing)), options.rate)
 
-def row(what: str, times: list[float], took_s: float, failed: int = 0) -> Row:
-    if len(times) < 2:
-        return Row(what, len(times) / took_s, 0.0, 0.0, failed)
-    cuts = statistics.quantiles(times, n=20)
-    return Row(what, len(times) / took_s, statistics.median(times) * 1000, cuts[18] * 1000, failed)
+    async def _weighed(self, work: Callable[[shapes.Lives], Awaitable[shapes.Row]]) -> shapes.Row:
+        """The row with the processor time of each kind of process per life-cycle."""
+        lives = shapes.Lives(self._api, self._watcher)
+        before, there = self._spent(), len(self._watcher.lives)
+        row = await work(lives)
+        deadline = time.perf_counter() + _SETTLE_S
+        while len(self._watcher.lives) > there and time.perf_counter() < deadline:
+            await asyncio.sleep(0.1)
+        after = self._spent()
+        whole = max(lives.whole, 1)
+        return dataclasses.replace(
+            row, lives=lives.whole, cpu_ms={kind: (after[kind] - before[kind]) * 1000 / whole for kind in after}
+        )
 
-
-def idle(running: cloud.Cloud, seconds: float) -> list[Idle]:
-    """Each process while nothing is asked of the cloud."""
-    pids = running.pids()
-    before = {name: cloud.cpu_s(pid) for name, pid in pids.items()}
-    time.sleep(seconds)
-    return [
-        Idle(name, *cloud.memory_mb(pid), (cloud.cpu_s(pid) - before[name]) / seconds * 100)
-        for name, pid in pids.items()
-    ]
-
-
-# ---- the program -----------------------------------------------------------------------------------------------
+    def _spent(self) -> dict[str, float]:
+        """Processor seconds so far by kind of process."""
+        spent = {"etcd": 0.0, "controllers": 0.0, "agents": 0.0, "registry": 0.0, "load": cloud.cpu_s(os.getpid())}
+        kinds = {"etcd": "etcd", "controller": "controllers", "agent": "agents", "registry": "registry"}
+        for name, pid in self._running.pids().items():
+            spent[kinds[name.split()[0]]] += cloud.cpu_s(pid)
+        return spent
 
 
 @contextlib.asynccontextmanager
-async def opened(running: cloud.Cloud) -> AsyncIterator[tuple[etcd.Etcd, Api, Watcher]]:
+async def opened(running: cloud.Cloud) -> AsyncIterator[tuple[etcd.Etcd, load.Api, load.Watcher]]:
+    (template,) = (item["id"] for item in cloud.body(running.registry + "/registry/v2/vm") if item["name"] == "bench")
     store = etcd.Etcd(running.members.endpoints, world=world.System())
-    watcher = Watcher()
+    watcher = load.Watcher()
     since = (await store.range(schema.FORMAT_KEY)).revision + 1
     following = asyncio.create_task(watcher.follow(store, since))
+    api = load.Api(running.controllers, template)
     try:
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            yield store, Api(session, running.controllers), watcher
+        yield store, api, watcher
     finally:
+        api.close()
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
         await store.close()
 
 
-async def measure(running: cloud.Cloud, options: argparse.Namespace) -> tuple[float, list[Row]]:
-    (template,) = (item["id"] for item in cloud.body(running.registry + "/registry/v2/vm") if item["name"] == "bench")
+async def measure(running: cloud.Cloud, options: argparse.Namespace) -> tuple[float, list[shapes.Row]]:
+    gc.freeze()
     async with opened(running) as (store, api, watcher):
-        rows = [await weighed(running, one_at_a_time(api, watcher, template, options.singles))]
-        for count in options.submitters:
-            rows += [await weighed(running, closed_loop(api, watcher, template, count, options.seconds))]
-        raw = await raw_rate(store, 128, options.seconds / 2)  # last: its garbage would slow etcd for the others
+        rows = await Bench(running, options, api, watcher).rows()
+        raw = await raw_rate(store, WRITERS, options.seconds / 2)  # last: its garbage would slow etcd for the others
     return raw, rows
 
 
-async def weighed(running: cloud.Cloud, work: Coroutine[Any, Any, tuple[Row, int]]) -> Row:
-    """The row with the processor time that each process spent per start."""
-    pids = running.pids()
-    before = {name: cloud.cpu_s(pid) for name, pid in pids.items()}
-    line, starts = await work
-    spent = {name: (cloud.cpu_s(pid) - before[name]) * 1000 / max(starts, 1) for name, pid in pids.items()}
-    return dataclasses.replace(line, cpu_ms=spent)
+# ---- the program -----------------------------------------------------------------------------------------------
 
 
-def show(options: argparse.Namespace, still: list[Idle], raw: float, rows: list[Row]) -> None:
-    shape = f"{options.nodes} nodes, {options.controllers} controller(s), {options.members} etcd member(s)"
-    print(f"\nIdle, {shape}")
-    print(f"{'process':<16}{'RSS MiB':>9}{'PSS MiB':>9}{'% core':>8}")
-    for name, rss, pss, cpu in still:
-        print(f"{name:<16}{rss:>9.1f}{pss:>9.1f}{cpu:>8.1f}")
-    print(f"\nGuarded transactions of this etcd, 128 writers at once: {raw:.0f} a second")
-    print("\nFrom POST to Started, 0 ms boot")
-    print(f"{'':<28}{'starts/s':>9}{'p50 ms':>9}{'p95 ms':>9}{'raw / it':>10}{'failed':>8}")
-    for line in rows:
-        share = f"{raw / line.rate:.0f}" if line.rate else "-"
-        print(f"{line.what:<28}{line.rate:>9.1f}{line.p50_ms:>9.1f}{line.p95_ms:>9.1f}{share:>10}{line.failed:>8}")
-    print("\nProcessor milliseconds per start")
-    names = [name for name in rows[0].cpu_ms if name != "registry"]
-    print(f"{'':<28}" + "".join(f"{name:>14}" for name in names))
-    for line in rows:
-        print(f"{line.what:<28}" + "".join(f"{line.cpu_ms[name]:>14.2f}" for name in names))
+def show(one: Result) -> None:
+    print(f"\n{one.nodes} nodes, {one.controllers} controller(s), {one.members} etcd member(s)")
+    print(f"Guarded transactions of this etcd alone, {WRITERS} writers at once: {one.raw:.0f} a second\n")
+    print(f"{'':<32}{'lives':>7}{'lives/s':>9}{'raw/it':>8}{'p50 ms':>8}{'p95 ms':>8}{'worst':>8}{'failed':>8}")
+    for row in one.rows:
+        share = f"{one.raw / row.rate:.0f}" if row.rate else "-"
+        print(
+            f"{row.shape:<32}{row.lives:>7}{row.rate:>9.1f}{share:>8}"
+            f"{row.p50_ms:>8.1f}{row.p95_ms:>8.1f}{row.worst_ms:>8.1f}{row.failed:>8}"
+            + ("" if row.of == "POST → Started" else f"   ({row.of})")
+        )
+    print("\nProcessor milliseconds per life-cycle")
+    kinds = list(one.rows[0].cpu_ms) if one.rows else []
+    print(f"{'':<32}" + "".join(f"{kind:>13}" for kind in kinds) + f"{'in all':>9}")
+    for row in one.rows:
+        print(f"{row.shape:<32}" + "".join(f"{row.cpu_ms[kind]:>13.2f}" for kind in kinds) + f"{row.total_ms:>9.2f}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure how fast instances start.")
-    parser.add_argument("--nodes", type=int, default=100)
-    parser.add_argument("--controllers", type=int, default=1)
-    parser.add_argument("--members", type=int, default=1, choices=(1, 3), help="etcd members")
-    parser.add_argument("--submitters", type=int, nargs="+", default=[8, 32, 64])
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of each closed loop")
-    parser.add_argument("--singles", type=int, default=50, help="starts one at a time")
-    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
+def picture(results: list[Result]) -> str:
+    def label(one: Result, row: shapes.Row) -> str:
+        return f"{row.shape} · {one.controllers} ctl"
+
+    every = [(one, row) for one in results for row in one.rows]
+    fast = [(one, row) for one, row in every if row.shape.startswith(("flat", "burst", "beside"))]
+    return chart.draw(
+        f"Whole life-cycles: {results[0].nodes} nodes, {results[0].members} etcd members, {os.cpu_count()} cores",
+        [
+            chart.Panel("life-cycles a second", [(label(*pair), {"rate": pair[1].rate}) for pair in fast]),
+            chart.Panel("processor ms per life-cycle", [(label(*pair), pair[1].cpu_ms) for pair in fast]),
+            chart.Panel(
+                "latency, ms",
+                [
+                    (label(*pair), {"p50": pair[1].p50_ms, "to p95": pair[1].p95_ms - pair[1].p50_ms})
+                    for pair in every
+                    if pair not in fast
+                ],
+            ),
+        ],
+    )
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure how fast whole life-cycles go.")
+    parser.add_argument("--nodes", type=int, default=500)
+    parser.add_argument("--controllers", type=int, nargs="+", default=[1, 3], help="one run for each number")
+    parser.add_argument("--members", type=int, default=3, choices=(1, 3), help="etcd members")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES, metavar="SHAPE", help=str(SHAPES))
+    parser.add_argument("--seconds", type=float, default=15.0, help="length of each timed shape")
+    parser.add_argument("--singles", type=int, default=60, help="life-cycles of isolated and back-to-back")
+    parser.add_argument("--flights", type=int, default=128, help="life-cycles under way, flat out")
+    parser.add_argument("--burst", type=int, default=500)
+    parser.add_argument("--rate", type=float, default=20.0, help="arrivals, or ends on a full fleet, a second")
+    parser.add_argument("--ends", type=int, default=200, help="how many end on a full fleet")
+    parser.add_argument("--standing", type=int, default=5000)
+    parser.add_argument("--quick", action="store_true", help="some seconds, to see that it works")
     parser.add_argument("--json", type=Path, help="write the figures there too")
-    options = parser.parse_args()
+    parser.add_argument("--svg", type=Path, help="draw them there too")
+    options = parser.parse_args(arguments)
     if options.quick:
-        options.nodes, options.submitters, options.seconds, options.singles = 10, [8], 2.0, 5
+        options.nodes, options.members, options.controllers, options.seconds = 5, 1, options.controllers[:1], 1.0
+        options.singles, options.flights, options.burst, options.rate = 3, 4, 8, 10.0
+        options.ends, options.standing = 4, 10
+    options.slots = math.ceil((options.standing + max(options.flights, options.burst)) / options.nodes)
+    return options
+
+
+def run(options: argparse.Namespace) -> list[Result]:
+    """Raises NotReady."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    results = []
+    for count in options.controllers:
+        with cloud.running(
+            nodes=options.nodes,
+            members=options.members,
+            controllers=count,
+            slots=options.slots,
+            forget_s=0.2 if options.quick else 2.0,
+        ) as running:
+            raw, rows = uvloop.run(measure(running, options))
+            results.append(Result(count, options.nodes, options.members, raw, rows))
+    return results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parsed(sys.argv[1:] if arguments is None else arguments)
     try:
-        with cloud.running(nodes=options.nodes, members=options.members, controllers=options.controllers) as running:
-            still = idle(running, 3.0)
-            raw, rows = asyncio.run(measure(running, options))
+        results = run(options)
     except cloud.NotReady as trouble:
         print(f"bench: {trouble}", file=sys.stderr)
         return 1
-    show(options, still, raw, rows)
+    for one in results:
+        show(one)
+    figures: list[dict[str, Any]] = [dataclasses.asdict(one) for one in results]
     if options.json:
-        figures = {"idle": still, "raw": raw, "starts": [msgspec.to_builtins(line) for line in rows]}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    return 1 if any(line.failed for line in rows) else 0
+        options.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    if options.svg:
+        options.svg.write_text(picture(results))
+    return 1 if any(row.failed for one in results for row in one.rows) else 0
 
 
 if __name__ == "__main__":

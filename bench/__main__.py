@@ -1,0 +1,34 @@
+"""`make bench ARGS="starts --nodes 500"`: one measurement by its name, with the arguments that are its own.
+
+    starts     whole life-cycles in seven load shapes, beside the raw rate of the same etcd
+    idle       what a fleet with nothing to do costs
+    registry   pushing and pulling templates
+    failover   seconds until a node is served again when its controller dies or freezes
+    flood      what others notice of a client that asks without end
+    outages    what clients notice of the outages of single parts
+
+Without a name: `starts`.
+"""
+
+import importlib
+import sys
+
+NAMES = ("starts", "idle", "registry", "failover", "flood", "outages")
+
+
+def main() -> int:
+    name, *rest = sys.argv[1:] or ["starts"]
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if name.startswith("-"):
+        name, rest = "starts", [name, *rest]
+    if name not in NAMES:
+        print(f"bench: there is no measurement {name!r}; there are {', '.join(NAMES)}", file=sys.stderr)
+        return 2
+    sys.argv = [f"bench {name}", *rest]
+    return int(importlib.import_module(f"bench.{name}").main() or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
