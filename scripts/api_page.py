@@ -14,7 +14,6 @@ import msgspec
 
 from covey.client import oci
 from covey.controller import api_explain, api_log, api_node, api_status, api_vm, start_request, views
-from covey.registry import template_api
 
 ROOT = Path(__file__).resolve().parent.parent
 Struct = type[msgspec.Struct]
@@ -72,6 +71,12 @@ CONTROLLER = {
     ),
     ("GET", "/api/v1/group"): Entry("The groups of nodes. Making them is not built yet.", None, views.Group),
     ("GET", "/api/v1/registry/vm"): Entry("The registry's templates; with `?id=` one with its versions."),
+    ("DELETE", "/api/v1/registry/vm"): Entry("Delete the template `?id=` with all its versions. OK when repeated."),
+    ("DELETE", "/api/v1/registry/revert"): Entry(
+        "Take back one version of the template `?id=` and all newer ones; `&tag=` or `&version=`, also in a JSON body, "
+        "neither: the newest. With the header `Idempotency-Key` a repeat takes back no further one.",
+        oci.RevertAsk,
+    ),
     ("GET", "/api/v1/registry/disk"): Entry("Room on the registry's disk, in bytes.", None, oci.DiskView),
 }
 
@@ -88,10 +93,16 @@ REGISTRY = {
         oci.NameAsk,
         oci.NameHeld,
     ),
-    ("DELETE", "/registry/vm"): Entry("Delete the template `?id=` with all its versions."),
+    ("PUT", "/registry/vm/arch"): Entry(
+        "Say which processors the versions of a template are for, when their manifests are wrong. A later push says "
+        "its own.",
+        oci.ArchSet,
+    ),
+    ("DELETE", "/registry/vm"): Entry("Delete the template `?id=` with all its versions. OK when repeated."),
     ("DELETE", "/registry/revert"): Entry(
-        "Take back one version of the template `?id=` and all newer ones; neither tag nor version: the newest.",
-        template_api._Revert,
+        "Take back one version of the template `?id=` and all newer ones; `&tag=` or `&version=` (or `&number=`), also "
+        "in a JSON body, neither: the newest. With the header `Idempotency-Key` a repeat takes back no further one.",
+        oci.RevertAsk,
     ),
     ("GET", "/registry/vm/info"): Entry(
         "One version of the template `?id=`: `&tag=`, `&version=`, or the newest.", None, oci.Resolved

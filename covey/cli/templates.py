@@ -1,8 +1,10 @@
 """`covey template …`: push, pull and look at VM templates, and build one to try things out."""
 
 import asyncio
+import datetime
 import os
 import platform
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -14,14 +16,17 @@ from covey.cli import flags, out
 
 if TYPE_CHECKING:
     from covey import model
+    from covey.client import oci, templates
     from covey.client import registry as registry_client
-    from covey.client import templates
 
 app = typer.Typer(help="Templates: what instances are started from.", no_args_is_help=True)
 
 T = TypeVar("T")
 _CONFIG_LIMIT_BYTES = 1 << 20
 _Template = Annotated[str, typer.Argument(help="A template's name or id.", metavar="TEMPLATE")]
+_Tag = Annotated[str, typer.Option("--tag", metavar="TAG", help="Which tag; the newest version if not given.")]
+_Version = Annotated[int | None, typer.Option("--version", metavar="N", help="Which version, by its number.")]
+_Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 @app.command()
@@ -79,31 +84,44 @@ def list_(registry: flags.Registry = None, json: flags.Json = False) -> None:
     if json:
         out.as_json(found)
         return
-    rows = [(one.name, one.id, one.arch, out.size(one.size)) for one in sorted(found, key=lambda one: one.name)]
-    out.table(("name", "template", "arch", "size"), rows)
+    rows = [
+        (one.name, one.id, one.arch, out.size(one.size), _when(one.last_push), _when(one.last_pull))
+        for one in sorted(found, key=lambda one: one.name)
+    ]
+    out.table(("name", "template", "arch", "size", "pushed", "pulled"), rows)
 
 
 @app.command()
 def show(template: _Template, registry: flags.Registry = None, json: flags.Json = False) -> None:
     """Show one template and its versions."""
-    try:
-        one = _ask(registry, lambda client: client.template(template))
-    except errors.NotFound:
-        raise errors.NotFound(f"there is no template {template}; `covey template list` shows those there are") from None
+    one = _ask(registry, lambda client: client.template(template), template)
     if json:
         out.as_json(one)
         return
-    out.fields([("name", one.name), ("template", one.id), ("arch", one.arch), ("size", out.size(one.size))])
+    out.fields(
+        [
+            ("name", one.name),
+            ("template", one.id),
+            ("arch", one.arch),
+            ("size", out.size(one.size)),
+            ("created", _when(one.creation_date)),
+            ("pulled", _when(one.last_pull)),
+        ]
+    )
     out.say("")
-    rows = [(str(version.number), version.tag, out.size(version.size)) for version in one.versions]
-    out.table(("version", "tag", "size"), rows)
+    rows = [
+        (str(version.number), version.tag, out.size(version.size), _when(version.creation_date), version.description)
+        for version in one.versions
+    ]
+    out.table(("version", "tag", "size", "pushed", "description"), rows)
 
 
 @app.command()
 def pull(
     template: _Template,
     directory: Annotated[Path, typer.Argument(help="Where the files go.", metavar="DIR")] = Path(),
-    tag: Annotated[str, typer.Option(metavar="TAG", help="Which tag; the latest if not given.")] = "",
+    tag: _Tag = "",
+    version: _Version = None,
     registry: flags.Registry = None,
     json: flags.Json = False,
 ) -> None:
@@ -111,7 +129,7 @@ def pull(
     from covey.client import templates
 
     async def run(client: "registry_client.Registry", moved: "templates.Progress") -> "templates.Pulled":
-        return await templates.pull_template(client, template, directory, tag=tag, progress=moved)
+        return await templates.pull_template(client, template, directory, tag=tag, version=version, progress=moved)
 
     pulled = _with_progress(f"Pulling {template}", registry, run)
     if json:
@@ -120,6 +138,73 @@ def pull(
     for file in pulled.files:
         out.say(str(file))
     out.say(f"moved {out.size(pulled.moved_bytes)}, skipped {out.size(pulled.skipped_bytes)} that were here")
+
+
+@app.command("tag")
+def tag_(
+    template: _Template,
+    new_tag: Annotated[str, typer.Argument(metavar="NEW-TAG", help="The further tag: any text.")],
+    tag: _Tag = "",
+    version: _Version = None,
+    registry: flags.Registry = None,
+    json: flags.Json = False,
+) -> None:
+    """Give a version a further tag. It becomes a new version of the same layers; none of them is moved."""
+    from covey.client import templates
+
+    found = _ask(
+        registry, lambda client: templates.tag_template(client, template, new_tag, tag=tag, version=version), template
+    )
+    if json:
+        out.as_json(found)
+        return
+    out.say(f"{found.name} {found.tag} is version {found.number} of template {found.id}")
+
+
+@app.command()
+def revert(
+    template: _Template,
+    tag: _Tag = "",
+    version: _Version = None,
+    yes: _Yes = False,
+    registry: flags.Registry = None,
+    json: flags.Json = False,
+) -> None:
+    """Take back a version and all newer ones; with the first version goes the template."""
+
+    async def look(client: "registry_client.Registry") -> "tuple[oci.Resolved, oci.TemplateView]":
+        found = await client.resolve(template, tag, version)
+        return found, await client.template(found.id)
+
+    found, whole = _ask(registry, look, template)
+    goes = [one for one in whole.versions if one.number >= found.number]
+    names = ", ".join(f"{one.number} ({one.tag})" for one in goes)
+    what = f"template {found.name} with all its versions" if len(goes) == len(whole.versions) else f"versions {names}"
+    _confirm(yes, f"Delete {what}?")
+    _ask(registry, lambda client: client.revert(found.id, version=found.number))
+    if json:
+        out.as_json(found)
+        return
+    out.say(f"deleted {what} of {found.name}" if what.startswith("versions") else f"deleted {what}")
+
+
+@app.command()
+def delete(template: _Template, yes: _Yes = False, registry: flags.Registry = None) -> None:
+    """Delete a template with all its versions, for ever. Running VMs keep what they have."""
+    whole = _ask(registry, lambda client: client.template(template), template)
+    _confirm(yes, f"Delete template {whole.name} with {len(whole.versions)} versions?")
+    _ask(registry, lambda client: client.delete(whole.id))
+    out.say(f"deleted template {whole.name} with {len(whole.versions)} versions")
+
+
+def _confirm(yes: bool, question: str) -> None:
+    """Ask whoever sits at a terminal; elsewhere --yes must be given. Raises Refused."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise errors.Refused(f"{question} Say so with --yes")
+    if not typer.confirm(question):
+        raise errors.Refused("nothing was deleted")
 
 
 @app.command("build-demo")
@@ -171,8 +256,15 @@ def _config(file: Path | None) -> "tuple[model.Arch, dict[str, str | int | bool]
     return arch, vm
 
 
-def _ask(registry: str | None, question: "Callable[[registry_client.Registry], Awaitable[T]]") -> T:
-    """One question to the registries named on the command line or in the environment."""
+def _when(time_s: int) -> str:
+    """A time for people, by their clock; 0 is never."""
+    if not time_s:
+        return ""
+    return datetime.datetime.fromtimestamp(time_s, datetime.UTC).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def _ask(registry: str | None, question: "Callable[[registry_client.Registry], Awaitable[T]]", template: str = "") -> T:
+    """One question to the registries named on the command line or in the environment, about `template` if given."""
     from covey import settings
     from covey.client import http
     from covey.client import registry as registry_client
@@ -182,7 +274,12 @@ def _ask(registry: str | None, question: "Callable[[registry_client.Registry], A
         async with http.Endpoints(urls, timeout_s=30) as endpoints:
             return await question(registry_client.Registry(endpoints))
 
-    return asyncio.run(run())
+    try:
+        return asyncio.run(run())
+    except errors.NotFound:
+        if not template:
+            raise
+        raise errors.NotFound(f"there is no template {template}; `covey template list` shows those there are") from None
 
 
 def _with_progress(

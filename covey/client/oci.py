@@ -166,6 +166,24 @@ class NameHeld(View, frozen=True, kw_only=True):
     id: model.TemplateId
 
 
+class RevertAsk(msgspec.Struct):
+    """The body of DELETE …/revert. `number` is `version` by its other name; `digest`: only if the version is this
+    manifest."""
+
+    id: str = ""
+    tag: str = ""
+    version: int | str = ""
+    number: int | str = ""
+    digest: str = ""
+
+
+class ArchSet(msgspec.Struct):
+    """The body of PUT /registry/vm/arch."""
+
+    id: str
+    arch: model.Arch
+
+
 def valid_name(name: str) -> bool:
     """Whether `name` is a repository name by the specification's grammar: no `..`, no leading slash can pass it."""
     return len(name) <= _NAME_LIMIT and _NAME.fullmatch(name) is not None

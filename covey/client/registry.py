@@ -63,6 +63,27 @@ class Registry:
         query = _query(id=template, tag=tag, version=number)
         return await self._http.ask("GET", "/registry/vm/info?" + query, oci.Resolved)
 
+    async def delete(self, template: str) -> None:
+        """Delete a template, by id or name, for ever. Harmless when repeated. Raises NotFound."""
+        await self._http.ask("DELETE", "/registry/vm?" + _query(id=template), type(None))
+
+    async def revert(self, template: str, tag: str = "", version: int | None = None) -> oci.Resolved:
+        """Take back a version (the newest without tag and version) and all newer ones: the version it was. What it is
+        is settled first, so that a repeat whose answer was lost takes back no other one (safety S38)."""
+        found = await self.resolve(template, tag, version)
+        query = {"id": found.id, "version": str(found.number), "digest": found.digest}
+        await self.revert_as_asked(query, {}, "")
+        return found
+
+    async def revert_as_asked(self, query: Mapping[str, str], body: Mapping[str, object], key: str) -> None:
+        """A revert in the words of whoever asks for it; `key` ("": none) makes a repeat the same request."""
+        headers = {"Idempotency-Key": key} if key else {}
+        await self._http.ask("DELETE", "/registry/revert?" + _query(**query), type(None), dict(body), headers=headers)
+
+    async def set_arch(self, template: str, arch: model.Arch) -> None:
+        """Correct the architecture that a template's versions say. Harmless when repeated. Raises NotFound."""
+        await self._http.ask("PUT", "/registry/vm/arch", type(None), {"id": template, "arch": arch})
+
     async def disk(self) -> oci.DiskView:
         return await self._http.ask("GET", "/registry/disk", oci.DiskView)
 

@@ -12,7 +12,7 @@ import io
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NewType
+from typing import Any, NewType
 
 import msgspec
 
@@ -170,6 +170,24 @@ def _examine(path: Path, media_type: str) -> _File:
 def _config(arch: model.Arch, vm: Mapping[str, Value], files: Sequence[_File]) -> bytes:
     disks = [file.descriptor.digest for file in files if file.descriptor.media_type.startswith(oci.DISK_PREFIX)]
     return msgspec.json.encode(oci.TemplateConfig(arch=arch, vm=dict(vm), uncompressed=disks), order="sorted")
+
+
+# ---- tag ---------------------------------------------------------------------------------------------------------
+
+
+async def tag_template(
+    registry: registry.Registry, wanted: str, new_tag: str, *, tag: str = "", version: int | None = None
+) -> oci.Resolved:
+    """Give a version (the newest without tag and version) a further tag: a new version of the same layers, of which
+    only the manifest moves. Raises Refused when `new_tag` is another version already."""
+    oci.check_tag(new_tag)
+    found = await registry.resolve(wanted, tag, version)
+    repository = oci.repository_of(found.id)
+    _, _, content = await registry.manifest(repository, found.digest)
+    document: dict[str, Any] = msgspec.json.decode(content)  # whole: also what this client does not know
+    document["annotations"] = {**document.get("annotations", {}), oci.TAG: new_tag}
+    await registry.push_manifest(repository, oci.escape_tag(new_tag), msgspec.json.encode(document))
+    return await registry.resolve(found.id, new_tag)
 
 
 # ---- pull --------------------------------------------------------------------------------------------------------

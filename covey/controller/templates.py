@@ -72,6 +72,27 @@ class Templates:
             self._remember(version.digest, found.id, found.name, version.tag)
         return found
 
+    async def delete(self, id: str) -> None:
+        """Delete a template for ever. Harmless when repeated. Raises NotFound."""
+        try:
+            await self._reachable().delete(id)
+        except errors.RemoteError as error:
+            raise errors.Refused(UNREACHABLE) from error
+
+    async def revert(self, query: Mapping[str, str], body: Mapping[str, object], key: str) -> None:
+        """Take back a version and all newer ones, in the caller's own words; `key` ("": none) makes a repeat the same
+        request. Without one the newest is settled first: the registry may be asked twice. Raises Refused."""
+        aimed = key or any(
+            (query.get(name) or body.get(name)) not in (None, "") for name in ("tag", "version", "number")
+        )
+        try:
+            if not aimed:
+                found = await self._reachable().resolve(str(query.get("id") or body.get("id") or ""))
+                query = {**query, "version": str(found.number), "digest": found.digest}
+            await self._reachable().revert_as_asked(query, body, key)
+        except errors.RemoteError as error:
+            raise errors.Refused(UNREACHABLE) from error
+
     async def disk(self) -> oci.DiskView:
         try:
             found = await self._reachable().disk()

@@ -245,17 +245,41 @@ class Catalog:
 
         await self._enter(repository, decide)
 
-    async def revert(self, template: str, number: int) -> None:
-        """Take back version `number` of a template and all newer ones; with the first one goes the template, for ever.
-        Raises Missing."""
+    async def revert(self, wanted: str, target: views.Target, request: str = "") -> None:
+        """Take back a version of a template, by id or name, and all newer ones; with the first one goes the template,
+        for ever. Harmless when repeated: by number, by tag, or under one request id. Raises Missing and Refused."""
 
         def decide(fold: views.Repository) -> views.Entry | None:
-            entry = views.decide_revert(fold, number, id=self._world.token(), now_s=self._now_s())
-            if entry is None:
-                raise Missing("Not found")
-            return entry
+            return views.decide_revert(fold, target, request=request, id=self._world.token(), now_s=self._now_s())
 
-        await self._enter(oci.repository_of(template), decide)
+        await self._enter(await self._once(wanted), decide)
+
+    async def remove(self, wanted: str) -> None:
+        """Delete a template, by id or name, for ever. Harmless when repeated. Raises Missing."""
+
+        def decide(fold: views.Repository) -> views.Entry | None:
+            if fold.dead:
+                return None
+            first = views.Target(version=fold.versions[0].number)
+            return views.decide_revert(fold, first, request="", id=self._world.token(), now_s=self._now_s())
+
+        await self._enter(await self._once(wanted), decide)
+
+    async def set_arch(self, wanted: str, arch: model.Arch) -> None:
+        """Correct the architecture of a living template's versions. Harmless when repeated. Raises Missing."""
+        template = await self.template(wanted)
+
+        def decide(fold: views.Repository) -> views.Entry | None:
+            return views.decide_arch(fold, arch, id=self._world.token(), now_s=self._now_s())
+
+        await self._enter(template.name, decide)
+
+    async def _once(self, wanted: str) -> str:
+        """The repository of a template, by id or name, that lives or has lived. Raises Missing."""
+        holder = wanted if oci.valid_uuid(wanted) else await self.holder(wanted)
+        if holder and (await self.repository(oci.repository_of(holder))).next_version > 0:
+            return oci.repository_of(holder)
+        raise Missing("Not found")
 
     async def _enter(
         self, repository: str, decide: Callable[[views.Repository], views.Entry | None]

@@ -5,30 +5,26 @@
     GET    /registry/v2/vm[?id=]                  [template, …]; one template with its versions
     POST   /registry/v2/vm {name}                 the id that holds this name, a fresh one for a new name
     GET    /registry/vm/info?id=&tag=&version=    one version; neither tag nor version: the newest
+    PUT    /registry/vm/arch {id, arch}           which processors the template's versions are for
     DELETE /registry/vm?id=                       the whole template
-    DELETE /registry/revert?id= {tag, version}    one version and all newer ones; neither: the newest
+    DELETE /registry/revert?id=&tag=&version=     one version and all newer ones; neither: the newest
     GET    /registry/disk                         total and free bytes
     GET    /livez, /readyz                        200; readyz says in its body when the disk is full
 
 `id` may be a template's name everywhere. An unknown one is 200 + FAIL ``Not found``; an unknown tag is
-``No such tag <tag>``, which clients compare.
+``No such tag <tag>``, which clients compare. What a revert aims at may stand in the query or in a JSON body, the number
+as `version` or `number`. Deletes may be repeated (promise I7): what was there and is gone is OK; a revert of "the
+newest" is repeated safely under an ``Idempotency-Key``.
 """
 
 from collections.abc import Sequence
-
-import msgspec
 
 import covey
 from covey import errors, model, serve
 from covey.client import oci
 from covey.registry import catalog, views
 
-
-class _Revert(msgspec.Struct):
-    """The body of a revert."""
-
-    tag: str = ""
-    version: int | None = None
+_KEY_LIMIT = 255
 
 
 class TemplateApi:
@@ -44,6 +40,7 @@ class TemplateApi:
             serve.Route("GET", "/registry/v2/vm", self.list_v2),
             serve.Route("POST", "/registry/v2/vm", self.hold_name),
             serve.Route("GET", "/registry/vm/info", self.info),
+            serve.Route("PUT", "/registry/vm/arch", self.set_arch),
             serve.Route("DELETE", "/registry/vm", self.delete),
             serve.Route("DELETE", "/registry/revert", self.revert),
             serve.Route("GET", "/registry/disk", self.disk),
@@ -85,7 +82,8 @@ class TemplateApi:
 
     async def info(self, call: serve.Call) -> oci.Resolved:
         template = await self._catalog.template(call.query.get("id", ""))
-        found = _pick(template, call.query.get("tag", ""), call.query.get("version", ""))
+        number = _agreed("version", call.query.get("version", ""), call.query.get("number", ""))
+        found = _pick(template, call.query.get("tag", ""), number)
         view = _version(found)
         return oci.Resolved(
             id=_id(template),
@@ -93,15 +91,26 @@ class TemplateApi:
             **{field: getattr(view, field) for field in view.__struct_fields__},
         )
 
+    async def set_arch(self, call: serve.Call) -> None:
+        ask = await call.json(oci.ArchSet)
+        await self._catalog.set_arch(ask.id, ask.arch)
+
     async def delete(self, call: serve.Call) -> None:
-        template = await self._catalog.template(call.query.get("id", ""))
-        await self._catalog.revert(_id(template), template.versions[0].number)
+        await self._catalog.remove(call.query.get("id", ""))
 
     async def revert(self, call: serve.Call) -> None:
-        template = await self._catalog.template(call.query.get("id", ""))
-        ask = serve.parse(await call.read() or b"{}", _Revert)
-        found = _pick(template, ask.tag, "" if ask.version is None else str(ask.version))
-        await self._catalog.revert(_id(template), found.number)
+        ask, query = serve.parse(await call.read() or b"{}", oci.RevertAsk), call.query
+        numbers = (query.get("version", ""), query.get("number", ""), str(ask.version), str(ask.number))
+        number = _agreed("version", *numbers)
+        target = views.Target(
+            tag=_agreed("tag", query.get("tag", ""), ask.tag),
+            version=None if not number else _number(number),
+            digest=_agreed("digest", query.get("digest", ""), ask.digest),
+        )
+        request = call.headers.get("Idempotency-Key", "")
+        if len(request) > _KEY_LIMIT:
+            raise errors.Refused(f"Idempotency-Key: at most {_KEY_LIMIT} characters; use a shorter one")
+        await self._catalog.revert(_agreed("id", query.get("id", ""), ask.id), target, request)
 
     async def disk(self, _call: serve.Call) -> oci.DiskView:
         space = await self._catalog.blobs.space()
@@ -117,22 +126,26 @@ class TemplateApi:
         return await self.status(call)
 
 
-def _pick(template: views.Repository, tag: str, version: str) -> views.Numbered:
-    """The version asked for. Both given must agree; none given: the newest."""
-    found: views.Numbered | None = template.versions[-1]
-    if tag:
-        found = template.tagged(tag)
-        if found is None:
-            raise errors.Refused(f"No such tag {tag}")
-    if version:
-        number = int(version) if version.isascii() and version.isdigit() else -1
-        if tag and found is not None and found.number != number:
-            raise errors.Refused(f"tag {tag} is version {found.number}, not {version}")
-        found = template.version(number)
-        if found is None:
-            raise errors.Refused(f"No such version {version}")
-    assert found is not None  # noqa: S101  each branch has raised where it is
+def _pick(template: views.Repository, tag: str, number: str) -> views.Numbered:
+    """The version asked for. Both given must agree; none given: the newest. Raises Refused."""
+    found = views.pick(template, views.Target(tag=tag, version=None if not number else _number(number)))
+    if found is None:  # it was there once
+        raise errors.Refused(f"No such tag {tag}" if tag else f"No such version {number}")
     return found
+
+
+def _number(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise errors.Refused(f"No such version {text}")
+    return int(text)
+
+
+def _agreed(field: str, *given: str) -> str:
+    """What was given, in however many places. Raises Refused when they differ."""
+    found = {text for text in given if text}
+    if len(found) > 1:
+        raise errors.Refused(f"{field}: given as {' and as '.join(sorted(found))}; give it once")
+    return found.pop() if found else ""
 
 
 def _id(template: views.Repository) -> model.TemplateId:

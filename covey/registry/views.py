@@ -8,6 +8,9 @@ Rules
 * A version number is given when its push is entered, from 0 in push order, and never given twice (safety S29).
 * The same tag with the same manifest is no new entry: same version, same answer (safety S37).
 * A template that had versions and has none is dead for ever; its name is free, its id is not.
+* What is taken back by number, or by a tag that is not pushed again meanwhile, is taken back once, however often that
+  is asked; "the newest one" is taken back once per request id (safety S38, promise I7).
+* An architecture that is set by hand holds for the versions there are; a later push says its own.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,12 +20,15 @@ import msgspec
 
 from covey import errors, model
 
+_REQUESTS_KEPT = 1_000  # per template; a repeat comes within minutes
+
 
 class Kind(StrEnum):
     PUSH = "push"  # a manifest, with or without a tag
     TAG = "tag"  # another tag for a manifest that the repository has
     DELETE = "delete"  # a tag, or a manifest with all its tags
     REVERT = "revert"  # of a template: version `version` and all newer ones
+    ARCH = "arch"  # of a template: its versions are for another architecture than their manifests say
 
 
 class File(model.Noun, frozen=True, kw_only=True):
@@ -71,6 +77,22 @@ class Entry(model.Noun, frozen=True, kw_only=True):
     digest: model.Digest = model.Digest("")
     manifest: Known | None = None
     version: int = -1
+    arch: model.Arch | None = None
+    request: str = ""  # of a revert: the id under which it was asked for, and what was asked
+    asked: str = ""
+
+
+class Target(model.Noun, frozen=True, kw_only=True):
+    """Which version a revert begins with: by tag as people write it, by number, or the newest. `digest`, when given,
+    is what the version must be."""
+
+    tag: str = ""
+    version: int | None = None
+    digest: str = ""
+
+    @property
+    def words(self) -> str:
+        return f"{self.version} {self.digest} {self.tag}"
 
 
 class Claim(model.Noun, frozen=True, kw_only=True):
@@ -102,6 +124,8 @@ class Repository(model.Noun, frozen=True, kw_only=True):
     next_version: int = 0
     created_s: int = 0
     pushed_s: int = 0
+    gone: frozenset[str] = frozenset()  # tags, as people write them, that were deleted or taken back
+    requests: dict[str, str] = {}  # the newest reverts by request id: what was asked for
 
     @property
     def dead(self) -> bool:
@@ -139,6 +163,7 @@ def fold(repository: Repository, entries: Sequence[Entry]) -> Repository:
     manifests, tags = dict(repository.manifests), dict(repository.tags)
     versions = {version.tag: version for version in repository.versions}
     next_version, created_s, pushed_s = repository.next_version, repository.created_s, repository.pushed_s
+    gone, requests = set(repository.gone), dict(repository.requests)
     for entry in entries:
         if entry.kind in (Kind.PUSH, Kind.TAG):
             if entry.manifest is not None:
@@ -152,11 +177,22 @@ def fold(repository: Repository, entries: Sequence[Entry]) -> Repository:
                 versions[entry.tag] = numbered
                 next_version = numbered.number + 1
         elif entry.kind == Kind.DELETE:
-            gone = [tag for tag, digest in tags.items() if tag == entry.tag or digest == entry.digest]
+            names = [tag for tag, digest in tags.items() if tag == entry.tag or digest == entry.digest]
             manifests.pop(entry.digest, None)
-            _drop(gone, tags, versions)
+            gone |= _drop(names, tags, versions)
         elif entry.kind == Kind.REVERT:
-            _drop([version.tag for version in versions.values() if version.number >= entry.version], tags, versions)
+            names = [version.tag for version in versions.values() if version.number >= entry.version]
+            gone |= _drop(names, tags, versions)
+            if entry.request:
+                requests[entry.request] = entry.asked
+        elif entry.kind == Kind.ARCH and entry.arch is not None:
+            manifests = {digest: _for_arch(known, entry.arch) for digest, known in manifests.items()}
+            versions = {
+                tag: msgspec.structs.replace(
+                    version, manifest=_for_arch(version.manifest, entry.arch), release=_of(version.release, entry.arch)
+                )
+                for tag, version in versions.items()
+            }
     return msgspec.structs.replace(
         repository,
         count=repository.count + len(entries),
@@ -166,7 +202,17 @@ def fold(repository: Repository, entries: Sequence[Entry]) -> Repository:
         next_version=next_version,
         created_s=created_s,
         pushed_s=pushed_s,
+        gone=frozenset(gone),
+        requests=dict(list(requests.items())[-_REQUESTS_KEPT:]),
     )
+
+
+def _for_arch(known: Known, arch: model.Arch) -> Known:
+    return known if known.release is None else msgspec.structs.replace(known, release=_of(known.release, arch))
+
+
+def _of(release: Release, arch: model.Arch) -> Release:
+    return msgspec.structs.replace(release, arch=arch)
 
 
 def _numbered(entry: Entry, manifests: dict[str, Known]) -> Numbered | None:
@@ -176,10 +222,15 @@ def _numbered(entry: Entry, manifests: dict[str, Known]) -> Numbered | None:
     return Numbered(number=entry.version, tag=entry.tag, pushed_s=entry.at_s, manifest=known, release=known.release)
 
 
-def _drop(gone: Iterable[str], tags: dict[str, model.Digest], versions: dict[str, Numbered]) -> None:
-    for tag in gone:
+def _drop(names: Iterable[str], tags: dict[str, model.Digest], versions: dict[str, Numbered]) -> set[str]:
+    """Take tags away; those of template versions as people write them."""
+    gone = set()
+    for tag in names:
         tags.pop(tag, None)
-        versions.pop(tag, None)
+        version = versions.pop(tag, None)
+        if version is not None:
+            gone.add(version.release.tag)
+    return gone
 
 
 # ---- decisions: the next entry, None when nothing is to be done, Refused when it may not be ----------------------
@@ -226,8 +277,40 @@ def decide_delete(repository: Repository, reference: str, *, id: str, now_s: int
     return None
 
 
-def decide_revert(repository: Repository, number: int, *, id: str, now_s: int) -> Entry | None:
-    """Take back version `number` and all newer ones. None: there is no such version."""
-    if repository.version(number) is None:
+def decide_revert(repository: Repository, target: Target, *, request: str, id: str, now_s: int) -> Entry | None:
+    """Take back a version and all newer ones. None: that has been done before. Raises Refused."""
+    if request in repository.requests:
+        if repository.requests[request] != target.words:
+            raise errors.Refused("Idempotency-Key was used for another request")
         return None
-    return Entry(id=id, kind=Kind.REVERT, at_s=now_s, version=number)
+    found = pick(repository, target)
+    if found is None:
+        return None
+    if target.digest and target.digest != found.manifest.digest:
+        raise errors.Refused(f"version {found.number} is {found.manifest.digest}, not {target.digest}")
+    return Entry(id=id, kind=Kind.REVERT, at_s=now_s, version=found.number, request=request, asked=target.words)
+
+
+def pick(repository: Repository, target: Target) -> Numbered | None:
+    """The version aimed at; None when it was there once. Raises Refused for one that never was."""
+    if not target.tag and target.version is None:
+        return repository.versions[-1] if repository.versions else None
+    if target.tag:
+        found = repository.tagged(target.tag)
+        if found is None and target.tag not in repository.gone:
+            raise errors.Refused(f"No such tag {target.tag}")
+        if found is None or target.version in (None, found.number):
+            return found
+        raise errors.Refused(f"tag {target.tag} is version {found.number}, not {target.version}")
+    number = -1 if target.version is None else target.version
+    found = repository.version(number)
+    if found is None and not 0 <= number < repository.next_version:
+        raise errors.Refused(f"No such version {number}")
+    return found
+
+
+def decide_arch(repository: Repository, arch: model.Arch, *, id: str, now_s: int) -> Entry | None:
+    """Say which architecture a template's versions are for. None: they say so already."""
+    if all(version.release.arch == arch for version in repository.versions):
+        return None
+    return Entry(id=id, kind=Kind.ARCH, at_s=now_s, arch=arch)

@@ -321,24 +321,41 @@ async def test_a_deleted_template_is_gone_and_its_name_is_free(
     assert (await remote.resolve("mac")).id == second.template
 
 
-async def command(server: registry.Server, path: str, body: object = None) -> str:
-    """DELETE in the envelope: the message, "" when it was done."""
+async def command(
+    server: registry.Server, path: str, body: object = None, method: str = "DELETE", **headers: str
+) -> str:
+    """A command in the envelope: the message, "" when it was done."""
     content = None if body is None else json.dumps(body).encode()
-    status, _, answer = await server.call("DELETE", path, content)
-    assert status == 200
+    status, _, answer = await server.call(method, path, content, **headers)
+    assert status == 200, answer
     return str(json.loads(answer)["message"])
 
 
 @pytest.mark.parametrize(
-    ("body", "left"),
-    [(None, [0, 1]), ({"tag": "v1"}, [0]), ({"version": 1}, [0]), ({"version": 0}, []), ({"tag": "v0"}, [])],
+    ("query", "body", "left"),
+    [
+        ("", None, [0, 1]),
+        ("", {"tag": "v1"}, [0]),
+        ("", {"version": 1}, [0]),
+        ("", {"number": 1}, [0]),
+        ("", {"version": "0"}, []),
+        ("", {"tag": "v0"}, []),
+        ("&number=1", None, [0]),
+        ("&version=1", {}, [0]),
+        ("&tag=v1", {"version": 1}, [0]),
+    ],
 )
 async def test_revert_takes_a_version_and_all_newer_ones(
-    server: registry.Server, remote: client.Registry, files: Mapping[str, Path], body: object, left: list[int]
+    server: registry.Server,
+    remote: client.Registry,
+    files: Mapping[str, Path],
+    query: str,
+    body: object,
+    left: list[int],
 ) -> None:
     for number in range(3):
         template = (await push(remote, f"v{number}", files["base.img"])).template
-    assert await command(server, f"/registry/revert?id={template}", body) == ""
+    assert await command(server, f"/registry/revert?id={template}{query}", body) == ""
     listed = await remote.templates()
     assert [item.id for item in listed] == ([template] if left else [])
     if left:
@@ -346,25 +363,78 @@ async def test_revert_takes_a_version_and_all_newer_ones(
         assert (await push(remote, "v9", files["base.img"])).version == 3
 
 
-async def test_a_template_is_deleted_whole(
+async def test_a_template_is_deleted_whole_and_only_once(
     server: registry.Server, remote: client.Registry, files: Mapping[str, Path]
 ) -> None:
     await push(remote, "v0", files["base.img"])
     template = (await push(remote, "v1", files["more.qcow2"])).template
-    assert await command(server, f"/registry/vm?id={template}") == ""
+    for _ in range(2):  # a repeat whose answer was lost
+        assert await command(server, f"/registry/vm?id={template}") == ""
+        assert await remote.templates() == []
+    assert await command(server, f"/registry/vm?id={UUID}") == "Not found"
+    assert await command(server, f"/registry/revert?id={template}", {"tag": "v0"}) == ""
+    assert await command(server, f"/registry/revert?id={template}", {"tag": "v9"}) == "No such tag v9"
+
+
+async def test_a_repeated_revert_takes_nothing_more(
+    server: registry.Server, remote: client.Registry, files: Mapping[str, Path]
+) -> None:
+    """By an Idempotency-Key, by number, by tag; the client settles first what "the newest" is."""
+    for number in range(5):
+        template = (await push(remote, f"v{number}", files["base.img"])).template
+    path = f"/registry/revert?id={template}"
+    for _ in range(2):
+        assert await command(server, path, Idempotency_Key="k") == ""
+        assert await command(server, path, {"tag": "v3"}) == ""
+    assert [version.number for version in (await remote.template("mac")).versions] == [0, 1, 2]
+    assert "another request" in await command(server, path, {"version": 0}, Idempotency_Key="k")
+    assert (await remote.revert("mac")).number == 2
+    assert [version.number for version in (await remote.template("mac")).versions] == [0, 1]
+    assert (await remote.revert("mac", version=0)).tag == "v0"
     assert await remote.templates() == []
-    assert await command(server, f"/registry/vm?id={template}") == "Not found"
-    assert await command(server, f"/registry/revert?id={template}", {"tag": "v0"}) == "Not found"
+    assert await command(server, path, Idempotency_Key="k") == ""
+
+
+async def test_a_further_tag_moves_no_layer(
+    server: registry.Server, remote: client.Registry, files: Mapping[str, Path]
+) -> None:
+    first = await push(remote, "v0", files["base.img"], description="kept")
+    await push(remote, "v1", files["more.qcow2"])
+    for _ in range(2):
+        tagged = await templates.tag_template(remote, "mac", TAG, tag="v0")
+        assert (tagged.number, tagged.tag, tagged.description, tagged.images) == (2, TAG, "kept", ["base.img"])
+    assert tagged.digest != first.digest
+    with pytest.raises(errors.Refused, match="exists"):
+        await templates.tag_template(remote, "mac", "v1", version=0)
 
 
 async def test_what_cannot_be_reverted(
     server: registry.Server, remote: client.Registry, files: Mapping[str, Path]
 ) -> None:
     template = (await push(remote, "v0", files["base.img"])).template
-    assert await command(server, f"/registry/revert?id={template}", {"tag": "nope"}) == "No such tag nope"
-    assert await command(server, f"/registry/revert?id={template}", {"version": 5}) == "No such version 5"
+    path = f"/registry/revert?id={template}"
+    assert await command(server, path, {"tag": "nope"}) == "No such tag nope"
+    assert await command(server, path, {"version": 5}) == "No such version 5"
+    assert await command(server, path + "&version=-1") == "No such version -1"
+    assert await command(server, path + "&tag=v0", {"version": 3}) == "tag v0 is version 0, not 3"
+    assert "version: given as 0 and as 1" in await command(server, path + "&number=1", {"version": 0})
     assert await command(server, "/registry/revert") == "Not found"
     assert len((await remote.template("mac")).versions) == 1
+
+
+async def test_an_architecture_is_corrected_and_stays_so(
+    server: registry.Server, remote: client.Registry, files: Mapping[str, Path], tmp_path: Path
+) -> None:
+    template = (await push(remote, "v0", files["base.img"])).template
+    for _ in range(2):
+        assert await command(server, "/registry/vm/arch", {"id": template, "arch": "arm64"}, "PUT") == ""
+    async with registry.serving(tmp_path / "base") as other, registry.talking(other) as again:
+        assert (await again.resolve("mac")).arch == "arm64"
+        ((item,), whole) = await again.templates(), await again.template("mac")
+        assert (item.arch, whole.versions[0].arch) == ("arm64", "arm64")
+    assert await command(server, "/registry/vm/arch", {"id": UUID, "arch": "arm64"}, "PUT") == "Not found"
+    status, _, answer = await server.call("PUT", "/registry/vm/arch", b'{"id": "mac", "arch": "mips"}')
+    assert (status, "arch: invalid enum value" in json.loads(answer)["message"]) == (400, True)
 
 
 async def test_a_new_name_pushed_twice_at_once_is_one_template(

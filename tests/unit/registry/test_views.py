@@ -1,6 +1,7 @@
 """The fold of a repository's log and the decisions on it, entry by entry."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -114,12 +115,63 @@ def test_what_is_not_there_cannot_be_deleted() -> None:
     assert views.decide_delete(push(EMPTY, template("a")), "b", id="id", now_s=9) is None
 
 
+def revert(
+    repository: views.Repository, tag: str = "", version: int | None = None, digest: str = "", request: str = ""
+) -> views.Entry | None:
+    target = views.Target(tag=tag, version=version, digest=digest)
+    return views.decide_revert(repository, target, request=request, id="id", now_s=9)
+
+
+THREE = push(push(push(EMPTY, template("a")), template("b")), template("c"))
+
+
 def test_revert_takes_a_version_and_all_newer_ones() -> None:
-    repository = push(push(push(EMPTY, template("a")), template("b")), template("c"))
-    entry = views.decide_revert(repository, 1, id="id", now_s=9)
+    entry = revert(THREE, version=1)
     assert entry is not None
-    assert versions(views.fold(repository, [entry])) == [(0, "a")]
-    assert views.decide_revert(repository, 3, id="id", now_s=9) is None
+    assert versions(views.fold(THREE, [entry])) == [(0, "a")]
+    with pytest.raises(errors.Refused, match="No such version 3"):
+        revert(THREE, version=3)
+    with pytest.raises(errors.Refused, match="No such tag d"):
+        revert(THREE, tag="d")
+
+
+@pytest.mark.parametrize("aim", [{"tag": "b"}, {"version": 1}, {"request": "r"}, {"version": 1, "tag": "b"}])
+def test_what_was_taken_back_is_not_taken_back_again(aim: dict[str, Any]) -> None:
+    entry = revert(THREE, **aim)
+    assert entry is not None
+    after = views.fold(THREE, [entry])
+    assert after.versions
+    assert revert(after, **aim) is None
+
+
+def test_a_request_id_stands_for_one_request() -> None:
+    entry = revert(THREE, request="r")
+    assert entry is not None
+    with pytest.raises(errors.Refused, match="was used for another request"):
+        revert(views.fold(THREE, [entry]), version=0, request="r")
+
+
+def test_a_revert_of_a_version_that_is_another_by_now_is_refused() -> None:
+    with pytest.raises(errors.Refused, match="version 2 is sha256"):
+        revert(THREE, version=2, digest=oci.digest_of(b"other"))
+    assert revert(THREE, version=2, digest=THREE.versions[2].manifest.digest) is not None
+
+
+def test_a_tag_that_was_pushed_again_is_a_new_thing_to_take_back() -> None:
+    entry = revert(THREE, tag="c")
+    assert entry is not None
+    again = push(views.fold(THREE, [entry]), template("c"))
+    found = revert(again, tag="c")
+    assert found is not None and found.version == 3
+
+
+def test_an_architecture_that_was_corrected_holds_until_the_next_push() -> None:
+    entry = views.decide_arch(THREE, model.Arch.ARM64, id="id", now_s=9)
+    assert entry is not None
+    after = push(views.fold(THREE, [entry]), template("d"))
+    assert [version.release.arch for version in after.versions] == ["arm64", "arm64", "arm64", "amd64"]
+    assert views.decide_arch(THREE, model.Arch.AMD64, id="id", now_s=9) is None
+    assert (after.size_bytes(), after.next_version) == (push(THREE, template("d")).size_bytes(), 4)
 
 
 def test_shared_layers_count_once_and_every_tag_changes_the_size() -> None:
@@ -151,7 +203,7 @@ def history(moves: Sequence[tuple[str, str, str]]) -> list[views.Entry]:
             if verb == "delete":
                 entry = views.decide_delete(repository, tag, id="id", now_s=9)
             elif verb == "revert":
-                entry = views.decide_revert(repository, ord(layer) - ord("x"), id="id", now_s=9)
+                entry = revert(repository, version=ord(layer) - ord("x"))
             else:
                 known = template(tag, layer)
                 entry = views.decide_push(repository, known, tag, force=verb == "force", id="id", now_s=9)
