@@ -1,9 +1,11 @@
-"""Where a registry keeps its bytes: two small Protocols, and the layout on disk.
+"""Where a registry keeps its bytes: small Protocols, and the layout on disk.
 
     BASE_PATH/
     ├── format                                   the number of this layout: a server refuses a newer one
     ├── blobs/<algorithm>/<2 hex>/<hex>          a finished blob or manifest, read-only, named by its content;
     │                                            the algorithm is sha256 (64 digits) or sha512 (128 digits)
+    ├── trash/<algorithm>-<hex>                  one that nothing refers to; whoever asks for it links it back
+    ├── quarantine/<algorithm>-<hex>             one whose bytes are not what its name says; never served
     ├── repositories/<name>/
     │   ├── _log/<10 digits>                     numbered entries: push, tag, delete, revert; dense, never rewritten
     │   ├── _blobs/<64 or 128 hex>               empty: this repository may read that blob; the length of the name
@@ -14,7 +16,10 @@
     │   ├── data.<token>                         bytes of one PATCH, opened with O_EXCL by one request only
     │   ├── part.<20 digits>                     record of a part that is durable; the number is its offset
     │   └── whole.<token>                        the parts copied together, while a session of several is finished
-    └── aside/<token>                            a small file on its way to its name
+    ├── notes/<name>                             what servers tell each other of their care: last collection, last scrub
+    └── aside/
+        ├── entry.<token>                        a log entry on its way to its number: pending, and read as a reference
+        └── <token>                              another small file on its way to its name
 
 Rules
 * A name appears by link() only, after its bytes are fsynced; a name is never written through (safety S29, S31).
@@ -22,13 +27,14 @@ Rules
 * Nothing relies on locks in one process: any number of servers may work on one BASE_PATH at once.
 * Names of repositories follow the OCI grammar, in which no component begins with `_` or `.`: they cannot collide with
   the folders above, nor leave them.
-* Removing unreferenced blobs is the collector's business; deleting here only takes names away.
+* Removing unreferenced blobs is the collector's business (`Care`, `sweep`); deleting here only takes names away.
 
 After a crash at any moment: a blob is whole or absent, an entry is whole or absent, an upload session stands at the
 last part that was recorded.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import NewType, Protocol
 
@@ -82,7 +88,8 @@ class Blobs(Protocol):
     """Content and uploads. Order of calls: begin → write… (offset) → finish → abort."""
 
     async def stat(self, digest: model.Digest) -> Blob | None:
-        """A finished blob, or None."""
+        """A finished blob, or None. One in the trash is taken back in the same step: either it is whole from now on,
+        or the collector was first and the answer is None. One in quarantine is None."""
         ...
 
     async def get(self, digest: model.Digest) -> bytes:
@@ -128,9 +135,14 @@ class Logs(Protocol):
         """For each log named: its entries from that number on (an unknown log has none)."""
         ...
 
-    async def append(self, log: str, number: int, entry: bytes) -> bool:
-        """Enter `entry` as that number, durable. False: the number is taken by another entry. Entries carry a unique
-        id, so that ours is recognised when the answer of the file system was lost (safety S30)."""
+    async def append(
+        self, log: str, number: int, entry: bytes, check: Callable[[], Awaitable[None]] | None = None
+    ) -> bool:
+        """Enter `entry` as that number, durable. False: the number is taken by another entry, or ours was so long on
+        its way that it was given up; decide again. Entries carry a unique id, so that ours is recognised when the
+        answer of the file system was lost (safety S30). `check` runs while the entry is pending: what it finds, no
+        collector takes, because `LogCare.pending` shows the entry from before the check until it has its number.
+        What `check` raises is raised, and then nothing was entered."""
         ...
 
     async def names(self, folder: str) -> Sequence[str]:
@@ -156,4 +168,96 @@ class Logs(Protocol):
 
     async def pulled_s(self, repositories: Sequence[str]) -> dict[str, int]:
         """When each was last pulled, Unix seconds; 0 for never."""
+        ...
+
+
+# ---- care: what the collector, the scrub and the verification need -------------------------------------------------
+
+
+class Place(StrEnum):
+    """Where a whole blob may lie."""
+
+    SHELF = "blobs"
+    TRASH = "trash"
+    QUARANTINE = "quarantine"
+
+
+class Held(model.Noun, frozen=True, kw_only=True):
+    """A blob in one place. `since_s`: when it came there, or was last stored again; by the storage's clock."""
+
+    digest: model.Digest
+    size_bytes: int
+    since_s: float
+
+
+class Leftover(model.Noun, frozen=True, kw_only=True):
+    """What unfinished work left behind: an upload session, or a file on its way to its name."""
+
+    name: str
+    size_bytes: int
+    since_s: float  # when something last moved there
+
+
+class Note(model.Noun, frozen=True, kw_only=True):
+    """A small record that all servers of one storage see, and when it was written."""
+
+    content: bytes
+    at_s: float
+
+
+class Care(Protocol):
+    """Upkeep of content. Any number of servers may do it at once, beside pushes and pulls; nobody locks. All times are
+    of the storage's own clock (safety S30)."""
+
+    async def clock_s(self) -> float:
+        """The storage's present time, Unix seconds."""
+        ...
+
+    def held(self, place: Place) -> AsyncIterator[Held]:
+        """What lies there, in no order; what comes or goes meanwhile may be missing."""
+        ...
+
+    async def move(self, digest: model.Digest, source: Place, target: Place) -> bool:
+        """Take a blob from one place to another; False when it is not there. Once this has returned, a `Blobs.stat`
+        that had found it on the shelf began before. A crash leaves it in one place or in both."""
+        ...
+
+    async def destroy(self, digest: model.Digest, place: Place) -> int:
+        """Delete a blob from the trash or from quarantine, never from the shelf: how many bytes went. Of this and a
+        `Blobs.stat` that takes it back, one is first and the other sees it."""
+        ...
+
+    def read(
+        self, digest: model.Digest, place: Place = Place.SHELF, *, past_cache: bool = False
+    ) -> AsyncIterator[bytes]:
+        """The bytes, in large pieces; with `past_cache` from the medium itself. Raises FileNotFoundError."""
+        ...
+
+    async def expire(self, before_s: float, *, dry_run: bool = False) -> Sequence[Leftover]:
+        """Remove upload sessions and files on their way in which nothing has moved since `before_s`. Whoever goes on
+        with one afterwards is told so (NoSession; `Logs.append` says False)."""
+        ...
+
+    async def note(self, name: str, content: bytes) -> None:
+        """Replace one note; of two at once, one stays. Not durable on purpose."""
+        ...
+
+    async def notes(self, prefix: str) -> Mapping[str, Note]:
+        """The notes whose names begin so."""
+        ...
+
+
+class LogCare(Protocol):
+    """Upkeep of logs. Order of calls: `pending` before the logs, so that an entry is seen in one or the other."""
+
+    async def logs(self) -> Sequence[str]:
+        """Every log that has an entry or grants, those of names too."""
+        ...
+
+    async def pending(self) -> Sequence[bytes]:
+        """Entries that are being checked, and remains of those whose server died."""
+        ...
+
+    async def grants(self, repository: str) -> Mapping[model.Digest, float]:
+        """The blobs that a repository may read, and when it last asked for each."""
         ...

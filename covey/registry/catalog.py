@@ -6,7 +6,7 @@ A change is decided on such a fold and entered under the next number; when that 
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
@@ -123,7 +123,7 @@ class Catalog:
         failpoint.reach("registry.manifest.stored")
         if release is not None and tag:
             await self._hold_name(release.name, repository)
-        fold, entry = await self._enter(repository, decide)
+        fold, entry = await self._enter(repository, decide, lambda: self._check_stored(repository, manifest, digest))
         await self._keep_blobs(repository, known)
         number = entry.version if entry is not None else _number_of(fold, tag)
         return known, None if number < 0 else number
@@ -166,6 +166,12 @@ class Catalog:
         for reference in manifest.manifests:
             if reference.digest not in manifests:
                 raise BlobMissing(f"the index names manifest {reference.digest}, which {repository} does not have")
+
+    async def _check_stored(self, repository: str, manifest: oci.Manifest, digest: model.Digest) -> None:
+        """The second look, while the entry is pending: what is here now no collector takes any more (safety S32)."""
+        await self._check_references(repository, manifest)
+        if await self.blobs.stat(digest) is None:
+            raise BlobMissing(f"manifest {digest} was collected while it was pushed; push it again")
 
     async def _keep_blobs(self, repository: str, known: views.Known) -> None:
         """A blob may have been taken away between the check and the entry: who takes one away looks at the entries
@@ -282,13 +288,19 @@ class Catalog:
         raise Missing("Not found")
 
     async def _enter(
-        self, repository: str, decide: Callable[[views.Repository], views.Entry | None]
+        self,
+        repository: str,
+        decide: Callable[[views.Repository], views.Entry | None],
+        check: Callable[[], Awaitable[None]] | None = None,
     ) -> tuple[views.Repository, views.Entry | None]:
-        """Decide on the newest fold until an entry is in, or none is needed. The fold decided on, and the entry."""
+        """Decide on the newest fold until an entry is in, or none is needed. The fold decided on, and the entry.
+        `check` runs while it is pending (`blobs.Logs.append`)."""
         while True:
             fold = await self.repository(repository)
             entry = decide(fold)
-            if entry is None or await self.logs.append(repository, fold.count, msgspec.json.encode(entry)):
+            if entry is None:
+                return fold, None
+            if await self.logs.append(repository, fold.count, msgspec.json.encode(entry), check):
                 return fold, entry
 
     # ---- names of templates ----------------------------------------------------------------------------------------

@@ -43,6 +43,14 @@ class _Part(model.Noun, frozen=True, kw_only=True):
     sha256: str
 
 
+def locate(base: Path, digest: str, place: blobs.Place = blobs.Place.SHELF) -> Path:
+    """Where a blob lies, if it lies there."""
+    algorithm, _, name = digest.partition(":")
+    if place is blobs.Place.SHELF:
+        return base / place / algorithm / name[:2] / name
+    return base / place / f"{algorithm}-{name}"
+
+
 class Disk:
     """`blobs.Blobs` below one folder. `reserved_bytes` are never given away; `fsync` False is for benchmarks only."""
 
@@ -99,10 +107,36 @@ class Disk:
         try:
             return blobs.Blob(digest=digest, size_bytes=path.stat().st_size, path=path)
         except FileNotFoundError:
-            return None
+            if not self._take_back(digest):
+                return None
+        return blobs.Blob(digest=digest, size_bytes=path.stat().st_size, path=path)
+
+    def _take_back(self, digest: model.Digest) -> bool:
+        """Link a blob out of the trash, where the collector has put it: whoever asks for it may be about to need it."""
+        trashed = locate(self._base, digest, blobs.Place.TRASH)
+        if not trashed.exists():
+            return False
+        path = self._path(digest)
+        try:
+            durable.make_dirs(path.parent, fsync=self._fsync)
+            os.utime(trashed)
+            durable.link_new(trashed, path, fsync=self._fsync)
+        except FileNotFoundError:  # the collector was first
+            return path.exists()
+        durable.discard(trashed)
+        return True
 
     async def get(self, digest: model.Digest) -> bytes:
-        return await self._run(self._path(digest).read_bytes)
+        return await self._run(self._get, digest)
+
+    def _get(self, digest: model.Digest) -> bytes:
+        path = self._path(digest)
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            if not self._take_back(digest):
+                raise
+        return path.read_bytes()
 
     async def put(self, content: bytes, digest: model.Digest | None = None) -> blobs.Blob:
         return await self._run(self._put, content, digest)
@@ -113,6 +147,7 @@ class Disk:
             raise blobs.WrongDigest(f"the bytes are {digest}, not {wanted}")
         known = self._stat(digest)
         if known is not None:
+            os.utime(known.path)
             return known
         aside = self._aside / self._world.token()
         try:
@@ -128,14 +163,15 @@ class Disk:
         """Link a verified, fsynced, closed file into place."""
         path = self._path(digest)
         durable.make_dirs(path.parent, fsync=self._fsync)
+        os.utime(source)  # its bytes may have waited for long; the collector must not think that the blob has
         if not durable.link_new(source, path, fsync=self._fsync):
             os.utime(path)  # the collector must see that somebody counts on it again (safety S32)
         failpoint.reach("registry.blob.linked")
+        durable.discard(locate(self._base, digest, blobs.Place.QUARANTINE))  # healed
         return blobs.Blob(digest=digest, size_bytes=size_bytes, path=path)
 
     def _path(self, digest: model.Digest) -> Path:
-        algorithm, _, name = digest.partition(":")
-        return self._blobs / algorithm / name[:2] / name
+        return locate(self._base, digest)
 
     # ---- upload sessions -------------------------------------------------------------------------------------------
 
@@ -277,6 +313,8 @@ class Disk:
 
     async def _removed(self, session: blobs.SessionId, error: OSError | blobs.DiskFull) -> Exception:
         """What to raise for a fault of the file system. No room: the session goes, its bytes only stand in the way."""
+        if isinstance(error, FileNotFoundError):  # swept away meanwhile
+            return blobs.NoSession(f"upload session {session} has expired")
         fault = _full_or(error) if isinstance(error, OSError) else error
         if isinstance(fault, blobs.DiskFull):
             await self.abort(session)

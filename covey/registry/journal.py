@@ -5,8 +5,10 @@ only ever a fold of entries it has read, so there is nothing to invalidate and n
 """
 
 import asyncio
+import contextlib
+import errno
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +19,7 @@ from covey.registry import blobs
 T = TypeVar("T")
 
 _LOG, _BLOBS, _PULLED = "_log", "_blobs", "_pulled"
+_NO_WRITING = durable.NO_ROOM | {errno.EROFS}
 
 
 class Journal:
@@ -51,36 +54,42 @@ class Journal:
             except (FileNotFoundError, NotADirectoryError):
                 return found
 
-    async def append(self, log: str, number: int, entry: bytes) -> bool:
-        return await self._run(lambda: self._append(log, number, entry))
-
-    def _append(self, log: str, number: int, entry: bytes) -> bool:
-        folder = self._repositories / log / _LOG
-        target = folder / _entry_name(number)
-        aside = self._aside / self._world.token()
+    async def append(
+        self, log: str, number: int, entry: bytes, check: Callable[[], Awaitable[None]] | None = None
+    ) -> bool:
+        aside = self._aside / f"entry.{self._world.token()}"
         try:
-            durable.make_dirs(folder, fsync=self._fsync)
+            await self._run(lambda: self._prepare(log, aside, entry))
+            if check is not None:
+                await check()
+            return await self._run(lambda: self._enter(log, number, aside, entry))
+        finally:
+            await asyncio.shield(self._run(lambda: durable.discard(aside)))
+
+    def _prepare(self, log: str, aside: Path, entry: bytes) -> None:
+        """From here on the entry is pending: the collector reads it."""
+        with _no_room():
+            durable.make_dirs(self._repositories / log / _LOG, fsync=self._fsync)
             durable.write_new(aside, entry, fsync=self._fsync)
             failpoint.reach("registry.entry.written")
-            if self._link(aside, target, entry):
-                failpoint.reach("registry.entry.linked")
-                return True
-            return False
-        except OSError as error:
-            if error.errno in durable.NO_ROOM:
-                raise blobs.DiskFull(f"the registry's disk is full ({error.strerror})") from error
-            raise
-        finally:
-            durable.discard(aside)
+
+    def _enter(self, log: str, number: int, aside: Path, entry: bytes) -> bool:
+        with _no_room():
+            if not self._link(aside, self._repositories / log / _LOG / _entry_name(number), entry):
+                return False
+        failpoint.reach("registry.entry.linked")
+        return True
 
     def _link(self, aside: Path, target: Path, entry: bytes) -> bool:
         """Link, and on any refusal look whose entry it is: over NFS the answer to our own link may get lost, and its
-        repetition then says EEXIST (safety S30)."""
+        repetition then says EEXIST (safety S30). A file set aside that is gone was swept: it had waited too long."""
         try:
             if durable.link_new(aside, target, fsync=self._fsync):
                 return True
-        except OSError:
+        except OSError as error:
             if not target.exists():
+                if isinstance(error, FileNotFoundError) and not aside.exists() and target.parent.exists():
+                    return False
                 raise
         ours = target.read_bytes() == entry
         if ours:
@@ -104,24 +113,25 @@ class Journal:
 
     def _grant(self, repository: str, digest: model.Digest) -> None:
         path = self._grant_path(repository, digest)
-        try:
+        with _no_room():
             durable.make_dirs(path.parent, fsync=self._fsync)
             path.touch(mode=0o444)
             durable.sync_dir(path.parent, fsync=self._fsync)
-        except OSError as error:
-            if error.errno in durable.NO_ROOM:
-                raise blobs.DiskFull(f"the registry's disk is full ({error.strerror})") from error
-            raise
         failpoint.reach("registry.blob.granted")
 
     async def granted(self, repository: str, digests: Sequence[str]) -> frozenset[str]:
         return await self._run(lambda: frozenset(digest for digest in digests if self._touch(repository, digest)))
 
     def _touch(self, repository: str, digest: str) -> bool:
+        path = self._grant_path(repository, digest)
         try:
-            os.utime(self._grant_path(repository, digest))  # by the file server's clock
+            os.utime(path)  # by the file server's clock
         except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError as error:
+            if error.errno not in _NO_WRITING:  # a pull goes on when the disk is full
+                raise
+            return path.exists()
         return True
 
     async def withdraw(self, repository: str, digest: model.Digest) -> bool:
@@ -148,7 +158,7 @@ class Journal:
         try:
             (self._repositories / repository / _PULLED).touch()
         except OSError as error:
-            if error.errno not in durable.NO_ROOM:  # a pull goes on when the disk is full
+            if error.errno not in _NO_WRITING:  # a pull goes on when the disk is full
                 raise
 
     async def pulled_s(self, repositories: Sequence[str]) -> dict[str, int]:
@@ -159,6 +169,17 @@ class Journal:
             return int((self._repositories / repository / _PULLED).stat().st_mtime)
         except FileNotFoundError:
             return 0
+
+
+@contextlib.contextmanager
+def _no_room() -> Iterator[None]:
+    """A full disk as the Protocol names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in durable.NO_ROOM:
+            raise blobs.DiskFull(f"the registry's disk is full ({error.strerror})") from error
+        raise
 
 
 def _entry_name(number: int) -> str:

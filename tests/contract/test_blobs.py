@@ -11,7 +11,7 @@ import pytest
 
 from covey import failpoint, model, world
 from covey.client import oci
-from covey.registry import blobs, disk, journal
+from covey.registry import blobs, disk, disk_care, journal
 
 CONTENT = bytes(range(256)) * 5000
 DIGEST = oci.digest_of(CONTENT)
@@ -25,6 +25,8 @@ class Storage(NamedTuple):
     logs: blobs.Logs
     other_blobs: blobs.Blobs
     other_logs: blobs.Logs
+    care: blobs.Care
+    log_care: blobs.LogCare
     base: Path
 
 
@@ -32,9 +34,10 @@ class Storage(NamedTuple):
 def storage(tmp_path: Path) -> Iterator[Storage]:
     one, two = (disk.Disk(tmp_path, world.System()) for _ in range(2))
     log_one, log_two = (journal.Journal(tmp_path, world.System()) for _ in range(2))
-    yield Storage(one, log_one, two, log_two, tmp_path)
+    care = disk_care.DiskCare(tmp_path, world.System())
+    yield Storage(one, log_one, two, log_two, care, care, tmp_path)
     failpoint.arm("")
-    for close in (one.close, two.close, log_one.close, log_two.close):
+    for close in (one.close, two.close, log_one.close, log_two.close, care.close):
         close()
 
 
@@ -263,3 +266,163 @@ async def test_a_cancelled_write_leaves_the_session_whole(storage: Storage) -> N
         blob = await storage.blobs.finish(session, oci.digest_of(content))
         assert blob.size_bytes == len(content)
         await storage.blobs.abort(session)
+
+
+async def test_an_entry_is_pending_while_it_is_checked(storage: Storage) -> None:
+    seen: list[bytes] = []
+
+    async def check() -> None:
+        seen.extend(await storage.log_care.pending())
+
+    assert await storage.logs.append("a", 0, b"entry", check)
+    assert (seen, await storage.log_care.pending()) == ([b"entry"], [])
+
+    async def refuse() -> None:
+        raise blobs.WrongDigest("no")
+
+    with pytest.raises(blobs.WrongDigest):
+        await storage.logs.append("a", 1, b"refused", refuse)
+    assert (await storage.logs.read({"a": 0}), await storage.log_care.pending()) == ({"a": [b"entry"]}, [])
+
+
+async def test_a_pending_entry_that_was_given_up_gets_no_number(storage: Storage) -> None:
+    async def give_up() -> None:
+        await storage.care.expire(await storage.care.clock_s() + 1)
+
+    await storage.logs.append("a", 0, b"zero")
+    assert not await storage.logs.append("a", 1, b"one", give_up)
+    assert (await storage.other_logs.read({"a": 0}))["a"] == [b"zero"]
+
+
+# ---- care ----------------------------------------------------------------------------------------------------------
+
+SHELF, TRASH, QUARANTINE = blobs.Place.SHELF, blobs.Place.TRASH, blobs.Place.QUARANTINE
+
+
+async def held(storage: Storage, place: blobs.Place) -> list[model.Digest]:
+    return [blob.digest async for blob in storage.care.held(place)]
+
+
+async def test_what_lies_where(storage: Storage) -> None:
+    for place in (SHELF, TRASH, QUARANTINE):
+        assert await held(storage, place) == []
+    before_s = await storage.care.clock_s()
+    await storage.blobs.put(CONTENT)
+    (blob,) = [blob async for blob in storage.care.held(SHELF)]
+    assert (blob.digest, blob.size_bytes) == (DIGEST, len(CONTENT))
+    assert before_s - 2 < blob.since_s <= await storage.care.clock_s() + 2
+
+
+@pytest.mark.parametrize("ask", ["stat", "get"])
+async def test_who_asks_for_a_blob_in_the_trash_gets_it_back(storage: Storage, ask: str) -> None:
+    await storage.blobs.put(CONTENT)
+    assert await storage.care.move(DIGEST, SHELF, TRASH)
+    assert (await held(storage, SHELF), await held(storage, TRASH)) == ([], [DIGEST])
+    if ask == "stat":
+        blob = await storage.other_blobs.stat(DIGEST)
+        assert blob is not None
+        assert blob.size_bytes == len(CONTENT)
+    assert await storage.other_blobs.get(DIGEST) == CONTENT
+    assert await storage.care.destroy(DIGEST, TRASH) == 0
+    assert await held(storage, SHELF) == [DIGEST]
+
+
+async def test_what_was_deleted_from_the_trash_is_gone(storage: Storage) -> None:
+    await storage.blobs.put(CONTENT)
+    await storage.care.move(DIGEST, SHELF, TRASH)
+    assert await storage.care.destroy(DIGEST, TRASH) == len(CONTENT)
+    assert await storage.care.destroy(DIGEST, TRASH) == 0
+    assert not await storage.care.move(DIGEST, TRASH, SHELF)
+    assert await storage.blobs.stat(DIGEST) is None
+    with pytest.raises(FileNotFoundError):
+        await storage.blobs.get(DIGEST)
+
+
+async def test_to_the_trash_and_back_any_number_of_times(storage: Storage) -> None:
+    await storage.blobs.put(CONTENT)
+    for _ in range(3):
+        assert await storage.care.move(DIGEST, SHELF, TRASH)
+        assert not await storage.care.move(DIGEST, SHELF, TRASH)
+        await storage.other_blobs.put(CONTENT)  # stored anew while one lies in the trash
+        assert await storage.care.move(DIGEST, SHELF, TRASH)
+        assert await storage.care.move(DIGEST, TRASH, SHELF)
+        assert (await held(storage, SHELF), await held(storage, TRASH)) == ([DIGEST], [])
+
+
+async def test_of_taking_back_and_deleting_one_is_first(storage: Storage) -> None:
+    for _ in range(20):
+        await storage.blobs.put(CONTENT)
+        await storage.care.move(DIGEST, SHELF, TRASH)
+        found, _ = await asyncio.gather(storage.other_blobs.stat(DIGEST), storage.care.destroy(DIGEST, TRASH))
+        there = await storage.blobs.stat(DIGEST)
+        assert (found is None) == (there is None)
+
+
+async def test_what_is_in_quarantine_is_not_there_until_it_is_stored_again(storage: Storage) -> None:
+    await storage.blobs.put(CONTENT)
+    assert await storage.care.move(DIGEST, SHELF, QUARANTINE)
+    assert await storage.blobs.stat(DIGEST) is None
+    assert await held(storage, QUARANTINE) == [DIGEST]
+    session = await storage.blobs.begin()
+    await storage.blobs.write(session, 0, chunks(CONTENT))
+    await storage.blobs.finish(session, DIGEST)
+    assert (await held(storage, SHELF), await held(storage, QUARANTINE)) == ([DIGEST], [])
+
+
+@pytest.mark.parametrize("past_cache", [False, True])
+async def test_bytes_are_read_in_pieces(storage: Storage, past_cache: bool) -> None:
+    content = CONTENT * 5
+    digest = (await storage.blobs.put(content)).digest
+    assert b"".join([piece async for piece in storage.care.read(digest, past_cache=past_cache)]) == content
+    with pytest.raises(FileNotFoundError):
+        _ = [piece async for piece in storage.care.read(NEVER)]
+
+
+async def test_sessions_in_which_nothing_moves_expire(storage: Storage) -> None:
+    session = await storage.blobs.begin()
+    await storage.blobs.write(session, 0, chunks(b"12345"))
+    now_s = await storage.care.clock_s()
+    assert await storage.care.expire(now_s - 60) == []
+    (leftover,) = await storage.care.expire(now_s + 60, dry_run=True)
+    assert leftover.size_bytes >= 5
+    assert await storage.blobs.offset(session) == 5
+    assert len(await storage.care.expire(now_s + 60)) == 1
+    with pytest.raises(blobs.NoSession):
+        await storage.other_blobs.offset(session)
+    assert left(storage) == []
+
+
+async def test_a_session_that_expires_under_an_upload(storage: Storage) -> None:
+    for moment in ("while it is written", "before it is finished"):
+        session = await storage.blobs.begin()
+
+        async def body(moment: str = moment) -> AsyncIterator[bytes]:
+            yield CONTENT
+            if moment == "while it is written":
+                await storage.care.expire(await storage.care.clock_s() + 60)
+
+        with pytest.raises(blobs.NoSession):
+            await storage.blobs.write(session, 0, body())
+            await storage.care.expire(await storage.care.clock_s() + 60)
+            await storage.blobs.finish(session, DIGEST)
+    assert left(storage) == []
+    assert await storage.blobs.stat(DIGEST) is None
+
+
+async def test_notes_are_seen_by_all(storage: Storage) -> None:
+    assert await storage.care.notes("scrub-") == {}
+    for content in (b"old", b"new"):
+        await storage.care.note("scrub-00", content)
+    await storage.care.note("gc", b"x")
+    (note,) = (await storage.care.notes("scrub-")).values()
+    assert note.content == b"new"
+    assert abs(note.at_s - await storage.care.clock_s()) < 30
+
+
+async def test_all_logs_and_grants(storage: Storage) -> None:
+    for name in ("a", "a/b", "templates/x", "_names/" + "0" * 64):
+        await storage.logs.append(name, 0, b"e")
+    await storage.logs.grant("only/grants", DIGEST)
+    assert sorted(await storage.log_care.logs()) == ["_names/" + "0" * 64, "a", "a/b", "only/grants", "templates/x"]
+    assert list(await storage.log_care.grants("only/grants")) == [DIGEST]
+    assert await storage.log_care.grants("a") == {}

@@ -27,10 +27,12 @@ class Interrupted(journal.Journal):
     before_withdraw: Hook = staticmethod(nothing)
     after_withdraw: Hook = staticmethod(nothing)
 
-    async def append(self, log: str, number: int, entry: bytes) -> bool:
+    async def append(
+        self, log: str, number: int, entry: bytes, check: Callable[[], Awaitable[None]] | None = None
+    ) -> bool:
         hook, self.before_append = self.before_append, nothing
         await hook()
-        return await super().append(log, number, entry)
+        return await super().append(log, number, entry, check)
 
     async def withdraw(self, repository: str, digest: model.Digest) -> bool:
         before, self.before_withdraw = self.before_withdraw, nothing
