@@ -104,7 +104,7 @@ def running(
     *, nodes: int, members: int = 1, controllers: int = 1, slots: int = 0, forget_s: float = 2.0
 ) -> Iterator[Cloud]:
     """A cloud whose nodes have joined and which holds the template `bench`, tag `v1`. `slots` of each node; 0: as many
-    as the hypervisor thinks. A terminated instance is forgotten after `forget_s`."""
+    as the hypervisor thinks. A terminated instance is forgotten after `forget_s`. Without nodes, see `start_nodes`."""
     directory = Path(tempfile.mkdtemp(prefix="covey-bench-", dir="/var/tmp"))
     with etcd.running(members) as cluster:
         cloud = Cloud(directory, cluster)
@@ -137,17 +137,24 @@ def _start(cloud: Cloud, nodes: int, controllers: int, slots: int, forget_s: flo
     disk = cloud.directory / "disk.img"
     disk.write_bytes(os.urandom(4096))
     cloud.run("template", "push", "bench", "--tag", "v1", str(disk), "--registry", cloud.registry)
+    if nodes:
+        start_nodes(cloud, "agent", nodes, slots)
+        _wait_for_nodes(cloud, nodes)
+
+
+def start_nodes(cloud: Cloud, name: str, nodes: int, slots: int = 0) -> None:
+    """So many synthetic nodes in one process called `name`; they join in their own time."""
     cloud.start(
-        "agent",
+        name,
         "agent",
         COVEY_HYPERVISOR="synthetic",
         COVEY_NODES=str(nodes),
         COVEY_CONTROLLER=",".join(cloud.controllers),
+        COVEY_NODE_NAME=name.replace(" ", "-"),
         COVEY_SYNTHETIC_BOOT="0s",
         COVEY_SYNTHETIC_PULL="0s",
         COVEY_MAX_VMS=str(slots),
     )
-    _wait_for_nodes(cloud, nodes)
 
 
 def _wait_for_nodes(cloud: Cloud, nodes: int, limit_s: float = 90.0) -> None:

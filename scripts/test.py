@@ -76,6 +76,7 @@ PARTS = (
         tests=("tests/sim",),
         checks=(("python", "-m", "tests.sim", "--seeds", "1000", "--minutes", "1", "--first", SEED),),
     ),
+    Part("upgrade", 120, 600, tests=("tests/upgrade",)),
     Part("unit", 180, 900, tests=("tests/unit",), workers=3),
     Part("conformance", 45, 300, tests=("tests/conformance",)),
     Part(
@@ -91,7 +92,7 @@ PARTS = (
         ),
     ),
     Part("demo", 30, 300, checks=(("python", "scripts/demo.py"),)),
-    Part("tidy", 20, 300, tests=("tests/tidy", "tests/upgrade")),
+    Part("tidy", 20, 300, tests=("tests/tidy",)),
 )
 
 

@@ -57,11 +57,12 @@ def covey(*argv: object, **env: str) -> Ran:
 
 
 class Program:
-    """One program in the foreground; its two streams are gathered line by line. `within`: words before its command."""
+    """One program in the foreground; its two streams are gathered line by line. `within`: words before its command;
+    `covey`: another version's command."""
 
-    def __init__(self, *argv: object, within: Sequence[str] = (), **env: str) -> None:
+    def __init__(self, *argv: object, within: Sequence[str] = (), covey: Sequence[str] = COVEY, **env: str) -> None:
         self.process = subprocess.Popen(
-            [*ENDS_WITH_US, *within, *COVEY, *(str(word) for word in argv)],
+            [*ENDS_WITH_US, *within, *covey, *(str(word) for word in argv)],
             env=environment(**env),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

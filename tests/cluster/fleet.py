@@ -16,7 +16,7 @@ import json
 import signal
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,16 @@ _DEFAULTS = {
 
 @dataclasses.dataclass
 class Part:
-    """A program with a fixed command, that may be killed and started again."""
+    """A program with a fixed command, that may be killed and started again. `covey`: of whatever version."""
 
     argv: tuple[object, ...]
     env: Mapping[str, str]
     program: conftest.Program | None = None
+    covey: Sequence[str] = conftest.COVEY
 
     def start(self) -> None:
         assert self.program is None, "it runs already"
-        self.program = conftest.Program(*self.argv, **self.env)
+        self.program = conftest.Program(*self.argv, covey=self.covey, **self.env)
 
     @property
     def running(self) -> conftest.Program:
@@ -130,14 +131,15 @@ class Fleet:
 
     # ---- nodes -----------------------------------------------------------------------------------------------------
 
-    def node(self, name: str, **env: str) -> Node:
+    def node(self, name: str, covey: Sequence[str] = conftest.COVEY, **env: str) -> Node:
         """A new node, once every controller shows it as Active."""
         data = self.folder / f"{name}-{uuid.uuid4()}"  # a host that was never here before
         argv = (
             *("agent", "--hypervisor", "synthetic", "--nodes", 1, "--node-name", name),
             *("--data-dir", data, "--controller", ",".join(self.urls)),
         )
-        made = Node(argv, {"COVEY_LOG_JSON": "true", **env}, folder=data / "agent" / "node-001", name=name)
+        folder = data / "agent" / "node-001"
+        made = Node(argv, {"COVEY_LOG_JSON": "true", **env}, covey=covey, folder=folder, name=name)
         self.nodes[name] = made
         made.start()
         made.running.wait_until_said("joined")
@@ -263,8 +265,10 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def running(folder: Path, controllers: int = 3, members: int = 3, **env: str) -> Iterator[Fleet]:
-    """A fleet without nodes, ready, with one template in its registry."""
+def running(
+    folder: Path, controllers: int = 3, members: int = 3, covey: Sequence[str] = conftest.COVEY, **env: str
+) -> Iterator[Fleet]:
+    """A fleet without nodes, ready, with one template in its registry. `covey`: the controllers' version."""
     with etcd.running(members) as store:
         registry_port = etcd.free_port()
         registry = Part(
@@ -277,7 +281,8 @@ def running(folder: Path, controllers: int = 3, members: int = 3, **env: str) ->
                 *("controller", "--listen-addr", f"127.0.0.1:{port}", "--etcd-endpoints", ",".join(store.endpoints)),
                 *("--anka-registry", f"http://127.0.0.1:{registry_port}"),
             )
-            cloud.controllers.append(Controller(argv, {**_DEFAULTS, **env}, url=f"http://127.0.0.1:{port}"))
+            url = f"http://127.0.0.1:{port}"
+            cloud.controllers.append(Controller(argv, {**_DEFAULTS, **env}, covey=covey, url=url))
         try:
             for part in (registry, *cloud.controllers):
                 part.start()
