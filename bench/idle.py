@@ -125,9 +125,7 @@ def show(options: argparse.Namespace, found: Found) -> None:
     for name, rss, pss, cpu in found.processes:
         print(f"{name:<16}{rss:>9.1f}{pss:>9.1f}{cpu:>8.1f}")
     if found.started is not None:
-        print(
-            f"from POST to Started, of single instances (median / p95): {found.started.p50_ms:.0f} / {found.started.p95_ms:.0f} ms"
-        )
+        print(f"single starts, median / p95 ms: {found.started.p50_ms:.0f} / {found.started.p95_ms:.0f}")
 
 
 def main() -> None:
