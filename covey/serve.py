@@ -60,7 +60,7 @@ class Request(Protocol):
     def path(self) -> str: ...
 
     @property
-    def query(self) -> Mapping[str, str]: ...
+    def query(self) -> multidict.MultiMapping[str]: ...
 
     @property
     def headers(self) -> multidict.MultiMapping[str]: ...
@@ -128,7 +128,7 @@ class Call:
         self._epoch = house.gaps
 
     @property
-    def query(self) -> Mapping[str, str]:
+    def query(self) -> multidict.MultiMapping[str]:
         return self.request.query
 
     @property

@@ -187,7 +187,7 @@ class _Wired:
         return self._raw.path
 
     @property
-    def query(self) -> Mapping[str, str]:
+    def query(self) -> multidict.MultiMapping[str]:
         return self._raw.query
 
     @property

@@ -69,6 +69,7 @@ class Registry(_Settings, frozen=True, kw_only=True):
     base_path: Path
     graceful_shutdown_timeout_s: float
     trusted_proxies: tuple[settings_reader.Network, ...]
+    registry_deletes: bool
 
 
 class Agent(_Settings, frozen=True, kw_only=True):
@@ -180,6 +181,7 @@ def registry(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Registry:
         base_path=read.path("BASE_PATH") or read.data_dir() / "registry",
         graceful_shutdown_timeout_s=read.duration("GRACEFUL_SHUTDOWN_TIMEOUT"),
         trusted_proxies=read.networks("TRUSTED_PROXIES"),
+        registry_deletes=read.switch("REGISTRY_DELETES"),
         **read.common(),
     )
 

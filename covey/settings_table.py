@@ -91,6 +91,13 @@ _PLACES = (
     ),
     Setting("BASE_PATH", _R, _K.PATH, "registry/ in DATA_DIR", "The registry's data directory."),
     Setting(
+        "REGISTRY_DELETES",
+        _R,
+        _K.SWITCH,
+        "true",
+        "Whether tags, manifests, blobs and templates may be deleted and reverted; `false`: what is pushed stays.",
+    ),
+    Setting(
         "TRUSTED_PROXIES",
         _SERVERS,
         _K.LIST,

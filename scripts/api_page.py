@@ -130,7 +130,7 @@ refused by name. A field that is shown as `optional` is left out when it is empt
 def page() -> str:
     lines = [INTRODUCTION]
     lines += ["", "## Controller", "", *_section("covey/controller", CONTROLLER, {"/agent/"})]
-    lines += ["", "## Registry", "", *_section("covey/registry", REGISTRY, {"/v2/"})]
+    lines += ["", "## Registry", "", *_section("covey/registry", REGISTRY, {"/v2"})]
     lines += [
         "",
         "Paths below `/v2/` are those of the OCI distribution specification 1.1: pull, push (monolithic, chunked,",

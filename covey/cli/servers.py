@@ -67,6 +67,7 @@ def registry(flags: flags.Flags) -> None:
         port=chosen.listen.port,
         grace_s=chosen.graceful_shutdown_timeout_s,
         trusted_proxies=chosen.trusted_proxies,
+        deletes=chosen.registry_deletes,
     )
     _run(lambda: service.Registry(config, world.System()), quick=False)
 

@@ -11,6 +11,7 @@ Rules: nothing here does I/O. A template's name and tag may be any text; OCI tag
 """
 
 import hashlib
+import itertools
 import re
 
 import msgspec
@@ -31,8 +32,15 @@ OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
-MANIFEST_TYPES = (OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST)
+OCI_ARTIFACT = "application/vnd.oci.artifact.manifest.v1+json"  # never part of a release; older tools still push it
+OCI_EMPTY = "application/vnd.oci.empty.v1+json"  # the descriptor of `{}`, where an artifact has no config or layer
+MANIFEST_TYPES = (OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST, OCI_ARTIFACT)
 INDEX_TYPES = (OCI_INDEX, DOCKER_LIST)
+# Layers that registries need not have: they are fetched from the URLs in their descriptors.
+FOREIGN_PREFIXES = (
+    "application/vnd.oci.image.layer.nondistributable.",
+    "application/vnd.docker.image.rootfs.foreign.diff.",
+)
 
 NAME = "dev.covey.name"
 TAG = "dev.covey.tag"
@@ -52,6 +60,7 @@ _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
+_REFERRERS_TAG = re.compile(r"sha256-[0-9a-f]{64}|sha512-[0-9a-f]{64}")
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 _NAME_LIMIT = 255
@@ -74,14 +83,16 @@ class Descriptor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename="camel"):
-    """An image manifest or an index. `config` and `layers` are an image's, `manifests` an index's."""
+    """An image manifest, an index or an artifact manifest. `config` and `layers` are an image's, `manifests` an
+    index's, `blobs` an artifact's."""
 
-    schema_version: int
+    schema_version: int = 0
     media_type: str = ""
     artifact_type: str = ""
     config: Descriptor | None = None
     layers: list[Descriptor] = []
     manifests: list[Descriptor] = []
+    blobs: list[Descriptor] = []
     subject: Descriptor | None = None
     annotations: dict[str, str] = {}
 
@@ -198,6 +209,12 @@ def valid_digest(digest: str) -> bool:
     return _DIGEST.fullmatch(digest) is not None
 
 
+def is_referrers_tag(tag: str) -> bool:
+    """Whether a tag is the specification's "referrers tag schema": an index that clients keep where a registry has no
+    referrers API. Such an index follows its manifests, it does not hold them."""
+    return _REFERRERS_TAG.fullmatch(tag) is not None
+
+
 def valid_uuid(text: str) -> bool:
     return _UUID.fullmatch(text) is not None
 
@@ -255,12 +272,16 @@ def escape_tag(text: str) -> str:
 def parse_manifest(content: bytes) -> Manifest:
     """The manifest in `content`. Raises Refused naming the flaw."""
     try:
-        manifest = msgspec.json.decode(content, type=Manifest)
+        raw = msgspec.json.decode(content)
+        if isinstance(raw, dict):  # some clients write an empty list as null
+            raw = {name: value for name, value in raw.items() if value is not None}
+        manifest = msgspec.convert(raw, Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise errors.Refused(f"the manifest is not valid JSON of a manifest: {error}") from error
-    if manifest.schema_version != 2:
+    if manifest.schema_version != 2 and manifest.media_type != OCI_ARTIFACT:
         raise errors.Refused(f"schemaVersion is {manifest.schema_version}, this registry takes 2")
-    references = [*manifest.layers, *manifest.manifests, *filter(None, (manifest.config, manifest.subject))]
+    lists = (manifest.layers, manifest.manifests, manifest.blobs, filter(None, (manifest.config, manifest.subject)))
+    references = itertools.chain.from_iterable(lists)
     for reference in references:
         if not valid_digest(reference.digest):
             raise errors.Refused(f"digest {reference.digest!r} is not {DIGEST_FORM}")

@@ -30,17 +30,30 @@ class BlobNeeded(errors.Refused):
     """A blob that a manifest of its repository needs cannot be deleted."""
 
 
+class ManifestNeeded(errors.Refused):
+    """A manifest that an index of its repository names cannot be deleted."""
+
+
 class BadManifest(errors.Refused):
     """A manifest that this registry will not take; the text names the flaw."""
 
 
-class Catalog:
-    """All repositories of one storage."""
+class Changed(errors.Refused):
+    """What a push counted on (If-Match, If-None-Match) is not so."""
 
-    def __init__(self, blobs: blobs.Blobs, logs: blobs.Logs, world: world.World) -> None:
+
+class DeletesOff(errors.Refused):
+    """Nothing may be deleted here: the settings say so."""
+
+
+class Catalog:
+    """All repositories of one storage. `deletes` False: what is pushed stays."""
+
+    def __init__(self, blobs: blobs.Blobs, logs: blobs.Logs, world: world.World, *, deletes: bool = True) -> None:
         self.blobs = blobs
         self.logs = logs
         self._world = world
+        self._deletes = deletes
         self._folds: dict[str, views.Repository] = {}
 
     # ---- reading ---------------------------------------------------------------------------------------------------
@@ -99,23 +112,45 @@ class Catalog:
             return None
         return await self.blobs.stat(digest)
 
+    async def names(self) -> list[str]:
+        """Every repository that holds a manifest, sorted."""
+        found: list[str] = []
+        folders = [""]
+        while folders:
+            below = [name.lstrip("/") for folder in folders for name in await self.logs.names(folder)]
+            folders = [name for name in below if oci.valid_name(name)]
+            found += folders
+        return sorted(fold.name for fold in await self.repositories(found) if fold.manifests)
+
     # ---- manifests -------------------------------------------------------------------------------------------------
 
     async def push(
-        self, repository: str, reference: str, content: bytes, media_type: str, *, force: bool
+        self,
+        repository: str,
+        reference: str,
+        content: bytes,
+        media_type: str,
+        *,
+        force: bool,
+        digest: model.Digest | None = None,
+        allowed: Callable[[str | None], bool] = lambda _: True,
     ) -> tuple[views.Known, int | None]:
         """Take a manifest: check it, check what it refers to, enter it. What it is, and the version number if it became
-        one of a template's. The answer to a repetition is the same."""
+        one of a template's. `digest` says which one it is to have under a tag; `allowed` judges the digest that the
+        reference had before (None: it had none). The answer to a repetition is the same."""
         tag = "" if oci.valid_digest(reference) else reference
-        digest = oci.digest_of(content, oci.SHA256 if tag else oci.algorithm_of(reference))
-        if not tag and reference != digest:
-            raise blobs.WrongDigest(f"the manifest's digest is {digest}, not {reference}")
+        wanted = digest or (None if tag else model.Digest(reference))
+        digest = oci.digest_of(content, oci.algorithm_of(wanted) if wanted else oci.SHA256)
+        if wanted not in (None, digest):
+            raise blobs.WrongDigest(f"the manifest's digest is {digest}, not {wanted}")
         manifest, known = self._examine(content, digest, media_type)
-        await self._check_references(repository, manifest)
+        absent = await self._check_references(repository, manifest)
         release = await self._release(repository, manifest, tag)
-        known = msgspec.structs.replace(known, release=release)
+        refers = () if oci.is_referrers_tag(tag) else tuple(item for item in known.refers if item not in absent)
+        known = msgspec.structs.replace(known, release=release, refers=refers)
 
         def decide(fold: views.Repository) -> views.Entry | None:
+            _check_state(fold, known, tag, allowed)
             return views.decide_push(fold, known, tag, force=force, id=self._world.token(), now_s=self._now_s())
 
         decide(await self.repository(repository))  # a push that is refused leaves no trace
@@ -133,14 +168,13 @@ class Catalog:
             manifest = oci.parse_manifest(content)
         except errors.Refused as error:
             raise BadManifest(str(error)) from error
-        claimed = media_type or manifest.media_type or oci.OCI_MANIFEST
+        claimed = media_type or manifest.media_type or (oci.OCI_INDEX if manifest.manifests else oci.OCI_MANIFEST)
         if manifest.media_type and claimed != manifest.media_type:
             raise BadManifest(f"mediaType is {manifest.media_type!r}, but the Content-Type is {claimed!r}")
         if claimed not in oci.MANIFEST_TYPES:
             raise BadManifest(f"media type {claimed!r} is not one of {', '.join(oci.MANIFEST_TYPES)}")
-        if claimed not in oci.INDEX_TYPES and manifest.config is None:
-            raise BadManifest("the manifest has no config")
-        references = (*manifest.layers, *manifest.manifests, *filter(None, (manifest.config,)))
+        _check_form(manifest, claimed)
+        references = (*_blobs_of(manifest), *manifest.manifests)
         return manifest, views.Known(
             digest=digest,
             media_type=claimed,
@@ -151,21 +185,23 @@ class Catalog:
             annotations=manifest.annotations if manifest.subject else {},
         )
 
-    async def _check_references(self, repository: str, manifest: oci.Manifest) -> None:
-        """Everything that a manifest needs is here, whole, and readable in this repository."""
-        wanted = [*manifest.layers, *filter(None, (manifest.config,))]
+    async def _check_references(self, repository: str, manifest: oci.Manifest) -> frozenset[str]:
+        """Every blob that a manifest needs is here, whole, and readable in this repository. Those that it names and
+        does not need: foreign layers, which come from elsewhere."""
+        absent = set()
+        wanted = _blobs_of(manifest)
         granted = await self.logs.granted(repository, [reference.digest for reference in wanted])
         for reference in wanted:
             digest = model.Digest(reference.digest)
             blob = await self.blobs.stat(digest) if digest in granted else None
+            if blob is None and reference.media_type.startswith(oci.FOREIGN_PREFIXES):
+                absent.add(reference.digest)
+                continue
             if blob is None:
                 raise BlobMissing(f"the manifest names blob {digest}, which repository {repository} does not have")
             if blob.size_bytes != reference.size:
                 raise BadManifest(f"blob {digest} has {blob.size_bytes} bytes, the manifest says {reference.size}")
-        manifests = (await self.repository(repository)).manifests if manifest.manifests else {}
-        for reference in manifest.manifests:
-            if reference.digest not in manifests:
-                raise BlobMissing(f"the index names manifest {reference.digest}, which {repository} does not have")
+        return frozenset(absent)
 
     async def _check_stored(self, repository: str, manifest: oci.Manifest, digest: model.Digest) -> None:
         """The second look, while the entry is pending: what is here now no collector takes any more (safety S32)."""
@@ -184,7 +220,8 @@ class Catalog:
 
     async def withdraw(self, repository: str, digest: model.Digest) -> None:
         """Take a blob's name out of a repository. What a manifest needs stays: a tag is never broken (promise I8).
-        Raises Missing and BlobNeeded."""
+        Raises Missing, BlobNeeded and DeletesOff."""
+        self._check_deletes()
         await self._refuse_needed(repository, digest)
         if not await self.logs.withdraw(repository, digest):
             raise Missing(f"repository {repository} has no blob {digest}")
@@ -241,9 +278,14 @@ class Catalog:
             raise BadManifest(str(error)) from error
 
     async def delete(self, repository: str, reference: str) -> None:
-        """Delete a tag, or a manifest with all its tags. Raises Missing."""
+        """Delete a tag, or a manifest with all its tags; one that an index names stays. Raises Missing, ManifestNeeded
+        and DeletesOff."""
+        self._check_deletes()
 
         def decide(fold: views.Repository) -> views.Entry | None:
+            holder = views.holder(fold, reference)
+            if holder is not None:
+                raise ManifestNeeded(f"index {holder.digest} names this manifest; delete that first")
             entry = views.decide_delete(fold, reference, id=self._world.token(), now_s=self._now_s())
             if entry is None:
                 raise Missing(f"repository {repository} has no manifest {reference}")
@@ -286,6 +328,10 @@ class Catalog:
         if holder and (await self.repository(oci.repository_of(holder))).next_version > 0:
             return oci.repository_of(holder)
         raise Missing("Not found")
+
+    def _check_deletes(self) -> None:
+        if not self._deletes:
+            raise DeletesOff("deleting is switched off at this registry (COVEY_REGISTRY_DELETES=false)")
 
     async def _enter(
         self,
@@ -342,6 +388,31 @@ class Catalog:
 
     def _now_s(self) -> int:
         return self._world.wall_ns() // 10**9
+
+
+def _check_form(manifest: oci.Manifest, media_type: str) -> None:
+    """A document that could be read as an image by one client and as an index by another is neither."""
+    is_index = media_type in oci.INDEX_TYPES
+    if is_index and (manifest.config is not None or manifest.layers):
+        raise BadManifest("an index has neither config nor layers")
+    if not is_index and manifest.manifests:
+        raise BadManifest(f"{media_type} has no manifests; an index is {oci.OCI_INDEX}")
+    if not is_index and media_type != oci.OCI_ARTIFACT and manifest.config is None:
+        raise BadManifest("the manifest has no config")
+
+
+def _blobs_of(manifest: oci.Manifest) -> list[oci.Descriptor]:
+    return [*manifest.layers, *manifest.blobs, *filter(None, (manifest.config,))]
+
+
+def _check_state(fold: views.Repository, known: views.Known, tag: str, allowed: Callable[[str | None], bool]) -> None:
+    """What a push needs of the repository it is entered into. Raises BlobMissing and Changed."""
+    for digest in known.refers if known.is_index else ():
+        if digest not in fold.manifests:
+            raise BlobMissing(f"the index names manifest {digest}, which {fold.name} does not have")
+    current = fold.tags.get(tag) if tag else known.digest if known.digest in fold.manifests else None
+    if current != known.digest and not allowed(current):  # a repetition is not held against its own first try
+        raise Changed(f"{tag or known.digest} is {current or 'not there'}, which is not what the request counts on")
 
 
 def _number_of(repository: views.Repository, tag: str) -> int:

@@ -1,19 +1,23 @@
 """OCI distribution: pull, content discovery, content management, and the manifest's push.
 
-Source: OCI distribution specification 1.1. Blobs are sent with aiohttp's FileResponse: on a plain asyncio loop that is
-the kernel's sendfile, with Range. Nothing here reads a blob into memory; manifests have at most 4 MiB.
+Source: OCI distribution specification 1.1; `?tag=` at a push by digest is of its next version. Blobs are sent with
+aiohttp's FileResponse: on a plain asyncio loop that is the kernel's sendfile. Nothing here reads a blob into memory;
+manifests have at most 4 MiB. A manifest is answered as it was pushed, whatever the Accept header says.
 """
 
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
+import multidict
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 from covey import answer, gate, model, serve
 from covey.client import oci
-from covey.registry import catalog, oci_faults
+from covey.registry import blobs, catalog, conditions, oci_faults
 
+_CONDITIONS = ("If-Match", "If-None-Match", "If-Range", "If-Modified-Since", "If-Unmodified-Since", "Range")
 _CHUNK = 1 << 20  # what FileResponse reads at once where there is no sendfile (TLS)
 
 
@@ -28,6 +32,8 @@ class ContentApi:
         blob, manifest = "/v2/{name:path}/blobs/{digest}", "/v2/{name:path}/manifests/{reference}"
         return [
             serve.Route("GET", "/v2/", guard(self.version)),
+            serve.Route("GET", "/v2", guard(self.version)),
+            serve.Route("GET", "/v2/_catalog", guard(self.list_repositories)),
             serve.Route("GET", blob, guard(self.get_blob), time_limit_s=None, lane=gate.Lane.OPEN),
             serve.Route("DELETE", blob, guard(self.delete_blob)),
             serve.Route("GET", manifest, guard(self.get_manifest)),
@@ -46,19 +52,11 @@ class ContentApi:
         blob = await self._catalog.granted_blob(call.params["name"], digest)
         if blob is None:
             raise answer.Fault(404, f"repository {call.params['name']} has no blob {digest}", code="BLOB_UNKNOWN")
-        headers = {
-            "Content-Type": "application/octet-stream",
-            "Docker-Content-Digest": digest,
-            "Cache-Control": "max-age=31536000, immutable",
-            "Server": "covey",
-        }
-        return _FileOnce(blob.path, chunk_size=_CHUNK, headers=headers)
+        return _blob(call, blob)
 
     async def delete_blob(self, call: serve.Call) -> web.Response:
         try:
             await self._catalog.withdraw(call.params["name"], model.Digest(call.params["digest"]))
-        except catalog.BlobNeeded as error:
-            raise answer.Fault(405, str(error), code="UNSUPPORTED") from error
         except catalog.Missing as error:
             raise answer.Fault(404, str(error), code="BLOB_UNKNOWN") from error
         return web.Response(status=202, headers={"Server": "covey"})
@@ -71,21 +69,36 @@ class ContentApi:
         headers = {
             "Content-Type": known.media_type,
             "Docker-Content-Digest": known.digest,
-            "ETag": f'"{known.digest}"',
+            "ETag": conditions.etag(known.digest),
             "Server": "covey",
         }
+        if conditions.unchanged(call.headers, known.digest):
+            return web.Response(status=304, headers=headers)
         return web.Response(body=content, headers=headers)
 
     async def put_manifest(self, call: serve.Call) -> web.Response:
         name, reference = call.params["name"], call.params["reference"]
         media_type = call.headers.get("Content-Type", "").partition(";")[0].strip()
         force = "true" in (call.headers.get(oci.FORCE_HEADER, "").lower(), call.query.get("force", "").lower())
-        known, number = await self._catalog.push(name, reference, await call.read(), media_type, force=force)
+        tags = _tags(call)
+        content = await call.read()
+        for target in tags or [reference]:
+            known, number = await self._catalog.push(
+                name,
+                target,
+                content,
+                media_type,
+                force=force,
+                digest=model.Digest(reference) if tags else None,
+                allowed=lambda current: conditions.allows(call.headers, current),
+            )
         headers = {
             "Location": f"/v2/{name}/manifests/{known.digest}",
             "Docker-Content-Digest": known.digest,
             "Server": "covey",
         }
+        if tags:
+            headers["OCI-Tag"] = ", ".join(tags)
         if known.subject:
             headers["OCI-Subject"] = known.subject
         if number is not None:
@@ -101,20 +114,18 @@ class ContentApi:
         fold = await self._catalog.repository(name)
         if not fold.count:
             raise answer.Fault(404, f"there is no repository {name}", code="NAME_UNKNOWN")
-        last = call.query.get("last", "")
-        tags = sorted(tag for tag in fold.tags if tag > last)
-        limit = _page_size(call)
-        headers = dict(answer.HEADERS)
-        if limit is not None and limit < len(tags):
-            tags = tags[:limit]
-            query = urllib.parse.urlencode({"n": limit, "last": tags[-1] if tags else last})
-            headers["Link"] = f'</v2/{name}/tags/list?{query}>; rel="next"'
+        tags, headers = _page(call, f"/v2/{name}/tags/list", fold.tags)
         return web.Response(body=answer.ascii_json({"name": name, "tags": tags}), headers=headers)
+
+    async def list_repositories(self, call: serve.Call) -> web.Response:
+        """Not part of the specification; the older registry API has it, and tools use it."""
+        names, headers = _page(call, "/v2/_catalog", await self._catalog.names())
+        return web.Response(body=answer.ascii_json({"repositories": names}), headers=headers)
 
     async def list_referrers(self, call: serve.Call) -> web.Response:
         """The manifests about one manifest, as an index; an empty one when there are none."""
         fold = await self._catalog.repository(call.params["name"])
-        wanted = call.query.get("artifactType")
+        wanted = call.query.get("artifactType") or None
         found = [
             oci.Descriptor(
                 media_type=known.media_type,
@@ -133,11 +144,74 @@ class ContentApi:
         return web.Response(body=answer.ascii_json(index), headers=headers)
 
 
+def _blob(call: serve.Call, blob: blobs.Blob) -> web.StreamResponse:
+    """A blob, the part of it that is wanted, or the news that the client has it already."""
+    headers = {
+        "Content-Type": "application/octet-stream",
+        "Docker-Content-Digest": blob.digest,
+        "Cache-Control": "max-age=31536000, immutable",
+        "ETag": conditions.etag(blob.digest),
+        "Server": "covey",
+    }
+    if not conditions.allows({"If-Match": call.headers.get("If-Match", "*")}, blob.digest):
+        raise answer.Fault(412, f"{blob.digest} is not what If-Match names", code="DENIED")
+    if conditions.unchanged(call.headers, blob.digest):
+        return web.Response(status=304, headers=headers)
+    part = conditions.wanted_range(call.headers, blob.digest)
+    if part is not None and conditions.unsatisfiable(part, blob.size_bytes):
+        where = {"Content-Range": f"bytes */{blob.size_bytes}"}
+        raise answer.Fault(416, f"{part} is no part of {blob.size_bytes} bytes", code="SIZE_INVALID", headers=where)
+    return _FileOnce(blob.path, part, headers)
+
+
 class _FileOnce(web.FileResponse):
-    """A file that is sent when it is prepared first; the server prepares answers itself, and aiohttp does so again."""
+    """A file that is sent when it is prepared first; the server prepares answers itself, and aiohttp does so again.
+    What the request's conditions mean has been decided: only `part` is left of them. Validators that are made of the
+    file's times differ from server to server and are left out."""
+
+    def __init__(self, path: Path, part: str | None, headers: Mapping[str, str]) -> None:
+        super().__init__(path, chunk_size=_CHUNK, headers=headers)
+        self._part = part
+        self._etag_header = headers["ETag"]
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        return None if self.prepared else await super().prepare(request)
+        if self.prepared:
+            return None
+        decided = multidict.CIMultiDict(request.headers)
+        for name in _CONDITIONS:
+            decided.popall(name, None)
+        if self._part is not None:
+            decided["Range"] = self._part
+        return await super().prepare(request.clone(headers=decided))
+
+    async def _start(self, request: web.BaseRequest) -> AbstractStreamWriter:
+        self.headers["ETag"] = self._etag_header
+        self.headers.pop("Last-Modified", None)
+        return await super()._start(request)
+
+
+def _tags(call: serve.Call) -> list[str]:
+    """Tags for a manifest that is pushed by its digest."""
+    tags = list(dict.fromkeys(call.query.getall("tag", [])))
+    if tags and not oci.valid_digest(call.params["reference"]):
+        raise answer.Fault(400, "tags in the query go with a digest in the path", code="MANIFEST_INVALID")
+    for tag in tags:
+        if not oci.valid_tag(tag):
+            raise answer.Fault(400, f"tag={tag!r} is no tag", code="MANIFEST_INVALID")
+    return tags
+
+
+def _page(call: serve.Call, path: str, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """The names that are asked for by `n` and `last`, and the headers of their answer. The order is that of their
+    characters' numbers, which the specification calls ASCIIbetical."""
+    last, limit = call.query.get("last", ""), _page_size(call)
+    found = sorted(name for name in names if name > last)
+    headers = dict(answer.HEADERS)
+    if limit is not None and limit < len(found):
+        found = found[:limit]
+        if found:
+            headers["Link"] = f'<{path}?{urllib.parse.urlencode({"n": limit, "last": found[-1]})}>; rel="next"'
+    return found, headers
 
 
 def _page_size(call: serve.Call) -> int | None:

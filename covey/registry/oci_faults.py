@@ -30,6 +30,10 @@ def as_oci_fault(error: Exception) -> answer.Fault | None:
             return answer.Fault(404, str(error), code="MANIFEST_UNKNOWN")
         case catalog.BlobMissing():
             return answer.Fault(404, str(error), code="MANIFEST_BLOB_UNKNOWN")
+        case catalog.BlobNeeded() | catalog.ManifestNeeded() | catalog.DeletesOff():
+            return answer.Fault(405, str(error), code="UNSUPPORTED")
+        case catalog.Changed():
+            return answer.Fault(412, str(error), code="DENIED")
         case catalog.BadManifest():
             return answer.Fault(400, str(error), code="MANIFEST_INVALID")
         case errors.Refused():
@@ -64,4 +68,5 @@ def _check_names(call: serve.Call) -> None:
         raise answer.Fault(400, f"{digest!r} is not {oci.DIGEST_FORM}", code="DIGEST_INVALID")
     reference = call.params.get("reference")
     if reference is not None and not oci.valid_tag(reference) and not oci.valid_digest(reference):
-        raise answer.Fault(400, f"{reference!r} is neither a tag nor a digest", code="MANIFEST_INVALID")
+        code = "DIGEST_INVALID" if ":" in reference else "MANIFEST_INVALID"
+        raise answer.Fault(400, f"{reference!r} is neither a tag nor {oci.DIGEST_FORM}", code=code)

@@ -23,6 +23,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     grace_s: float = 10.0
     trusted_proxies: tuple[origin.Network, ...] = ()
     reserved_bytes: int = 64 << 20
+    deletes: bool = True  # False: tags, manifests, blobs and templates stay
     fsync: bool = True  # False is for benchmarks: a crash may then lose what was acknowledged
 
 
@@ -33,7 +34,7 @@ class Registry:
         self._config = config
         self._blobs = disk.Disk(config.base_path, world, reserved_bytes=config.reserved_bytes, fsync=config.fsync)
         self._logs = journal.Journal(config.base_path, world, fsync=config.fsync)
-        self.catalog = catalog.Catalog(self._blobs, self._logs, world)
+        self.catalog = catalog.Catalog(self._blobs, self._logs, world, deletes=config.deletes)
         apis = (
             content_api.ContentApi(self.catalog),
             upload_api.UploadApi(self.catalog),

@@ -7,7 +7,7 @@ on. Bodies are streamed in constant memory.
 
 import re
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from aiohttp import web
 
@@ -19,11 +19,13 @@ _CONTENT_RANGE = re.compile(r"(?:bytes[ =])?(\d+)-(\d+)(?:/(?:\d+|\*))?")
 
 
 class UploadApi:
-    """Handlers of /v2/<name>/blobs/uploads/."""
+    """Handlers of /v2/<name>/blobs/uploads/. `chunk_min_bytes` is announced where a storage likes no smaller chunks; a
+    smaller one is taken all the same."""
 
-    def __init__(self, catalog: catalog.Catalog) -> None:
+    def __init__(self, catalog: catalog.Catalog, *, chunk_min_bytes: int = 0) -> None:
         self._catalog = catalog
         self._blobs = catalog.blobs
+        self._begun = {"OCI-Chunk-Min-Length": str(chunk_min_bytes)} if chunk_min_bytes else {}
 
     def routes(self) -> Sequence[serve.Route]:
         sessions, session = "/v2/{name:path}/blobs/uploads/", "/v2/{name:path}/blobs/uploads/{session}"
@@ -44,7 +46,7 @@ class UploadApi:
         digest = call.query.get("digest")
         if digest is not None:
             return await self._whole(call, model.Digest(digest))
-        return _standing(202, name, await self._blobs.begin(), 0)
+        return _standing(202, name, await self._blobs.begin(), 0, self._begun)
 
     async def _mount(self, name: str, text: str, source: str) -> bool:
         """Whether `source` had the blob, so that `name` now has it too. Without a source any repository's will do
@@ -160,8 +162,10 @@ def _position(name: str, session: blobs.SessionId, offset: int) -> dict[str, str
     }
 
 
-def _standing(status: int, name: str, session: blobs.SessionId, offset: int) -> web.Response:
-    return web.Response(status=status, headers=_position(name, session, offset))
+def _standing(
+    status: int, name: str, session: blobs.SessionId, offset: int, more: Mapping[str, str] = {}
+) -> web.Response:
+    return web.Response(status=status, headers={**_position(name, session, offset), **more})
 
 
 def _created(name: str, digest: str) -> web.Response:

@@ -19,6 +19,7 @@ from enum import StrEnum
 import msgspec
 
 from covey import errors, model
+from covey.client import oci
 
 _REQUESTS_KEPT = 1_000  # per template; a repeat comes within minutes
 
@@ -65,6 +66,10 @@ class Known(model.Noun, frozen=True, kw_only=True):
     artifact_type: str = ""
     annotations: dict[str, str] = {}
     release: Release | None = None
+
+    @property
+    def is_index(self) -> bool:
+        return self.media_type in oci.INDEX_TYPES
 
 
 class Entry(model.Noun, frozen=True, kw_only=True):
@@ -233,12 +238,19 @@ def _drop(names: Iterable[str], tags: dict[str, model.Digest], versions: dict[st
     return gone
 
 
+def holder(repository: Repository, digest: str) -> Known | None:
+    """An index that names the manifest."""
+    indexes = (known for known in repository.manifests.values() if known.is_index)
+    return next((known for known in indexes if digest in known.refers), None)
+
+
 # ---- decisions: the next entry, None when nothing is to be done, Refused when it may not be ----------------------
 
 
 def decide_push(repository: Repository, manifest: Known, tag: str, *, force: bool, id: str, now_s: int) -> Entry | None:
     """Enter a manifest whose blobs are all there, under `tag` or by its digest alone."""
-    is_new = manifest.digest not in repository.manifests
+    stored = repository.manifests.get(manifest.digest)
+    is_new = stored is None or not set(manifest.refers) <= set(stored.refers)  # or it needs more than it did before
     if not is_new and (not tag or repository.tags.get(tag) == manifest.digest):
         return None
     release = manifest.release
