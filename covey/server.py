@@ -30,6 +30,7 @@ _LINGER_S = 3.0
 _CUT_SHARE = 0.7  # uploads are cut after this share of the grace
 _CONNECTION_LIMIT = 10_000
 _SPARE_FILES = 256  # descriptors left for everything else
+_PIECE = 1 << 18  # larger answers are sent in pieces of this size
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 log = observe.log("http")
@@ -159,6 +160,9 @@ class Server:
 
 async def _send(response: web.StreamResponse, raw: web.BaseRequest) -> None:
     try:
+        if isinstance(response, web.Response) and isinstance(response.body, bytes) and len(response.body) > _PIECE:
+            await _send_in_pieces(response, raw, response.body)
+            return
         await response.prepare(raw)
         await response.write_eof()
     except ConnectionError:
@@ -168,6 +172,21 @@ async def _send(response: web.StreamResponse, raw: web.BaseRequest) -> None:
         if raw.transport is not None:  # half of it may be out: the client must not take it for the whole
             raw.transport.abort()
         raise ConnectionResetError("the answer was broken off") from None
+
+
+async def _send_in_pieces(response: web.Response, raw: web.BaseRequest, body: bytes) -> None:
+    """As fast as the client takes it: who reads slowly, or asks for much at once, does not fill our memory with copies
+    of what is large and shared."""
+    length = {"Content-Length": str(len(body))}
+    streamed = web.StreamResponse(status=response.status, headers={**response.headers, **length})
+    if response.keep_alive is False:
+        streamed.force_close()
+    await streamed.prepare(raw)
+    if raw.method != "HEAD":
+        view = memoryview(body)
+        for start in range(0, len(view), _PIECE):
+            await streamed.write(view[start : start + _PIECE])
+    await streamed.write_eof()
 
 
 class _Wired:

@@ -243,6 +243,9 @@ class Leave(model.Noun, frozen=True, kw_only=True):
     force: bool = False
 
 
+CURSOR_HEADER = "covey-cursor"  # beside a page of a list: where the next one begins
+
+
 class Envelope(msgspec.Struct, kw_only=True, omit_defaults=False):
     """Every answer of every server (status, message, body)."""
 

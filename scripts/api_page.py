@@ -39,7 +39,11 @@ CONTROLLER = {
         start_request.StartRequest,
     ),
     ("GET", "/api/v1/vm"): Entry(
-        "All instances, as a list of wrappers with the instance in `vm`; with `?id=` the instance itself.",
+        "All instances, as a list of wrappers with the instance in `vm`; with `?id=` the instance itself. "
+        "`?state=` (one or several, separated by commas), `?template=` (id, or the name it had), `?group=` and "
+        "`?external_id=` show only those that all of them let through. With `?limit=` (1 to 1000) at most so many, "
+        "oldest first; when more follow, the header `Covey-Cursor` says where: ask again with `&cursor=` and the same "
+        "filters. An instance that exists all the while is on exactly one page.",
         None,
         views.Instance,
     ),
@@ -59,7 +63,12 @@ CONTROLLER = {
     ),
     ("PUT", "/api/v1/vm"): Entry("Change what users may attach to the instance `?id=`.", api_vm.InstanceUpdate),
     ("DELETE", "/api/v1/vm"): Entry("Terminate. Harmless when repeated.", api_vm.Terminate),
-    ("GET", "/api/v1/node"): Entry("A list of all nodes; with `?id=` a list of that one.", None, views.Node),
+    ("GET", "/api/v1/node"): Entry(
+        "A list of all nodes; with `?id=` a list of that one. `?state=` and `?group=` filter, `?limit=` and `&cursor=` "
+        "page as they do for instances.",
+        None,
+        views.Node,
+    ),
     ("POST", "/api/v1/node/config"): Entry("Configure a node; what is left out stays.", api_node.NodeConfig),
     ("DELETE", "/api/v1/node"): Entry(
         "Remove a node: its instances go to Error, and what it runs is destroyed should it come back.",

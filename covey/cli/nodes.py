@@ -16,12 +16,19 @@ _Node = Annotated[str, typer.Argument(help="A node's name or id.", metavar="NODE
 
 
 @app.command("list")
-def list_(controller: flags.Controller = None, json: flags.Json = False) -> None:
-    """List all nodes."""
+def list_(
+    state: Annotated[
+        list[str] | None, typer.Option("--state", metavar="STATE", help="Only those in this state; may be repeated.")
+    ] = None,
+    group: Annotated[str, typer.Option(metavar="GROUP", help="Only those of this group.")] = "",
+    controller: flags.Controller = None,
+    json: flags.Json = False,
+) -> None:
+    """List nodes: all, or those that every given option lets through."""
 
     async def run() -> "list[controller_client.Node]":
         async with flags.connect(controller) as cloud:
-            return await cloud.nodes()
+            return await cloud.nodes(state=",".join(state or ()), group=group)
 
     found = asyncio.run(run())
     if json:

@@ -72,12 +72,23 @@ def start(
 
 
 @app.command("list")
-def list_(controller: flags.Controller = None, json: flags.Json = False) -> None:
-    """List all instances."""
+def list_(
+    state: Annotated[
+        list[str] | None, typer.Option("--state", metavar="STATE", help="Only those in this state; may be repeated.")
+    ] = None,
+    template: Annotated[str, typer.Option(metavar="TEMPLATE", help="Only those of this template: name or id.")] = "",
+    group: Annotated[str, typer.Option(metavar="GROUP", help="Only those of this group of nodes.")] = "",
+    external_id: Annotated[str, typer.Option(metavar="TEXT", help="Only those with this id of yours.")] = "",
+    controller: flags.Controller = None,
+    json: flags.Json = False,
+) -> None:
+    """List instances: all, or those that every given option lets through."""
 
     async def run() -> "list[controller_client.Instance]":
         async with flags.connect(controller) as cloud:
-            return await cloud.instances()
+            return await cloud.instances(
+                state=",".join(state or ()), group=group, template=template, external_id=external_id
+            )
 
     found = asyncio.run(run())
     if json:

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 from urllib import parse
 
 import msgspec
@@ -18,7 +18,9 @@ from covey import errors, model, world
 from covey.client import http
 
 _POLL_S = 0.5
+_PAGE = 500
 _PATIENCE_S = 10.0  # with controllers that all say they are busy
+T = TypeVar("T")
 SETTLED = frozenset({model.State.STARTED, model.State.ERROR, model.State.TERMINATED, model.State.TERMINATING})
 
 
@@ -201,12 +203,26 @@ class Controller:
         headers = {"Idempotency-Key": self._world.uuid()}
         return await self.endpoints.ask("POST", "/api/v1/vm", list[str], ask, headers=headers)
 
-    async def instances(self) -> list[Instance]:
-        wrapped = await self.endpoints.ask("GET", "/api/v1/vm", list[_Wrapper])
+    async def instances(
+        self, *, state: str = "", group: str = "", template: str = "", external_id: str = ""
+    ) -> list[Instance]:
+        """All, or those that the given filters let through, oldest first."""
+        asked = {"state": state, "group": group, "template": template, "external_id": external_id}
         return [
             item.vm if item.vm.instance_id else msgspec.structs.replace(item.vm, instance_id=item.instance_id)
-            for item in wrapped
+            for item in await self._pages("/api/v1/vm", list[_Wrapper], asked)
         ]
+
+    async def _pages(self, path: str, kind: type[list[T]], filters: Mapping[str, str]) -> list[T]:
+        """A whole list, page by page: no single answer grows with the cloud."""
+        asked = {"limit": str(_PAGE), **{name: text for name, text in filters.items() if text}}
+        found: list[T] = []
+        while True:
+            page, cursor = await self.endpoints.ask_page("GET", f"{path}?{parse.urlencode(asked)}", kind)
+            found += page
+            if not cursor:
+                return found
+            asked["cursor"] = cursor
 
     async def instance(self, id: str) -> Instance:
         shown = await self.endpoints.ask("GET", f"/api/v1/vm?id={parse.quote(id, safe='')}", Instance)
@@ -246,8 +262,8 @@ class Controller:
         query = parse.urlencode({"id": id, "stream": stream, "offset": offset})
         return await self.endpoints.ask("GET", f"/api/v1/vm/log?{query}", Log)
 
-    async def nodes(self) -> list[Node]:
-        return await self.endpoints.ask("GET", "/api/v1/node", list[Node])
+    async def nodes(self, *, state: str = "", group: str = "") -> list[Node]:
+        return await self._pages("/api/v1/node", list[Node], {"state": state, "group": group})
 
     async def drain(self, node_id: str, drain: bool) -> None:
         body = {"node_id": node_id, "drain_mode": drain}

@@ -237,6 +237,25 @@ class Endpoints:
     ) -> T:
         """One call of an enveloped API: the typed body. FAIL at 200 raises Refused (`Not found`: NotFound) with the
         server's message; any other status raises RemoteError carrying it."""
+        return (
+            await self.ask_page(
+                method, path, kind, body, repeatable=repeatable, parks=parks, timeout_s=timeout_s, headers=headers
+            )
+        )[0]
+
+    async def ask_page(
+        self,
+        method: str,
+        path: str,
+        kind: type[T],
+        body: Any = None,
+        *,
+        repeatable: bool | None = None,
+        parks: bool = False,
+        timeout_s: float | None = None,
+        headers: Mapping[str, str] = {},
+    ) -> tuple[T, str]:
+        """As `ask`, and the cursor to the next page; "" when none follows."""
         until_s = _now() + self._patience_s
         data = None if body is None else msgspec.json.encode(body)
         while True:
@@ -249,7 +268,8 @@ class Endpoints:
             reply = await _Race(self, call).run()
             busy_s = self._balance.busy_for_s(_now())
             if reply.status != 503 or busy_s == 0 or _now() + busy_s > until_s:
-                return _opened(reply, f"{method} {path}", kind, busy_s)
+                cursor = next((text for name, text in reply.headers.items() if name.lower() == wire.CURSOR_HEADER), "")
+                return _opened(reply, f"{method} {path}", kind, busy_s), cursor
 
     async def send(
         self,

@@ -1,15 +1,17 @@
 """/api/v1/node and /api/v1/group (docs/reference/api.md)."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
+from aiohttp import web
 
-from covey import errors, model, serve
-from covey.controller import display, views
+from covey import answer, errors, model, serve
+from covey.controller import display, listing, views
 from covey.store import commit, commit_adopt, commit_nodes, mirror, view
 
 _NAME_LIMIT = 255
+_PARAMETERS = frozenset(("state", "group", "limit", "cursor"))
 
 
 class NodeConfig(msgspec.Struct, kw_only=True):
@@ -53,7 +55,7 @@ class NodeApi:
             serve.Route("GET", "/api/v1/group", self.groups),
         ]
 
-    async def get(self, call: serve.Call) -> Sequence[views.Node]:
+    async def get(self, call: serve.Call) -> object:
         """Always a list, also for one node."""
         id = call.query.get("id")
         snapshot = await self._mirror.fresh()
@@ -63,9 +65,16 @@ class NodeApi:
             if kept is None:
                 raise errors.NotFound("Not found")
             return [views.node(snapshot, kept, shown)]
+        asked = None if _PARAMETERS.isdisjoint(call.query) else _query(call.query)
         async with self._display.alone():
-            found = sorted(snapshot.nodes(), key=lambda kept: (kept.noun.created_ns, kept.noun.id))
-            return [views.node(snapshot, kept, shown) for kept in found]
+            found, cursor = listing.page(
+                (kept for kept in snapshot.nodes() if asked is None or _matches(kept.noun, asked, shown)),
+                lambda kept: (kept.noun.created_ns, kept.noun.id),
+                0 if asked is None else asked.limit,
+                None if asked is None else asked.after,
+            )
+            nodes = [views.node(snapshot, kept, shown) for kept in found]
+        return web.Response(body=answer.envelope("OK", body=nodes), headers=listing.headers(cursor))
 
     async def groups(self, _call: serve.Call) -> Sequence[views.Group]:
         """The groups that nodes carry; they cannot be made through the API yet."""
@@ -113,6 +122,32 @@ class NodeApi:
         if snapshot.node(id) is None:
             raise errors.NotFound("Not found")
         return snapshot
+
+
+class _Query(NamedTuple):
+    """What a list is to show. `limit` 0: all."""
+
+    states: frozenset[model.NodeState]
+    group: str
+    limit: int
+    after: listing.Order | None
+
+
+def _query(given: Mapping[str, str]) -> _Query:
+    """Raises Refused, naming the parameter."""
+    listing.check_not_empty(given)
+    return _Query(
+        states=frozenset(listing.chosen(given.get("state", ""), "state", model.NodeState)),
+        group=given.get("group", ""),
+        limit=listing.limit(given.get("limit")),
+        after=listing.after(given.get("cursor")),
+    )
+
+
+def _matches(node: model.Node, asked: _Query, shown: views.Shown) -> bool:
+    return (not asked.group or asked.group in node.groups) and (
+        not asked.states or views.node_state(node, shown) in asked.states
+    )
 
 
 def _who(call: serve.Call) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 
 from covey import errors, failpoint, model, serve
-from covey.controller import display, hosts, start_request, templates, views
+from covey.controller import display, hosts, listing, start_request, templates, views
 from covey.store import base, codec, commit, commit_births, commit_instances, mirror, schema
 
 _KEY_LIMIT = 512
@@ -44,6 +44,7 @@ class InstanceApi:
         self._templates = templates
         self._display = display
         self._homes = homes
+        self._listing = listing.Listing(display, writer.world.boot_ns)
 
     def routes(self) -> Sequence[serve.Route]:
         return [
@@ -117,7 +118,7 @@ class InstanceApi:
     async def get(self, call: serve.Call) -> object:
         id = call.query.get("id")
         if id is None:
-            return await self._list()
+            return await self._list(call)
         snapshot = await self._mirror.fresh()
         kept = snapshot.instance(id)
         if kept is None:
@@ -125,12 +126,11 @@ class InstanceApi:
         outputs = await self._outputs(id) if kept.noun.script_result is not None else views.Outputs()
         return views.inner(kept.noun, self._display.of(snapshot), outputs)
 
-    async def _list(self) -> list[views.Wrapper]:
-        snapshot = await self._mirror.fresh()
-        async with self._display.alone():
-            shown = self._display.of(snapshot)
-            found = sorted((kept.noun for kept in snapshot.instances()), key=lambda noun: (noun.created_ns, noun.id))
-            return [views.wrapper(noun, shown) for noun in found]
+    async def _list(self, call: serve.Call) -> object:
+        if listing.PARAMETERS.isdisjoint(call.query):
+            return await self._listing.whole(await self._mirror.fresh())
+        asked = listing.query(call.query)
+        return await self._listing.some(await self._mirror.fresh(), asked)
 
     async def _outputs(self, id: str) -> views.Outputs:
         prefix = schema.output(id, "")

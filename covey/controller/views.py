@@ -176,20 +176,26 @@ class Shown(NamedTuple):
 # ---- instances ---------------------------------------------------------------------------------------------------
 
 
-def wrapper(instance: model.Instance, shown: Shown) -> Wrapper:
+def wrapper(instance: model.Instance, shown: Shown, said: str | None = None) -> Wrapper:
+    """`said`: its message, if that was worked out before; beside it a view rests on the noun alone."""
     return Wrapper(
         instance_id=instance.id,
         external_id=instance.external_id or UNSET,
         name=instance.name or UNSET,
-        vm=inner(instance, shown),
+        vm=inner(instance, shown, said=said),
     )
 
 
-def inner(instance: model.Instance, shown: Shown, outputs: Outputs = Outputs()) -> Instance:  # noqa: B008 (immutable)
+def inner(
+    instance: model.Instance,
+    shown: Shown,
+    outputs: Outputs = Outputs(),  # noqa: B008 (immutable)
+    said: str | None = None,
+) -> Instance:
     spec = instance.spec
     return Instance(
         instance_id=instance.id,
-        instance_state=_state(instance),
+        instance_state=shown_state(instance),
         vmid=spec.template,
         tag=spec.tag,
         version=spec.version,
@@ -205,14 +211,14 @@ def inner(instance: model.Instance, shown: Shown, outputs: Outputs = Outputs()) 
         external_id=instance.external_id or UNSET,
         name=instance.name or UNSET,
         node_id=instance.node or UNSET,
-        message=_message(instance, shown) or UNSET,
+        message=(message(instance, shown) if said is None else said) or UNSET,
         metadata=instance.metadata or UNSET,
         vminfo=_vminfo(instance) or UNSET,
         startup_script=_script(instance, outputs) or UNSET,
     )
 
 
-def _state(instance: model.Instance) -> State:
+def shown_state(instance: model.Instance) -> State:
     """`Started` without a complete vminfo would make clients crash or wait for ever."""
     if instance.state == State.STARTED and not complete(instance.vm):
         return State.PULLING
@@ -228,7 +234,7 @@ def _progress(instance: model.Instance) -> float:
     return float(min(max(instance.progress, 0.0), 1.0)) if instance.state != State.STARTED else 1.0
 
 
-def _message(instance: model.Instance, shown: Shown) -> str:
+def message(instance: model.Instance, shown: Shown) -> str:
     """Why it waits, that its node is silent, or what was last said of it."""
     if instance.waiting:
         return shown.why_waiting(instance.id) or instance.message or "waiting for a node"
@@ -312,7 +318,7 @@ def node(snapshot: view.Snapshot, kept: codec.Kept[model.Node], shown: Shown) ->
         node_id=noun.id,
         node_name=noun.name or facts.name or noun.id,
         ip_address=noun.host or facts.ip,
-        state=_node_state(noun, shown),
+        state=node_state(noun, shown),
         capacity=max(noun.max_vms or facts.slots, 0),
         capacity_mode=noun.capacity_mode,
         host_arch=facts.arch,
@@ -338,7 +344,7 @@ def node(snapshot: view.Snapshot, kept: codec.Kept[model.Node], shown: Shown) ->
     )
 
 
-def _node_state(noun: model.Node, shown: Shown) -> model.NodeState:
+def node_state(noun: model.Node, shown: Shown) -> model.NodeState:
     if not shown.online(noun.id):
         return model.NodeState.OFFLINE
     return model.NodeState.DRAIN if noun.drain else model.NodeState.ACTIVE

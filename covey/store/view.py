@@ -7,6 +7,7 @@ shares them, and a later change copies only the shard it falls into. Values of k
 
 import bisect
 from collections.abc import Callable, Iterator
+from enum import StrEnum
 from typing import Generic, TypeVar
 
 import msgspec
@@ -19,7 +20,16 @@ V = TypeVar("V")
 N = TypeVar("N", bound=msgspec.Struct)
 
 _SHARDS = 64
+_PARTS = 16  # a label's instances are kept in so many parts: a change copies one of them
 _NO_BREACH = permission.Link(0, "")
+
+
+class Label(StrEnum):
+    """What instances are looked up by."""
+
+    EXTERNAL_ID = "external_id"
+    TEMPLATE = "template"  # its id, or its name when the instance was started
+    GROUP = "group"
 
 
 class Table(Generic[V]):
@@ -110,6 +120,7 @@ class Snapshot:
         self._waiting: Table[None] = Table()
         self._unacknowledged: Table[None] = Table()
         self._script_users: Table[int] = Table()
+        self._labelled: Table[dict[str, None]] = Table()  # part, label, value -> ids; never changed in place
         self._adopted: Table[codec.Kept[schema.Adopted]] = Table()
 
     # ---- history
@@ -185,6 +196,11 @@ class Snapshot:
     def unacknowledged(self) -> Iterator[codec.Kept[model.Instance]]:
         """Placed, not launched, and their node has not named them yet (safety S10)."""
         return self._known(self._unacknowledged.keys())
+
+    def labelled(self, label: Label, value: str) -> Iterator[codec.Kept[model.Instance]]:
+        """Those that carry the label, in no particular order."""
+        for part in range(_PARTS):
+            yield from self._known(self._labelled.get(f"{part} {label} {value}") or ())
 
     def script_users(self, key: str) -> int:
         """How many instances refer to this start script."""
@@ -321,6 +337,22 @@ class Draft(Snapshot):
             self._index(old.noun, None if new is None else new.noun)
         if new is not None:
             self._index_new(new.noun, None if old is None else old.noun)
+        if old is None or new is None or old.noun.external_id != new.noun.external_id:
+            self._relabel(None if old is None else old.noun, None if new is None else new.noun)
+
+    def _relabel(self, old: model.Instance | None, new: model.Instance | None) -> None:
+        """Only at its birth, when it is forgotten, and when its external id changes."""
+        before, after = _labels(old), _labels(new)
+        for key in before ^ after:
+            ids = dict(self._labelled.get(key) or {})
+            if key in after and new is not None:
+                ids[new.id] = None
+            elif old is not None:
+                ids.pop(old.id, None)
+            if ids:
+                self._labelled.put(key, ids)
+            else:
+                self._labelled.drop(key)
 
     def _index(self, old: model.Instance, new: model.Instance | None) -> None:
         """Take out of the indexes what `new` will not put there again."""
@@ -418,3 +450,17 @@ def _unacknowledged(instance: model.Instance) -> bool:
         and not instance.acknowledged
         and not instance.launched
     )
+
+
+def _labels(instance: model.Instance | None) -> set[str]:
+    """The keys under which an instance is looked up."""
+    if instance is None:
+        return set()
+    spec, part = instance.spec, hash(instance.id) % _PARTS
+    pairs = {
+        (Label.EXTERNAL_ID, instance.external_id),
+        (Label.TEMPLATE, spec.template),
+        (Label.TEMPLATE, spec.template_name),
+        (Label.GROUP, spec.group),
+    }
+    return {f"{part} {label} {value}" for label, value in pairs if value}

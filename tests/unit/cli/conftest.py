@@ -20,11 +20,13 @@ class Asked(NamedTuple):
 
 
 class Cloud:
-    """`answers`: (method, path) → (HTTP status, envelope). A list is played in order, its last answer for ever."""
+    """`answers`: (method, path, with its query or without) → (HTTP status, envelope).
+    A list is played in order, its last answer for ever."""
 
     def __init__(self) -> None:
         self.url = ""
         self.asked: list[Asked] = []
+        self.headers: dict[str, dict[str, str]] = {}  # path → headers of its answer
         self.answers: dict[tuple[str, str], list[tuple[int, dict[str, Any]]]] = {}
 
     def ok(self, method: str, path: str, *bodies: object) -> None:
@@ -35,7 +37,9 @@ class Cloud:
 
     def answer(self, asked: Asked) -> tuple[int, dict[str, Any]]:
         self.asked.append(asked)
-        known = self.answers.get((asked.method, asked.path))
+        known = self.answers.get((asked.method, asked.path)) or self.answers.get(
+            (asked.method, asked.path.partition("?")[0])
+        )
         if not known:
             return 404, {"status": "FAIL", "message": f"there is nothing at {asked.path}"}
         return known.pop(0) if len(known) > 1 else known[0]
@@ -54,6 +58,8 @@ def _handler(cloud: Cloud) -> type[http.server.BaseHTTPRequestHandler]:
             status, envelope = cloud.answer(asked)
             content = json.dumps(envelope).encode()
             self.send_response(status)
+            for name, text in cloud.headers.get(self.path, {}).items():
+                self.send_header(name, text)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)

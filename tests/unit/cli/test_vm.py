@@ -148,6 +148,21 @@ EXPLAINED = {
 }
 
 
+def test_a_list_is_filtered_by_the_controller_and_read_page_by_page(cloud: Cloud, covey: Covey) -> None:
+    asked = "/api/v1/vm?limit=500&state=Started,Error&template=debian&external_id=job+7"
+    cloud.ok("GET", asked, [{"instance_id": "i-1", "vm": instance("i-1")}])
+    cloud.headers[asked] = {"Covey-Cursor": "c-1"}
+    cloud.ok("GET", asked + "&cursor=c-1", [{"instance_id": "i-2", "vm": instance("i-2")}])
+    ran = covey(
+        *("vm", "list", "--state", "Started", "--state", "Error", "--template", "debian", "--external-id", "job 7"),
+        "--json",
+    )
+    assert [one["instance_id"] for one in ran.json] == ["i-1", "i-2"]
+    cloud.fail("GET", "/api/v1/node?limit=500&state=Activ", "state: there is no state 'Activ'")
+    ran = covey("node", "list", "--state", "Activ")
+    assert (ran.code, ran.err) == (1, "covey: state: there is no state 'Activ'\n")
+
+
 def test_explain(cloud: Cloud, covey: Covey) -> None:
     cloud.ok("GET", "/api/v1/vm/explain?id=i-9", EXPLAINED)
     assert covey("vm", "explain", "i-9").out.splitlines() == [
