@@ -46,11 +46,12 @@ SessionId = NewType("SessionId", str)  # 32 hexadecimal digits
 
 
 class Blob(model.Noun, frozen=True, kw_only=True):
-    """A finished blob. `path` is a local file that never changes, so that it can be sent by sendfile."""
+    """A finished blob. `path` is a local file that never changes, so that it can be sent by sendfile; None where the
+    bytes are elsewhere (`Blobs.read`)."""
 
     digest: model.Digest
     size_bytes: int
-    path: Path
+    path: Path | None = None
 
 
 class Space(model.Noun, frozen=True, kw_only=True):
@@ -94,6 +95,14 @@ class Blobs(Protocol):
 
     async def get(self, digest: model.Digest) -> bytes:
         """The bytes of a small blob (a manifest, a config). Raises FileNotFoundError."""
+        ...
+
+    def read(self, blob: Blob, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+        """The bytes of a blob from `start` to before `end`, in pieces. Raises FileNotFoundError on the way."""
+        ...
+
+    async def address(self, blob: Blob) -> str:
+        """Where a client may fetch it by itself, for a while; "": only here."""
         ...
 
     async def put(self, content: bytes, digest: model.Digest | None = None) -> Blob:

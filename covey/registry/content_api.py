@@ -1,24 +1,18 @@
 """OCI distribution: pull, content discovery, content management, and the manifest's push.
 
-Source: OCI distribution specification 1.1; `?tag=` at a push by digest is of its next version. Blobs are sent with
-aiohttp's FileResponse: on a plain asyncio loop that is the kernel's sendfile. Nothing here reads a blob into memory;
-manifests have at most 4 MiB. A manifest is answered as it was pushed, whatever the Accept header says.
+Source: OCI distribution specification 1.1; `?tag=` at a push by digest is of its next version. How a blob's
+bytes leave is `sending`'s business. Nothing here reads a blob into memory; manifests have at most 4 MiB. A manifest is
+answered as it was pushed, whatever the Accept header says.
 """
 
 import urllib.parse
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
-import multidict
 from aiohttp import web
-from aiohttp.abc import AbstractStreamWriter
 
 from covey import answer, gate, model, serve
 from covey.client import oci
-from covey.registry import blobs, catalog, conditions, oci_faults
-
-_CONDITIONS = ("If-Match", "If-None-Match", "If-Range", "If-Modified-Since", "If-Unmodified-Since", "Range")
-_CHUNK = 1 << 20  # what FileResponse reads at once where there is no sendfile (TLS)
+from covey.registry import catalog, conditions, oci_faults, sending
 
 
 class ContentApi:
@@ -52,7 +46,7 @@ class ContentApi:
         blob = await self._catalog.granted_blob(call.params["name"], digest)
         if blob is None:
             raise answer.Fault(404, f"repository {call.params['name']} has no blob {digest}", code="BLOB_UNKNOWN")
-        return _blob(call, blob)
+        return await sending.answer(call, self._catalog.blobs, blob)
 
     async def delete_blob(self, call: serve.Call) -> web.Response:
         try:
@@ -142,52 +136,6 @@ class ContentApi:
         if wanted is not None:
             headers["OCI-Filters-Applied"] = "artifactType"
         return web.Response(body=answer.ascii_json(index), headers=headers)
-
-
-def _blob(call: serve.Call, blob: blobs.Blob) -> web.StreamResponse:
-    """A blob, the part of it that is wanted, or the news that the client has it already."""
-    headers = {
-        "Content-Type": "application/octet-stream",
-        "Docker-Content-Digest": blob.digest,
-        "Cache-Control": "max-age=31536000, immutable",
-        "ETag": conditions.etag(blob.digest),
-        "Server": "covey",
-    }
-    if not conditions.allows({"If-Match": call.headers.get("If-Match", "*")}, blob.digest):
-        raise answer.Fault(412, f"{blob.digest} is not what If-Match names", code="DENIED")
-    if conditions.unchanged(call.headers, blob.digest):
-        return web.Response(status=304, headers=headers)
-    part = conditions.wanted_range(call.headers, blob.digest)
-    if part is not None and conditions.unsatisfiable(part, blob.size_bytes):
-        where = {"Content-Range": f"bytes */{blob.size_bytes}"}
-        raise answer.Fault(416, f"{part} is no part of {blob.size_bytes} bytes", code="SIZE_INVALID", headers=where)
-    return _FileOnce(blob.path, part, headers)
-
-
-class _FileOnce(web.FileResponse):
-    """A file that is sent when it is prepared first; the server prepares answers itself, and aiohttp does so again.
-    What the request's conditions mean has been decided: only `part` is left of them. Validators that are made of the
-    file's times differ from server to server and are left out."""
-
-    def __init__(self, path: Path, part: str | None, headers: Mapping[str, str]) -> None:
-        super().__init__(path, chunk_size=_CHUNK, headers=headers)
-        self._part = part
-        self._etag_header = headers["ETag"]
-
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        if self.prepared:
-            return None
-        decided = multidict.CIMultiDict(request.headers)
-        for name in _CONDITIONS:
-            decided.popall(name, None)
-        if self._part is not None:
-            decided["Range"] = self._part
-        return await super().prepare(request.clone(headers=decided))
-
-    async def _start(self, request: web.BaseRequest) -> AbstractStreamWriter:
-        self.headers["ETag"] = self._etag_header
-        self.headers.pop("Last-Modified", None)
-        return await super()._start(request)
 
 
 def _tags(call: serve.Call) -> list[str]:

@@ -1,9 +1,9 @@
-"""What every `Blobs` and `Logs` must do. An implementation is added to `STORAGES`, nothing else."""
+"""What every `Blobs` and `Logs` must do. An implementation is one more fixture, and a parameter of `storage`."""
 
 import asyncio
 import itertools
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +11,8 @@ import pytest
 
 from covey import failpoint, model, world
 from covey.client import oci
-from covey.registry import blobs, disk, disk_care, journal
+from covey.registry import blobs, disk, disk_care, journal, s3, s3_bucket, s3_care, s3_log
+from tests.support import s3 as moto
 
 CONTENT = bytes(range(256)) * 5000
 DIGEST = oci.digest_of(CONTENT)
@@ -27,18 +28,51 @@ class Storage(NamedTuple):
     other_logs: blobs.Logs
     care: blobs.Care
     log_care: blobs.LogCare
-    base: Path
+    names: Callable[[], dict[str, int]]  # everything that is stored, from the outside: sizes by path or key
 
 
-@pytest.fixture(params=["disk"])
-def storage(tmp_path: Path) -> Iterator[Storage]:
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[moto.Server]:
+    with moto.running() as server:
+        yield server
+
+
+@pytest.fixture(params=["on_disk", "in_bucket"])
+def storage(request: pytest.FixtureRequest, s3_server: moto.Server) -> Iterator[Storage]:
+    chosen: Storage = request.getfixturevalue(request.param)
+    yield chosen
+    failpoint.arm("")
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path) -> Iterator[Storage]:
     one, two = (disk.Disk(tmp_path, world.System()) for _ in range(2))
     log_one, log_two = (journal.Journal(tmp_path, world.System()) for _ in range(2))
     care = disk_care.DiskCare(tmp_path, world.System())
-    yield Storage(one, log_one, two, log_two, care, care, tmp_path)
-    failpoint.arm("")
+
+    def names() -> dict[str, int]:
+        return {str(path.relative_to(tmp_path)): path.stat().st_size for path in tmp_path.rglob("*")}
+
+    yield Storage(one, log_one, two, log_two, care, care, names)
     for close in (one.close, two.close, log_one.close, log_two.close, care.close):
         close()
+
+
+@pytest.fixture
+def in_bucket(s3_server: moto.Server) -> Storage:
+    name = s3_server.fresh_bucket()
+    one, two = (s3_bucket.Bucket(s3_server.config(name), s3_server.environ) for _ in range(2))
+    system = world.System()
+    care = s3_care.S3Care(two, system)
+    return Storage(
+        s3.S3(one, system),
+        s3_log.S3Log(one, system),
+        s3.S3(two, system),
+        s3_log.S3Log(two, system),
+        care,
+        care,
+        lambda: s3_server.keys(name),
+    )
 
 
 async def chunks(*pieces: bytes, cut: bool = False) -> AsyncIterator[bytes]:
@@ -49,14 +83,19 @@ async def chunks(*pieces: bytes, cut: bool = False) -> AsyncIterator[bytes]:
 
 
 def left(storage: Storage) -> list[str]:
-    """Files below uploads/ and aside/."""
-    return [str(path) for folder in ("uploads", "aside") for path in (storage.base / folder).rglob("*")]
+    """What stands below uploads/ and aside/."""
+    return [name for name in storage.names() if name.startswith(("uploads/", "aside/"))]
+
+
+async def content_of(storage: Storage, blob: blobs.Blob, start: int = 0, end: int | None = None) -> bytes:
+    return b"".join([piece async for piece in storage.other_blobs.read(blob, start, end)])
 
 
 async def test_a_small_blob_is_stored_whole_and_again(storage: Storage) -> None:
     for place in (storage.blobs, storage.other_blobs):
         blob = await place.put(CONTENT)
-        assert (blob.digest, blob.size_bytes, blob.path.read_bytes()) == (DIGEST, len(CONTENT), CONTENT)
+        assert (blob.digest, blob.size_bytes) == (DIGEST, len(CONTENT))
+        assert await content_of(storage, blob) == CONTENT
     assert await storage.blobs.get(DIGEST) == CONTENT
     assert left(storage) == []
 
@@ -75,7 +114,9 @@ async def test_an_upload_becomes_a_blob(storage: Storage, cuts: list[int]) -> No
         assert await storage.blobs.write(session, start, chunks(CONTENT[start:end])) == end
         assert await storage.blobs.offset(session) == end
     blob = await storage.blobs.finish(session, DIGEST)
-    assert blob.path.read_bytes() == CONTENT
+    assert await content_of(storage, blob) == CONTENT
+    for start, end in ((0, 1), (7, 70_000), (len(CONTENT) - 3, len(CONTENT)), (5, 5)):
+        assert await content_of(storage, blob, start, end) == CONTENT[start:end]
     await storage.blobs.abort(session)
     assert left(storage) == []
 
@@ -158,7 +199,7 @@ async def test_a_session_that_is_none(storage: Storage, name: str) -> None:
     with pytest.raises(blobs.NoSession):
         await storage.blobs.write(session, 0, chunks(b"x"))
     await storage.blobs.abort(session)
-    assert storage.base.exists()
+    assert await storage.blobs.stat(NEVER) is None
 
 
 @pytest.mark.parametrize("point", ["registry.part.write", "registry.part.written", "registry.upload.joined"])
@@ -243,9 +284,15 @@ async def test_the_time_of_the_last_pull(storage: Storage) -> None:
     assert (await storage.other_logs.pulled_s(["a"]))["a"] > 1_700_000_000
 
 
-def test_the_layout_in_the_docstring_names_what_is_made(storage: Storage) -> None:
-    drawn = set(re.findall(r"^ {4}[│ ]*[├└]── (\w+)", blobs.__doc__ or "", re.MULTILINE))
-    assert {path.name for path in storage.base.iterdir()} <= drawn
+async def test_the_layout_in_the_docstrings_names_what_is_made(storage: Storage) -> None:
+    await storage.blobs.put(CONTENT)
+    await storage.blobs.begin()
+    await storage.logs.append("a", 0, b"e")
+    await storage.care.note("n", b"x")
+    await storage.care.move(DIGEST, SHELF, TRASH)
+    for doc in (blobs.__doc__, s3.__doc__):
+        drawn = set(re.findall(r"^ {4}[│ ]*[├└]── (\w+)", doc or "", re.MULTILINE))
+        assert {name.partition("/")[0] for name in storage.names()} <= drawn
 
 
 async def test_a_cancelled_write_leaves_the_session_whole(storage: Storage) -> None:
@@ -260,7 +307,7 @@ async def test_a_cancelled_write_leaves_the_session_whole(storage: Storage) -> N
         write.cancel()
         await asyncio.gather(write, return_exceptions=True)
         offset = await storage.blobs.offset(session)
-        data = [path for path in storage.base.glob(f"uploads/{session}/data.*") if path.stat().st_size]
+        data = [name for name, size in storage.names().items() if name.startswith(f"uploads/{session}/data.") and size]
         assert len(data) == (offset > 0)
         await storage.blobs.write(session, offset, chunks(content[offset:]))
         blob = await storage.blobs.finish(session, oci.digest_of(content))
