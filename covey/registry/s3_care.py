@@ -1,9 +1,9 @@
 """Care of a storage in a bucket: `blobs.Care` and `blobs.LogCare` by the verbs that S3 has.
 
 There is no rename: a blob moves by a copy and a delete. So what lies in the trash or in quarantine has a key of its own
-for each time it came there (``trash/<algorithm>-<hex>/<token>``), and whoever takes a blob back copies it and leaves the
-key alone: nobody deletes the only copy because somebody else was just moving it. The one step that takes bytes away for
-good is `destroy`, which begins long after the move. Copies and deletes of one key are atomic in the store, so of a
+for each time it came there (``trash/<algorithm>-<hex>/<token>``), and whoever takes a blob back copies it and leaves
+the key alone: nobody deletes the only copy because somebody else was just moving it. The one step that takes bytes away
+for good is `destroy`, which begins long after the move. Copies and deletes of one key are atomic in the store, so of a
 `destroy` and a request that takes the blob back, one is first and the other sees it.
 
 The store's clock is what it writes on an object that was made just now; it counts whole seconds.
