@@ -263,6 +263,10 @@ class LogCare(Protocol):
         """Every log that has an entry or grants, those of names too."""
         ...
 
+    async def numbers(self, log: str) -> Sequence[int]:
+        """The numbers of a log's entries, in no order: dense, unless somebody took one away."""
+        ...
+
     async def pending(self) -> Sequence[bytes]:
         """Entries that are being checked, and remains of those whose server died."""
         ...

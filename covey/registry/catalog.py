@@ -108,9 +108,18 @@ class Catalog:
 
     async def granted_blob(self, repository: str, digest: model.Digest) -> blobs.Blob | None:
         """A blob that the repository may read."""
-        if digest not in await self.logs.granted(repository, [digest]):
+        if digest not in await self._granted(repository, [digest]):
             return None
         return await self.blobs.stat(digest)
+
+    async def _granted(self, repository: str, digests: Sequence[str]) -> frozenset[str]:
+        """Those that the repository may read: what was granted to it, and what its manifests need (a push whose server
+        died right after its entry left that to us)."""
+        found = await self.logs.granted(repository, digests)
+        if missing := set(digests) - found:
+            manifests = (await self.repository(repository)).manifests.values()
+            found |= missing & {digest for known in manifests for digest in known.refers}
+        return found
 
     async def names(self) -> list[str]:
         """Every repository that holds a manifest, sorted."""
@@ -190,7 +199,7 @@ class Catalog:
         does not need: foreign layers, which come from elsewhere."""
         absent = set()
         wanted = _blobs_of(manifest)
-        granted = await self.logs.granted(repository, [reference.digest for reference in wanted])
+        granted = await self._granted(repository, [reference.digest for reference in wanted])
         for reference in wanted:
             digest = model.Digest(reference.digest)
             blob = await self.blobs.stat(digest) if digest in granted else None
@@ -332,6 +341,18 @@ class Catalog:
     def _check_deletes(self) -> None:
         if not self._deletes:
             raise DeletesOff("deleting is switched off at this registry (COVEY_REGISTRY_DELETES=false)")
+
+    async def forget(self, repository: str, digest: model.Digest) -> bool:
+        """Delete a template's manifest that no tag names any more: the collector's business, whoever else may delete.
+        False: it is gone, or is named again."""
+
+        def decide(fold: views.Repository) -> views.Entry | None:
+            if digest not in views.untagged(fold):
+                return None
+            return views.decide_delete(fold, digest, id=self._world.token(), now_s=self._now_s())
+
+        _, entry = await self._enter(repository, decide)
+        return entry is not None
 
     async def _enter(
         self,

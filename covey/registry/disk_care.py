@@ -198,6 +198,16 @@ class DiskCare:
             names[:] = [name for name in names if not name.startswith("_") or folder == str(root)]
         return found
 
+    async def numbers(self, log: str) -> Sequence[int]:
+        return await self._run(lambda: self._numbers(log))
+
+    def _numbers(self, log: str) -> list[int]:
+        try:
+            with os.scandir(self._base / "repositories" / log / "_log") as items:
+                return [int(item.name) for item in items if item.name.isdigit()]
+        except FileNotFoundError:
+            return []
+
     async def pending(self) -> Sequence[bytes]:
         return await self._run(self._pending)
 

@@ -244,6 +244,26 @@ def holder(repository: Repository, digest: str) -> Known | None:
     return next((known for known in indexes if digest in known.refers), None)
 
 
+def untagged(repository: Repository) -> frozenset[model.Digest]:
+    """Manifests of template versions that were replaced, reverted or deleted: nothing names them any more."""
+    named = {*repository.tags.values(), *(digest for known in repository.manifests.values() for digest in known.refers)}
+    return frozenset(
+        known.digest
+        for known in repository.manifests.values()
+        if known.release is not None and known.digest not in named
+    )
+
+
+def untagged_since(entries: Sequence[Entry]) -> dict[model.Digest, int]:
+    """Of a whole log: since when each such manifest has had no name, Unix seconds."""
+    since: dict[model.Digest, int] = {}
+    repository = Repository(name="")
+    for entry in entries:
+        repository = fold(repository, [entry])
+        since = {digest: since.get(digest, entry.at_s) for digest in untagged(repository)}
+    return since
+
+
 # ---- decisions: the next entry, None when nothing is to be done, Refused when it may not be ----------------------
 
 
