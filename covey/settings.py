@@ -70,6 +70,14 @@ class Registry(_Settings, frozen=True, kw_only=True):
     graceful_shutdown_timeout_s: float
     trusted_proxies: tuple[settings_reader.Network, ...]
     registry_deletes: bool
+    gc_every_s: float
+    gc_grace_s: float
+    gc_trash_s: float
+    upload_timeout_s: float
+    scrub_every_s: float
+    scrub_mb_per_s: int
+    heal_from: tuple[str, ...]
+    reserved_mib: int
 
 
 class Agent(_Settings, frozen=True, kw_only=True):
@@ -182,6 +190,14 @@ def registry(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Registry:
         graceful_shutdown_timeout_s=read.duration("GRACEFUL_SHUTDOWN_TIMEOUT"),
         trusted_proxies=read.networks("TRUSTED_PROXIES"),
         registry_deletes=read.switch("REGISTRY_DELETES"),
+        gc_every_s=read.duration("REGISTRY_GC_EVERY"),
+        gc_grace_s=read.duration("REGISTRY_GC_GRACE"),
+        gc_trash_s=read.duration("REGISTRY_GC_TRASH"),
+        upload_timeout_s=read.duration("REGISTRY_UPLOAD_TIMEOUT"),
+        scrub_every_s=read.duration("REGISTRY_SCRUB_EVERY"),
+        scrub_mb_per_s=read.number("REGISTRY_SCRUB_SPEED"),
+        heal_from=read.urls("REGISTRY_HEAL_FROM"),
+        reserved_mib=read.number("REGISTRY_RESERVED_SPACE"),
         **read.common(),
     )
 

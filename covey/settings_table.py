@@ -98,6 +98,57 @@ _PLACES = (
         "Whether tags, manifests, blobs and templates may be deleted and reverted; `false`: what is pushed stays.",
     ),
     Setting(
+        "REGISTRY_GC_EVERY",
+        _R,
+        _K.DURATION,
+        "1h",
+        "How often garbage is collected, by all servers of one storage together; 0 leaves it to `covey registry gc`.",
+    ),
+    Setting(
+        "REGISTRY_GC_GRACE",
+        _R,
+        _K.DURATION,
+        "24h",
+        "How long a blob that nothing needs stays after it was last stored, mounted or asked for; also how long a"
+        " template's version stays that was replaced or taken back. Longer than any push takes.",
+    ),
+    Setting(
+        "REGISTRY_GC_TRASH",
+        _R,
+        _K.DURATION,
+        "24h",
+        "How long it then lies in the trash, from where a request takes it back, before it is deleted.",
+    ),
+    Setting(
+        "REGISTRY_UPLOAD_TIMEOUT", _R, _K.DURATION, "24h", "How long an upload is kept in which nothing moves any more."
+    ),
+    Setting(
+        "REGISTRY_SCRUB_EVERY",
+        _R,
+        _K.DURATION,
+        "168h",
+        "How often every blob is read again and compared with its digest, by all servers of one storage together;"
+        " 0 leaves it to `covey registry scrub`.",
+    ),
+    Setting(
+        "REGISTRY_SCRUB_SPEED", _R, _K.NUMBER, "50", "How fast that reads at most, in MB/s; 0: as fast as it goes."
+    ),
+    Setting(
+        "REGISTRY_HEAL_FROM",
+        _R,
+        _K.URLS,
+        "",
+        "Other registries that hold the same repositories: a damaged blob is fetched again from there.",
+    ),
+    Setting(
+        "REGISTRY_RESERVED_SPACE",
+        _R,
+        _K.NUMBER,
+        "64",
+        "MiB of the disk that uploads are never given: what is left for log entries, so that deleting still works when"
+        " the disk is full.",
+    ),
+    Setting(
         "TRUSTED_PROXIES",
         _SERVERS,
         _K.LIST,

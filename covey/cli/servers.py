@@ -59,7 +59,7 @@ def registry(flags: flags.Flags) -> None:
 
     chosen = settings.registry(os.environ, flags)
     _begin(chosen, Part.REGISTRY)
-    from covey.registry import service
+    from covey.registry import service, upkeep
 
     config = service.Config(
         base_path=chosen.base_path,
@@ -68,6 +68,8 @@ def registry(flags: flags.Flags) -> None:
         grace_s=chosen.graceful_shutdown_timeout_s,
         trusted_proxies=chosen.trusted_proxies,
         deletes=chosen.registry_deletes,
+        reserved_bytes=chosen.reserved_mib << 20,
+        care=upkeep.of(chosen),
     )
     _run(lambda: service.Registry(config, world.System()), quick=False)
 

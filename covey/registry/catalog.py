@@ -343,11 +343,11 @@ class Catalog:
             raise DeletesOff("deleting is switched off at this registry (COVEY_REGISTRY_DELETES=false)")
 
     async def forget(self, repository: str, digest: model.Digest) -> bool:
-        """Delete a template's manifest that no tag names any more: the collector's business, whoever else may delete.
-        False: it is gone, or is named again."""
+        """Delete a template's manifest that no tag names any more: the collector's business. False: it is gone, or
+        named again, or deletes are off."""
 
         def decide(fold: views.Repository) -> views.Entry | None:
-            if digest not in views.untagged(fold):
+            if not self._deletes or digest not in views.untagged(fold):
                 return None
             return views.decide_delete(fold, digest, id=self._world.token(), now_s=self._now_s())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from covey import observe, origin, serve, server, world
-from covey.registry import catalog, content_api, disk, journal, oci_faults, template_api, upload_api
+from covey.registry import catalog, content_api, disk, disk_care, journal, oci_faults, template_api, upkeep, upload_api
 
 log = observe.log("registry")
 
@@ -24,6 +24,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     trusted_proxies: tuple[origin.Network, ...] = ()
     reserved_bytes: int = 64 << 20
     deletes: bool = True  # False: tags, manifests, blobs and templates stay
+    care: upkeep.Settings = upkeep.Settings()
     fsync: bool = True  # False is for benchmarks: a crash may then lose what was acknowledged
 
 
@@ -35,10 +36,12 @@ class Registry:
         self._blobs = disk.Disk(config.base_path, world, reserved_bytes=config.reserved_bytes, fsync=config.fsync)
         self._logs = journal.Journal(config.base_path, world, fsync=config.fsync)
         self.catalog = catalog.Catalog(self._blobs, self._logs, world, deletes=config.deletes)
+        self._care = disk_care.DiskCare(config.base_path, world, fsync=config.fsync)
+        self.upkeep = upkeep.Upkeep(self.catalog, self._care, self._care, world, config.care)
         apis = (
             content_api.ContentApi(self.catalog),
             upload_api.UploadApi(self.catalog),
-            template_api.TemplateApi(self.catalog),
+            template_api.TemplateApi(self.catalog, self.upkeep),
         )
         self._server = server.Server(
             [route for api in apis for route in api.routes()],
@@ -50,6 +53,7 @@ class Registry:
 
     async def start(self) -> None:
         """Listen. Raises SettingError when the address is taken."""
+        await self.upkeep.start()
         await self._server.start(self._config.host, self._config.port)
         log.info("the registry listens", host=self._server.host, port=self.port, base=str(self._config.base_path))
 
@@ -60,7 +64,9 @@ class Registry:
     async def stop(self) -> int:
         """Drain within the grace and close; how many requests had to be broken off."""
         broken = await self._server.drain(self._config.grace_s)
+        await self.upkeep.stop()
         self._blobs.close()
         self._logs.close()
+        self._care.close()
         log.info("the registry has stopped", broken=broken)
         return broken

@@ -146,9 +146,10 @@ class Collector:
                 continue
             log = (await self._catalog.logs.read({fold.name: 0}))[fold.name]
             since = views.untagged_since([msgspec.json.decode(raw, type=views.Entry) for raw in log])
-            for digest in (digest for digest, at_s in since.items() if now_s - at_s >= self._periods.grace_s):
-                if dry_run or await self._catalog.forget(fold.name, digest):
-                    found.append(f"{fold.name}@{digest}")
+            old = [digest for digest, at_s in since.items() if now_s - at_s >= self._periods.grace_s]
+            found += [
+                f"{fold.name}@{digest}" for digest in old if dry_run or await self._catalog.forget(fold.name, digest)
+            ]
         return found
 
     async def _grants(self, needed: Needed, now_s: float, *, dry_run: bool) -> tuple[Mapping[model.Digest, float], int]:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import covey
 from covey import errors, model, serve
 from covey.client import oci
-from covey.registry import catalog, views
+from covey.registry import catalog, upkeep, views
 
 _KEY_LIMIT = 255
 
@@ -30,8 +30,9 @@ _KEY_LIMIT = 255
 class TemplateApi:
     """Handlers of /registry/… and of the health paths."""
 
-    def __init__(self, catalog: catalog.Catalog) -> None:
+    def __init__(self, catalog: catalog.Catalog, upkeep: upkeep.Upkeep) -> None:
         self._catalog = catalog
+        self._upkeep = upkeep
 
     def routes(self) -> Sequence[serve.Route]:
         return [
@@ -49,12 +50,14 @@ class TemplateApi:
         ]
 
     async def status(self, _call: serve.Call) -> dict[str, object]:
-        space = await self._catalog.blobs.space()
+        await self._upkeep.look()
+        seen = self._upkeep.figures
         return {
             "status": "Running",
             "version": covey.__version__,
-            "disk": oci.DiskView(total=space.total_bytes, free=space.free_bytes),
-            "trouble": "" if space.free_bytes else "the disk is full: pulls go on, pushes are refused",
+            "disk": oci.DiskView(total=seen.total_bytes, free=seen.free_bytes),
+            "trouble": "; ".join(seen.troubles()),
+            "storage": seen,
         }
 
     async def list_v1(self, call: serve.Call) -> object:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from covey import errors, model, observe, world
+from covey import errors, model, observe, settings, world
 from covey.decide import garbage
 from covey.registry import blobs, catalog, elsewhere, figures, scrub, sweep
 
@@ -30,6 +30,18 @@ class Settings(model.Noun, frozen=True, kw_only=True):
     heal_from: tuple[str, ...] = ()
 
 
+def of(chosen: settings.Registry) -> Settings:
+    """As the program's settings say."""
+    periods = garbage.Periods(grace_s=chosen.gc_grace_s, trash_s=chosen.gc_trash_s, upload_s=chosen.upload_timeout_s)
+    return Settings(
+        periods=periods,
+        collect_every_s=chosen.gc_every_s,
+        scrub_every_s=chosen.scrub_every_s,
+        scrub_bytes_per_s=chosen.scrub_mb_per_s * 1e6,
+        heal_from=chosen.heal_from,
+    )
+
+
 class Upkeep:
     """start → (works by itself) → stop. `figures` is what was seen last."""
 
@@ -39,21 +51,21 @@ class Upkeep:
         care: blobs.Care,
         log_care: blobs.LogCare,
         world: world.World,
-        settings: Settings,
+        wanted: Settings,
     ) -> None:
         self.figures = figures.Figures()
-        self.collector = sweep.Collector(catalog, care, log_care, settings.periods)
+        self.collector = sweep.Collector(catalog, care, log_care, wanted.periods)
         self.scrub = scrub.Scrub(
             self.collector,
             care,
             world,
-            bytes_per_s=settings.scrub_bytes_per_s,
-            elsewhere=elsewhere.Registries(settings.heal_from, catalog.blobs) if settings.heal_from else None,
+            bytes_per_s=wanted.scrub_bytes_per_s,
+            elsewhere=elsewhere.Registries(wanted.heal_from, catalog.blobs) if wanted.heal_from else None,
         )
         self._blobs = catalog.blobs
         self._care = care
         self._world = world
-        self._settings = settings
+        self._wanted = wanted
         self._tasks: list[asyncio.Task[None]] = []
         self._complained: set[str] = set()
 
@@ -105,12 +117,12 @@ class Upkeep:
         )
 
     async def _collect(self) -> None:
-        if self._settings.collect_every_s and await self.collector.due(self._settings.collect_every_s):
+        if self._wanted.collect_every_s and await self.collector.due(self._wanted.collect_every_s):
             await self.collector.run()
             await self.survey()
 
     async def _scrub(self) -> None:
-        if self._settings.scrub_every_s and await self.scrub.due(self._settings.scrub_every_s):
+        if self._wanted.scrub_every_s and await self.scrub.due(self._wanted.scrub_every_s):
             await self.scrub.run()
             await self.survey()
         if await self.scrub.heal():
