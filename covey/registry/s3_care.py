@@ -129,6 +129,11 @@ class S3Care:
                 names.add(name.rpartition("/")[0])
         return sorted(names)
 
+    async def numbers(self, log: str) -> Sequence[int]:
+        below = f"repositories/{log}/_log/"
+        names = [item.key.removeprefix(below) for item in await self._bucket.below(below)]
+        return [int(name) for name in names if name.isdigit()]
+
     async def pending(self) -> Sequence[bytes]:
         found = await asyncio.gather(*(self._content(item.key) for item in await self._bucket.below("aside/")))
         return [content for content in found if content]

@@ -473,3 +473,6 @@ async def test_all_logs_and_grants(storage: Storage) -> None:
     assert sorted(await storage.log_care.logs()) == ["_names/" + "0" * 64, "a", "a/b", "only/grants", "templates/x"]
     assert list(await storage.log_care.grants("only/grants")) == [DIGEST]
     assert await storage.log_care.grants("a") == {}
+    assert list(await storage.log_care.numbers("never")) == []
+    await storage.logs.append("a", 1, b"f")
+    assert sorted(await storage.log_care.numbers("a")) == [0, 1]

@@ -66,6 +66,7 @@ class Storage:
         for layer in oci.parse_manifest(content).layers:
             blob = await self.catalog.granted_blob(repository, model.Digest(layer.digest))
             assert blob is not None, f"{repository}:{tag} has lost {layer.digest}"
+            assert blob.path is not None
             found.append(blob.path.read_bytes())
             assert oci.digest_of(found[-1]) == layer.digest
         return found
