@@ -13,7 +13,7 @@ from typer import exceptions
 
 import covey
 from covey import errors
-from covey.cli import join, logs, nodes, out, servers, status, templates, vms
+from covey.cli import join, logs, nodes, out, registry, servers, status, templates, vms
 
 app = typer.Typer(
     name="covey",
@@ -48,6 +48,7 @@ logs.add(vms.app)
 app.add_typer(vms.app, name="vm")
 app.add_typer(templates.app, name="template")
 app.add_typer(nodes.app, name="node")
+app.add_typer(registry.app, name="registry")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -52,9 +52,8 @@ def controller(flags: flags.Flags) -> None:
     _run(lambda: replica.Replica(chosen, world.System()), quick=True)
 
 
-@flags.of(Part.REGISTRY)
 def registry(flags: flags.Flags) -> None:
-    """Run one registry. Any number of them may share one BASE_PATH."""
+    """Run one registry: `covey registry` without a command."""
     from covey import settings, world
 
     chosen = settings.registry(os.environ, flags)
@@ -188,5 +187,5 @@ async def _unless(starting: Awaitable[None], stop: asyncio.Event) -> None:
 
 
 def add(app: typer.Typer) -> None:
-    for command in (standalone, up, controller, registry, agent):
+    for command in (standalone, up, controller, agent):
         app.command()(command)
