@@ -96,7 +96,10 @@ class Catalog:
         try:
             return known, await self.blobs.get(known.digest)
         except FileNotFoundError as error:
-            raise Missing(f"the bytes of manifest {known.digest} are gone from this registry's storage") from error
+            text = (
+                f"manifest {known.digest} of repository {repository} is damaged or lost in this registry; push it again"
+            )
+            raise Missing(text) from error
 
     async def known(self, repository: str, reference: str) -> views.Known:
         """What is known of a manifest without reading it. Raises Missing."""
@@ -111,6 +114,13 @@ class Catalog:
         if digest not in await self._granted(repository, [digest]):
             return None
         return await self.blobs.stat(digest)
+
+    async def why_missing(self, repository: str, digest: model.Digest) -> str:
+        """What to tell somebody who asked for a blob that `granted_blob` does not have."""
+        manifests = (await self.repository(repository)).manifests.values()
+        if any(digest in known.refers for known in manifests):
+            return f"blob {digest} of repository {repository} is damaged or lost in this registry; push it again"
+        return f"repository {repository} has no blob {digest}"
 
     async def _granted(self, repository: str, digests: Sequence[str]) -> frozenset[str]:
         """Those that the repository may read: what was granted to it, and what its manifests need (a push whose server

@@ -45,7 +45,7 @@ class ContentApi:
         digest = model.Digest(call.params["digest"])
         blob = await self._catalog.granted_blob(call.params["name"], digest)
         if blob is None:
-            raise answer.Fault(404, f"repository {call.params['name']} has no blob {digest}", code="BLOB_UNKNOWN")
+            raise answer.Fault(404, await self._catalog.why_missing(call.params["name"], digest), code="BLOB_UNKNOWN")
         return await sending.answer(call, self._catalog.blobs, blob)
 
     async def delete_blob(self, call: serve.Call) -> web.Response:
