@@ -14,6 +14,7 @@ import msgspec
 
 from covey.client import oci
 from covey.controller import api_explain, api_log, api_node, api_status, api_vm, start_request, views
+from covey.decide import troubles
 
 ROOT = Path(__file__).resolve().parent.parent
 Struct = type[msgspec.Struct]
@@ -33,6 +34,12 @@ CONTROLLER = {
         "The controller can do its work now, computed when asked; else 503.", None, api_status.Ready
     ),
     ("GET", "/api/v1/status"): Entry("How the cloud is, seen from here.", None, api_status.Status),
+    ("GET", "/api/v1/health"): Entry(
+        "The cloud at a glance, and for each trouble one sentence and one remedy "
+        "(see [health](../operate/health.md)). Answers also while the controller is red, with what it knew last.",
+        None,
+        troubles.Health,
+    ),
     ("POST", "/api/v1/vm"): Entry(
         "Start `count` instances, all or none; gives a list of their ids. With the header `Idempotency-Key`, or with "
         "`external_id` and `name`, a repeat gets the first answer.",

@@ -16,6 +16,7 @@ import msgspec
 
 from covey import errors, model, world
 from covey.client import http
+from covey.decide import troubles
 
 _POLL_S = 0.5
 _PAGE = 500
@@ -197,6 +198,10 @@ class Controller:
 
     async def status(self) -> Status:
         return await self.endpoints.ask("GET", "/api/v1/status", Status)
+
+    async def health(self) -> troubles.Health:
+        """The cloud at a glance, as one controller sees it."""
+        return await self.endpoints.ask("GET", "/api/v1/health", troubles.Health)
 
     async def start(self, ask: Start) -> list[str]:
         """Instance ids. Sent with an Idempotency-Key, so that a lost reply is asked for again (promise I7)."""

@@ -20,6 +20,7 @@ from covey.client import http
 from covey.controller import (
     api_agent,
     api_explain,
+    api_health,
     api_log,
     api_node,
     api_registry,
@@ -74,15 +75,31 @@ class Replica:
         self._members = members.Members(self._store.admin if isinstance(self._store, etcd.Etcd) else None)
         self._renewals = renewals.Renewals(self._store, world)
         self._templates = templates.Templates(chosen.local_registries, exchange)
+        self._registry = next(iter((*chosen.registries, *chosen.local_registries)), "")
+        spans = display.Spans(chosen.node_active_timeout_s, chosen.instance_active_timeout_s)
+        self._shown = display.Display(self._presence, self._templates, self._waiting.why, spans, self._registry)
+        self._health = self._health_api(exchange)
         self._status, routes = self._api()
         self.server = server.Server(
             routes, world=world, on_gap=lambda _: self._mirror.doubt(), trusted=chosen.trusted_proxies
         )
 
+    def _health_api(self, exchange: http.Exchange | None) -> api_health.HealthApi:
+        parts = api_health.Parts(
+            me=self._id,
+            world=self._world,
+            mirror=self._mirror,
+            writer=self._writer,
+            waiting=self._waiting,
+            display=self._shown,
+            trouble=self._trouble,
+            silent_s=self._presence.silent_s,
+        )
+        admin = self._store.admin if isinstance(self._store, etcd.Etcd) else None
+        return api_health.HealthApi(parts, admin, api_health.Registries(self._chosen.local_registries, exchange))
+
     def _api(self) -> tuple[api_status.StatusApi, Sequence[serve.Route]]:
-        registry = next(iter((*self._chosen.registries, *self._chosen.local_registries)), "")
-        spans = display.Spans(self._chosen.node_active_timeout_s, self._chosen.instance_active_timeout_s)
-        shown = display.Display(self._presence, self._templates, self._waiting.why, spans, registry)
+        registry, shown = self._registry, self._shown
         terms = api_agent.Terms(self._chosen.heartbeat_s, self._chosen.registries)
         status = api_status.StatusApi(
             self._mirror, self._templates, registry, self._trouble, self._lesser_troubles, self._world
@@ -96,7 +113,12 @@ class Replica:
             *api_registry.RegistryApi(self._templates).routes(),
         ]
         agents = api_agent.AgentApi(self._mirror, self._writer, self._renewals, terms, self._alarm, self._trouble)
-        return status, [*status.probes(), *map(self._gated, people), *map(_of_agents, agents.routes())]
+        return status, [
+            *status.probes(),
+            *self._health.routes(),
+            *map(self._gated, people),
+            *map(_of_agents, agents.routes()),
+        ]
 
     # ---- start and stop --------------------------------------------------------------------------------------------
 
@@ -125,7 +147,7 @@ class Replica:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for part in (self._writer, self._renewals, self._status, self._templates, self._store):
+        for part in (self._writer, self._renewals, self._status, self._health, self._templates, self._store):
             await part.close()
         if self._tasks:
             log.info("the controller has stopped", id=self._id, broken_off=broken)

@@ -177,6 +177,7 @@ class Writer:
         self.format_guard = base.equals(schema.FORMAT_KEY, self._format)  # part of every transaction (safety S27)
         self._leases: dict[int, tuple[int, int]] = {}  # span -> (lease id, boot_ns when granted)
         self._background: set[asyncio.Task[None]] = set()
+        self.unsure: dict[object, int] = {}  # writes whose outcome is open, and since when on the boot clock
 
     async def run(self, snapshot: view.Snapshot, rule: Rule[R], *, until_ns: int = 0, sure: bool = False) -> R:
         """Decide and write until it is definite. Raises Unavailable (nothing was done), Unsure or Rejected.
@@ -255,6 +256,14 @@ class Writer:
         return _Again()
 
     async def settle(self, txn: base.Txn, until_ns: int) -> base.Outcome:
+        """Send until it is definite, and be counted among the unsure for as long as it is not."""
+        mine = object()
+        try:
+            return await self._settle(txn, until_ns, mine)
+        finally:
+            self.unsure.pop(mine, None)
+
+    async def _settle(self, txn: base.Txn, until_ns: int, mine: object) -> base.Outcome:
         """Send one transaction until its outcome is definite (safety S15), but nothing after `until_ns`.
 
         Rejected is definite also after Unsure: an earlier copy that was applied would have made the guards fail first.
@@ -269,6 +278,7 @@ class Writer:
                 return await self.store.commit(txn, within_s=left_ns / 1e9)
             except errors.Unsure:
                 unsure = True
+                self.unsure.setdefault(mine, self.world.boot_ns())
             except errors.Unavailable:
                 if not unsure:  # this copy was not applied, but an earlier one may yet be
                     raise

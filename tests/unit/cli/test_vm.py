@@ -1,4 +1,4 @@
-"""`covey vm`, `node` and `status`: what is sent, what is printed, how it ends."""
+"""`covey vm` and `node`: what is sent, what is printed, how it ends."""
 
 import base64
 from pathlib import Path
@@ -294,30 +294,6 @@ def test_unknown_node(cloud: Cloud, covey: Covey) -> None:
     cloud.ok("GET", "/api/v1/node", [NODE])
     ran = covey("node", "show", "mac-9")
     assert (ran.code, ran.err) == (1, "covey: there is no node mac-9; `covey node list` shows those there are\n")
-
-
-def test_status(cloud: Cloud, covey: Covey) -> None:
-    cloud.ok("GET", "/readyz", None)
-    cloud.ok(
-        "GET",
-        "/api/v1/status",
-        {"status": "Running", "version": "1", "registry_address": "http://r", "registry_status": "Running"},
-    )
-    cloud.ok("GET", "/api/v1/node", [NODE, {**NODE, "state": "Offline"}])
-    cloud.ok("GET", "/api/v1/vm", [])
-    ran = covey("status", "--controller", f"{cloud.url},http://127.0.0.1:9")
-    assert ran.code == 0
-    assert f"controller  {cloud.url}  ready" in ran.out
-    assert "cannot connect" in ran.out
-    assert "nodes       1 Active, 1 Offline" in ran.out
-    assert "instances   none" in ran.out
-
-
-def test_status_of_a_cloud_without_quorum(cloud: Cloud, covey: Covey) -> None:
-    cloud.fail("GET", "/readyz", "no quorum", status=503)
-    ran = covey("status")
-    assert ran.code == 1
-    assert "not ready (503)" in ran.err
 
 
 # ---- how commands end ----------------------------------------------------------------------------------------------
