@@ -208,7 +208,9 @@ def push_first(cloud: Cloud) -> dict[str, Any]:
     cloud.covey("template", "build-demo", folder, "--cache", CACHE / "packages")
     pushed = push(cloud, "v1", folder / "base.qcow2")
     whole = sum((folder / name).stat().st_size for name in ("base.qcow2", "vmlinuz", "initrd"))
-    claim(f"the whole template moved: {size(pushed['moved_bytes'])}", pushed["moved_bytes"] == whole, pushed)
+    moved = pushed["moved_bytes"]
+    all_of_it = (pushed["file_bytes"], pushed["skipped_bytes"]) == (whole, 0) and 0 < moved <= whole
+    claim(f"the whole template moved: {size(whole)}, packed to {size(moved)}", all_of_it, pushed)
     return pushed
 
 
@@ -280,7 +282,9 @@ def push_second(cloud: Cloud, template: str) -> str:
     layer = (folder / "second.qcow2").stat().st_size
     pushed = push(cloud, "v2", folder / "base.qcow2", folder / "second.qcow2")
     moved, skipped = pushed["moved_bytes"], pushed["skipped_bytes"]
-    claim(f"pushed {size(moved)}, skipped {size(skipped)} that the registry had", moved == layer and skipped > moved)
+    claim(
+        f"pushed {size(moved)}, skipped {size(skipped)} that the registry had", 0 < moved <= layer and skipped > moved
+    )
     before = files_below(cloud.node_data)
     started = cloud.covey("vm", "start", "demo", "--tag", "v2", "--wait", f"{BOOT_S:.0f}", "--json")
     id: str = json.loads(started)["instances"][0]

@@ -1,28 +1,30 @@
 """The local image cache: templates on this node's disk, their layers shared, verified, pinned and evicted.
 
     images/                       0711: a hypervisor's own user passes through, and lists nothing
-    ├── layers/<hex>              a whole, verified blob, 0444, named by its sha256; shared by all templates
-    ├── incoming/<hex>[.part]     being fetched; continued after a cut or a kill
+    ├── layers/<hex>              a whole, verified layer, 0444, named by its digest; shared by all templates
+    ├── incoming/<hex>[.…]        being fetched, or unpacked; continued after a cut or a kill
     └── manifests/<hex>.json      Kept: a template whose layers are all here; its mtime is its last use
 
-Rules: a layer appears under its name only when whole and verified by digest (promise I8). Several VMs that want one
-layer at once share one download. What a VM uses is pinned by the VM's name; after a restart the agent pins again from
-its records. When space is short, downloads that nobody waits for go first, then layers of no template, then templates
-by least use; a reserve stays free.
+Rules: a layer appears under its name only when whole and verified by digest (promise I8), one that travels packed by
+both its digests; one whose content is not what its template says makes the template unusable, which no later try would
+mend. Several VMs that want one layer at once share one download, and the layers of a template come two at a time. What
+a VM uses is pinned by the VM's name; after a restart the agent pins again from its records. When space is short,
+downloads that nobody waits for go first, then layers of no template, then templates by least use; a reserve stays free.
 """
 
 import asyncio
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from covey import durable, errors, failpoint, model, observe
 from covey.agent import hypervisor
-from covey.client import oci, registry
+from covey.client import oci, packing, partial, registry
 
 RESERVE_BYTES = 1 << 30
+_AT_ONCE = 2  # layers; each comes in several ranges
 _log = observe.log("images")
 _ROLES = {oci.KERNEL: "kernel", oci.INITRD: "initrd", oci.NVRAM: "nvram", oci.STATE: "state"}
 
@@ -37,8 +39,15 @@ class Source(Protocol):
     async def content(self, repository: str, digest: str) -> bytes: ...
 
     async def fetch(
-        self, repository: str, digest: str, size_bytes: int, target: Path, *, progress: registry.Progress | None = None
-    ) -> None: ...
+        self,
+        repository: str,
+        digest: str,
+        size_bytes: int,
+        target: Path,
+        *,
+        plain: tuple[str, int] | None = None,
+        progress: registry.Progress | None = None,
+    ) -> bool: ...
 
 
 class NoRoom(errors.CoveyError):
@@ -51,7 +60,8 @@ class Images(Protocol):
     async def get(
         self, holder: str, template: model.TemplateId, digest: model.Digest, progress: Progress
     ) -> hypervisor.Image:
-        """The template on local disk, pinned for `holder`. Raises NoRoom, OSError (disk full), RemoteError, Refused."""
+        """The template on local disk, pinned for `holder`. Raises NoRoom, OSError (disk full), RemoteError, Refused,
+        and `packing.Damaged` when it can never be used."""
         ...
 
     def pin(self, holder: str, digest: model.Digest) -> None: ...
@@ -74,11 +84,19 @@ class Images(Protocol):
 
 
 class Layer(model.Noun, frozen=True, kw_only=True):
-    """One blob of a template. `role` is empty for a disk layer, else what the file is for."""
+    """One file of a template. `role` is empty for a disk layer, else what the file is for. `blob`: what it travels as,
+    when that is packed."""
 
     digest: str
     size_bytes: int
     role: str = ""
+    blob: str = ""
+    blob_bytes: int = 0
+
+    @property
+    def room_bytes(self) -> int:
+        """What is written while it comes: a packed layer stays until it is unpacked."""
+        return self.size_bytes + self.blob_bytes
 
 
 class Kept(model.Noun, frozen=True, kw_only=True):
@@ -92,11 +110,16 @@ class Kept(model.Noun, frozen=True, kw_only=True):
 class _Download:
     """One layer on its way, and how many wait for it."""
 
-    def __init__(self, size_bytes: int) -> None:
-        self.size_bytes = size_bytes
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
         self.done_bytes = 0
         self.waiting = 0
         self.task: asyncio.Task[None] | None = None
+
+    @property
+    def coming_bytes(self) -> int:
+        """What the disk has still to hold of it."""
+        return max(self.layer.room_bytes - self.done_bytes, 0)
 
 
 class Cache:
@@ -157,7 +180,7 @@ class Cache:
         return sum({layer.digest: layer.size_bytes for kept in self._kept.values() for layer in kept.layers}.values())
 
     def free_bytes(self) -> int:
-        coming = sum(download.size_bytes - download.done_bytes for download in self._downloads.values())
+        coming = sum(download.coming_bytes for download in self._downloads.values())
         return shutil.disk_usage(self._root).free - self._reserve_bytes - coming
 
     # ---- fetching --------------------------------------------------------------------------------------------------
@@ -166,13 +189,14 @@ class Cache:
         if self._source is None:
             raise errors.RemoteError("no registry is known to this node")
         manifest, _, _ = await self._source.manifest(repository, digest)
-        kept = Kept(digest=digest, layers=_layers_of(manifest), config=await self._config(repository, manifest))
+        config = await self._config(repository, manifest)
+        vm = {**config.vm, "arch": str(config.arch)} if config is not None else {}
+        kept = Kept(digest=digest, layers=_layers_of(manifest, config), config=vm)
         self._wanted[holder] = tuple(layer.digest for layer in kept.layers)
         try:
             missing = list({layer.digest: layer for layer in kept.layers if not self._has(layer)}.values())
             self._make_room(missing)
-            for layer in missing:
-                await self._fetch_layer(repository, layer, lambda: progress(self._fraction(kept)))
+            await self._fetch_layers(repository, missing, lambda: progress(self._fraction(kept)))
         finally:
             del self._wanted[holder]
         failpoint.reach("agent.image.whole")
@@ -180,12 +204,24 @@ class Cache:
         self._kept[digest] = kept
         return kept
 
-    async def _config(self, repository: str, manifest: oci.Manifest) -> dict[str, str | int | bool]:
+    async def _config(self, repository: str, manifest: oci.Manifest) -> oci.TemplateConfig | None:
         if self._source is None or manifest.config is None:
-            return {}
-        content = await self._source.content(repository, manifest.config.digest)
-        config = oci.parse_config(content)
-        return {**config.vm, "arch": str(config.arch)}
+            return None
+        return oci.parse_config(await self._source.content(repository, manifest.config.digest))
+
+    async def _fetch_layers(self, repository: str, layers: Sequence[Layer], moved: Callable[[], None]) -> None:
+        limit = asyncio.Semaphore(_AT_ONCE)
+
+        async def one(layer: Layer) -> None:
+            async with limit:
+                await self._fetch_layer(repository, layer, moved)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for layer in layers:
+                    group.create_task(one(layer))
+        except ExceptionGroup as faults:
+            raise faults.exceptions[0] from None
 
     async def _fetch_layer(self, repository: str, layer: Layer, moved: Callable[[], None]) -> None:
         """Join the layer's download, or begin it; the last one to leave an unfinished download ends it."""
@@ -193,7 +229,7 @@ class Cache:
             return
         download = self._downloads.get(layer.digest)
         if download is None:
-            download = self._downloads[layer.digest] = _Download(layer.size_bytes)
+            download = self._downloads[layer.digest] = _Download(layer)
             download.task = asyncio.create_task(self._download(repository, layer, download))
         task = download.task
         assert task is not None  # noqa: S101 (set where the download was made)
@@ -217,7 +253,10 @@ class Cache:
         try:
             if self._source is None:
                 raise errors.RemoteError("no registry is known to this node")
-            await self._source.fetch(repository, layer.digest, layer.size_bytes, incoming, progress=moved)
+            blob, size, plain = layer.digest, layer.size_bytes, None
+            if layer.blob:
+                blob, size, plain = layer.blob, layer.blob_bytes, (layer.digest, layer.size_bytes)
+            await self._source.fetch(repository, blob, size, incoming, plain=plain, progress=moved)
             failpoint.reach("agent.image.layer")
             await asyncio.to_thread(self._reveal, incoming, self._path(layer.digest))
             _log.info("a layer arrived", digest=layer.digest, size_bytes=layer.size_bytes)
@@ -230,8 +269,8 @@ class Cache:
         durable.sync_dir(self._layers)
 
     def _fraction(self, kept: Kept) -> float:
-        total = sum(layer.size_bytes for layer in kept.layers) or 1
-        here = sum(layer.size_bytes for layer in kept.layers if self._has(layer))
+        total = sum(layer.room_bytes for layer in kept.layers) or 1
+        here = sum(layer.room_bytes for layer in kept.layers if self._has(layer))
         coming = sum(
             self._downloads[layer.digest].done_bytes for layer in kept.layers if layer.digest in self._downloads
         )
@@ -243,7 +282,7 @@ class Cache:
         """Evict until `missing` fits beside the reserve and what is on its way. Raises NoRoom, and evicts nothing
         then that a smaller wish would not have cost."""
         need = sum(
-            layer.size_bytes - self._partial_bytes(layer) for layer in missing if layer.digest not in self._downloads
+            layer.room_bytes - self._partial_bytes(layer) for layer in missing if layer.digest not in self._downloads
         )
         for evict in self._evictions():
             if self.free_bytes() >= need:
@@ -257,8 +296,8 @@ class Cache:
         """What may go, least useful first."""
         coming = {_hex(digest) for digest in (*self._downloads, *self._wanted_digests())}
         for path in sorted(self._incoming.iterdir()):
-            if path.name.removesuffix(".part") not in coming:  # nobody waits for it any more
-                yield path.unlink
+            if path.name.partition(".")[0] not in coming:  # nobody waits for it any more
+                yield lambda path=path: durable.discard(path)  # type: ignore[misc]
         loose = {path.name for path in self._layers.iterdir()} - self._used_layers(self._kept)
         for name in sorted(loose):
             yield (self._layers / name).unlink
@@ -301,10 +340,7 @@ class Cache:
             return False
 
     def _partial_bytes(self, layer: Layer) -> int:
-        try:
-            return (self._incoming / (_hex(layer.digest) + ".part")).stat().st_size
-        except FileNotFoundError:
-            return 0
+        return partial.allocated_bytes(self._incoming / (_hex(layer.digest) + ".part"))
 
     def _path(self, digest: str) -> Path:
         return self._layers / _hex(digest)
@@ -316,14 +352,28 @@ class Cache:
 def _hex(digest: str) -> str:
     if not oci.valid_digest(digest):
         raise errors.Refused(f"{digest!r} is no digest")
-    return digest.removeprefix("sha256:")
+    return digest.partition(":")[2]
 
 
-def _layers_of(manifest: oci.Manifest) -> tuple[Layer, ...]:
-    return tuple(Layer(digest=item.digest, size_bytes=item.size, role=_role(item)) for item in manifest.layers)
+def _layers_of(manifest: oci.Manifest, config: oci.TemplateConfig | None) -> tuple[Layer, ...]:
+    """Raises Damaged when the template does not say what a packed layer becomes."""
+    try:
+        found = oci.layers_of(manifest, config or oci.TemplateConfig(arch=model.Arch.AMD64))
+    except errors.Refused as error:
+        raise packing.Damaged(str(error)) from error
+    return tuple(
+        Layer(
+            digest=layer.digest,
+            size_bytes=layer.size,
+            role=_role(layer),
+            blob=layer.blob if layer.packed else "",
+            blob_bytes=layer.blob_size if layer.packed else 0,
+        )
+        for layer in found
+    )
 
 
-def _role(item: oci.Descriptor) -> str:
-    if item.media_type.startswith(oci.DISK_PREFIX):
+def _role(layer: oci.Layer) -> str:
+    if layer.kind.startswith(oci.DISK_PREFIX):
         return ""
-    return _ROLES.get(item.media_type) or item.title or item.digest
+    return _ROLES.get(layer.kind) or layer.title or layer.digest

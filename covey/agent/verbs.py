@@ -19,6 +19,7 @@ import msgspec
 
 from covey import errors, failpoint, model, observe, wire
 from covey.agent import hypervisor, images, parts, records, script, session
+from covey.client import packing
 from covey.decide import convergence
 
 T = TypeVar("T")
@@ -74,6 +75,8 @@ class Verbs:
                 await to_its_end(shared.driver.prepare(plan))
         except (images.NoRoom, OSError, errors.RemoteError) as error:
             return await self._could_not(record, Stage.REFUSED, _text(error))
+        except packing.Damaged as error:  # on every node, and for ever
+            return await self._could_not(record, Stage.FAILED, str(error))
         except errors.Refused as error:  # the registry's word, or a template that cannot be read
             return await self._could_not(record, Stage.REFUSED, str(error))
         except errors.HypervisorError as error:

@@ -95,6 +95,40 @@ def progress(title: str) -> Iterator[Bar]:
         yield show
 
 
+class Transfers(Protocol):
+    """Several things that move at once: what moves, bytes that are done, bytes in all."""
+
+    def __call__(self, what: str, done: int, total: int) -> None: ...
+
+
+@contextmanager
+def transfers() -> Iterator[Transfers]:
+    """A bar with speed and time left for each thing that moves, on terminals."""
+    if not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    from rich import console as rich_console
+    from rich import progress as rich_progress
+
+    columns = (
+        rich_progress.TextColumn("{task.description}", markup=False),
+        rich_progress.BarColumn(),
+        rich_progress.DownloadColumn(binary_units=True),
+        rich_progress.TransferSpeedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    console = rich_console.Console(stderr=True)
+    with rich_progress.Progress(*columns, console=console, transient=True) as bars:
+        known: dict[str, rich_progress.TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in known:
+                known[what] = bars.add_task(what, total=total)
+            bars.update(known[what], completed=done, total=total)
+
+        yield show
+
+
 def read(option: str, file: Path, limit_bytes: int) -> bytes:
     """The content of a file named by an option; never more than the limit, whatever the file is."""
     with file.open("rb") as stream:

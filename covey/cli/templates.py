@@ -16,7 +16,7 @@ from covey.cli import flags, out
 
 if TYPE_CHECKING:
     from covey import model
-    from covey.client import oci, templates
+    from covey.client import oci, remembered, templates
     from covey.client import registry as registry_client
 
 app = typer.Typer(help="Templates: what instances are started from.", no_args_is_help=True)
@@ -37,21 +37,27 @@ def push(
     kernel: Annotated[Path | None, typer.Option(metavar="FILE", help="A kernel to boot directly.")] = None,
     initrd: Annotated[Path | None, typer.Option(metavar="FILE", help="Its initial RAM disk.")] = None,
     nvram: Annotated[Path | None, typer.Option(metavar="FILE", help="The firmware's variables.")] = None,
+    state: Annotated[Path | None, typer.Option(metavar="FILE", help="Suspended memory.")] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON: arch, vcpu, ram_mb and what the hypervisor wants.")
     ] = None,
     description: Annotated[str, typer.Option(metavar="TEXT", help="A few words about this version.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace the tag if it exists.")] = False,
+    no_compress: Annotated[
+        bool, typer.Option("--no-compress", help="Send layers as they are: agents before 0.3 cannot unpack them.")
+    ] = False,
     registry: flags.Registry = None,
     json: flags.Json = False,
 ) -> None:
-    """Push files as a new version of a template. Only what the registry lacks is moved."""
+    """Push files as a new version of a template. Only what the registry lacks is moved, packed where that pays; a push
+    that was interrupted goes on where it stood."""
     from covey.agent import qcow2
     from covey.client import templates
 
     templates.check_files(files)
     qcow2.check_files(files)
     arch, vm = _config(config)
+    notes = _notes()
 
     async def run(client: "registry_client.Registry", moved: "templates.Progress") -> "templates.Pushed":
         return await templates.push_template(
@@ -64,16 +70,20 @@ def push(
             kernel=kernel,
             initrd=initrd,
             nvram=nvram,
+            state=state,
             description=description,
             force=force,
+            notes=notes,
+            pack=not no_compress,
             progress=moved,
         )
 
-    pushed = _with_progress(f"Pushing {name}", registry, run)
+    pushed = _with_progress(registry, run, notes=notes)
     if json:
         out.as_json(pushed)
         return
     out.say(f"{pushed.name} {pushed.tag} is version {pushed.version} of template {pushed.template}")
+    out.say(f"{out.size(pushed.file_bytes)} of files")
     out.say(f"moved {out.size(pushed.moved_bytes)}, skipped {out.size(pushed.skipped_bytes)} that the registry had")
 
 
@@ -125,13 +135,14 @@ def pull(
     registry: flags.Registry = None,
     json: flags.Json = False,
 ) -> None:
-    """Pull a version's files into a directory. Files that are there already are left."""
+    """Pull a version's files into a directory. Files that are there already are left; a pull that was interrupted goes
+    on where it stood."""
     from covey.client import templates
 
     async def run(client: "registry_client.Registry", moved: "templates.Progress") -> "templates.Pulled":
         return await templates.pull_template(client, template, directory, tag=tag, version=version, progress=moved)
 
-    pulled = _with_progress(f"Pulling {template}", registry, run)
+    pulled = _with_progress(registry, run)
     if json:
         out.as_json(pulled)
         return
@@ -225,8 +236,7 @@ def build_demo(
         text = f"{layer}\n".encode()
         files = [demo_guest.build_layer(directory, f"{layer}.qcow2", {f"srv/layers/{layer}": text})]
     else:
-        where = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "covey/packages"
-        demo_guest.build(directory, cache=where, say=out.note)
+        demo_guest.build(directory, cache=cache or _cache() / "packages", say=out.note)
         files = [directory / name for name in ("base.qcow2", "vmlinuz", "initrd", "config.json")]
     if json:
         out.as_json({"files": [str(file) for file in files]})
@@ -263,7 +273,13 @@ def _when(time_s: int) -> str:
     return datetime.datetime.fromtimestamp(time_s, datetime.UTC).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
-def _ask(registry: str | None, question: "Callable[[registry_client.Registry], Awaitable[T]]", template: str = "") -> T:
+def _ask(
+    registry: str | None,
+    question: "Callable[[registry_client.Registry], Awaitable[T]]",
+    template: str = "",
+    *,
+    notes: "remembered.Notes | None" = None,
+) -> T:
     """One question to the registries named on the command line or in the environment, about `template` if given."""
     from covey import settings
     from covey.client import http
@@ -272,7 +288,7 @@ def _ask(registry: str | None, question: "Callable[[registry_client.Registry], A
     async def run() -> T:
         urls = settings.client(os.environ, {"REGISTRY": registry}).registries
         async with http.Endpoints(urls, timeout_s=30) as endpoints:
-            return await question(registry_client.Registry(endpoints))
+            return await question(registry_client.Registry(endpoints, notes=notes))
 
     try:
         return asyncio.run(run())
@@ -283,13 +299,21 @@ def _ask(registry: str | None, question: "Callable[[registry_client.Registry], A
 
 
 def _with_progress(
-    title: str,
     registry: str | None,
     work: "Callable[[registry_client.Registry, templates.Progress], Awaitable[T]]",
+    *,
+    notes: "remembered.Notes | None" = None,
 ) -> T:
-    with out.progress(title) as bar:
+    with out.transfers() as moved:
+        return _ask(registry, lambda client: work(client, moved), notes=notes)
 
-        def moved(file: "templates.Title", done: int, total: int) -> None:
-            bar(done, total, f"{file} {out.size(done)} of {out.size(total)}")
 
-        return _ask(registry, lambda client: work(client, moved))
+def _notes() -> "remembered.Notes":
+    """Where unfinished pushes are remembered."""
+    from covey.client import remembered
+
+    return remembered.Notes(_cache() / "push")
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "covey"

@@ -27,6 +27,7 @@ STATE = "application/vnd.covey.state.v1"
 NVRAM = "application/vnd.covey.nvram.v1"
 KERNEL = "application/vnd.covey.kernel.v1"
 INITRD = "application/vnd.covey.initrd.v1"
+ZSTD = "+zstd"  # ends the media type of a layer that travels packed
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
@@ -44,6 +45,7 @@ FOREIGN_PREFIXES = (
 
 NAME = "dev.covey.name"
 TAG = "dev.covey.tag"
+SIZE = "dev.covey.size"  # of a packed layer: its bytes when unpacked
 TITLE = "org.opencontainers.image.title"
 DESCRIPTION = "org.opencontainers.image.description"
 
@@ -53,6 +55,7 @@ DIGEST_FORM = "sha256:<64 hexadecimal digits> or sha512:<128 hexadecimal digits>
 MANIFEST_LIMIT = 4 << 20  # bytes; the specification asks registries to take at least 4 MiB
 CONFIG_LIMIT = 1 << 20
 FORCE_HEADER = "Covey-Force"  # `true`: replace an existing tag of a template
+LOOK_HEADER = "Covey-Look"  # `true`: a manifest is read on the way to a push, which is no pull
 OFFSET_HEADER = "Covey-Offset"  # where an upload stands; the specification's Range cannot tell 0 bytes from 1
 VERSION_HEADER = "Covey-Version"  # in the answer to a template's manifest: its version number
 
@@ -101,12 +104,48 @@ class TemplateConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """The config blob of a template: what a hypervisor needs to know beside the files.
 
     `vm` is the hypervisor's own: vcpu, ram_mb, append, … `uncompressed` lists the digests of the layers as they are on
-    a node's disk, in the manifest's order.
+    a node's disk, in the manifest's order; of layers at the end that are not packed they may be left out.
     """
 
     arch: model.Arch
     vm: dict[str, str | int | bool] = {}
     uncompressed: list[str] = []
+
+
+class Layer(msgspec.Struct, frozen=True, kw_only=True):
+    """A layer as it is on a disk, and the blob that it travels as: the same bytes, or packed."""
+
+    digest: str
+    size: int
+    kind: str  # its media type without what tells that it is packed
+    title: str
+    blob: str
+    blob_size: int
+
+    @property
+    def packed(self) -> bool:
+        return self.blob != self.digest
+
+
+def layers_of(manifest: Manifest, config: TemplateConfig) -> list[Layer]:
+    """The layers of a template. Raises Refused when it does not say what a packed one becomes."""
+    found = []
+    for index, item in enumerate(manifest.layers):
+        digest, size = item.digest, item.size
+        if item.media_type.endswith(ZSTD):
+            text = item.annotations.get(SIZE, "")
+            digest = config.uncompressed[index] if index < len(config.uncompressed) else ""
+            if not valid_digest(digest) or not text.isascii() or not text.isdigit() or len(text) > 19:
+                raise errors.Refused(
+                    f"layer {item.digest} is packed, but its template does not say what it becomes: its digest in the "
+                    f"config's list uncompressed, its size in the annotation {SIZE}"
+                )
+            size = int(text)
+        kind = item.media_type.removesuffix(ZSTD)
+        found.append(
+            Layer(digest=digest, size=size, kind=kind, title=item.title, blob=item.digest, blob_size=item.size)
+        )
+    return found
 
 
 # ---- the template views, as the API spells them: what /registry/… answers ------------------------------------------

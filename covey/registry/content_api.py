@@ -58,7 +58,7 @@ class ContentApi:
     async def get_manifest(self, call: serve.Call) -> web.Response:
         name = call.params["name"]
         known, content = await self._catalog.manifest(name, call.params["reference"])
-        if call.request.method == "GET":
+        if call.request.method == "GET" and call.headers.get(oci.LOOK_HEADER, "").lower() != "true":
             await self._catalog.logs.mark_pulled(name)
         headers = {
             "Content-Type": known.media_type,

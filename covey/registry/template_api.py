@@ -188,7 +188,7 @@ def _version(version: views.Numbered) -> oci.VersionView:
         description=release.description,
         images=[_name(file) for file in release.files if file.media_type.startswith(oci.DISK_PREFIX)],
         state_files=[_name(file) for file in release.files if file.media_type.startswith(oci.STATE)],
-        nvram=next((_name(file) for file in release.files if file.media_type == oci.NVRAM), ""),
+        nvram=next((_name(file) for file in release.files if file.media_type.startswith(oci.NVRAM)), ""),
         config_file=_name(release.config),
         vcpu=release.vcpu,
         ram_mb=release.ram_mb,

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from enum import StrEnum
 
 
@@ -22,6 +22,8 @@ class Proxy:
         self.target = target
         self.port = 0
         self.mood = Mood.HONEST
+        self.up_bytes = self.down_bytes = 0  # passed to the target, and back
+        self._alarms: list[tuple[int, bool, Callable[[], None]]] = []
         self._server: asyncio.Server | None = None
         self._pairs: dict[asyncio.Task[None], tuple[asyncio.StreamWriter, ...]] = {}
 
@@ -36,6 +38,11 @@ class Proxy:
             await self._stop()
         elif self._server is None:
             await self._start()
+
+    def after(self, count: int, act: Callable[[], None], *, up: bool = False) -> None:
+        """Call `act` as soon as `count` more bytes have passed, downwards or up, and cut all connections at that byte:
+        what is on its way beyond it is lost."""
+        self._alarms.append(((self.up_bytes if up else self.down_bytes) + count, up, act))
 
     async def _start(self) -> None:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
@@ -59,8 +66,8 @@ class Proxy:
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
             self._pairs[task] = (writer, far_writer)
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._pump(reader, far_writer, (Mood.HONEST, Mood.MUTE)))
-                group.create_task(self._pump(far_reader, writer, (Mood.HONEST,)))
+                group.create_task(self._pump(reader, far_writer, (Mood.HONEST, Mood.MUTE), up=True))
+                group.create_task(self._pump(far_reader, writer, (Mood.HONEST,), up=False))
         except* OSError:
             pass  # one side broke: so does the other
         except* asyncio.CancelledError:
@@ -70,13 +77,34 @@ class Proxy:
                 end.transport.abort()
 
     async def _pump(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, open_in: tuple[Mood, ...]
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, open_in: tuple[Mood, ...], *, up: bool
     ) -> None:
         while data := await reader.read(65536):
             if self.mood in open_in:
-                writer.write(data)
-                await writer.drain()
+                while data:
+                    part, data = self._until_alarm(data, up)
+                    writer.write(part)
+                    await writer.drain()
+                    self._count(len(part), up)
         raise ConnectionResetError("the peer closed")
+
+    def _until_alarm(self, data: bytes, up: bool) -> tuple[bytes, bytes]:
+        passed = self.up_bytes if up else self.down_bytes
+        cut = min((at - passed for at, upwards, _ in self._alarms if upwards == up and at > passed), default=len(data))
+        return data[:cut], data[cut:]
+
+    def _count(self, count: int, up: bool) -> None:
+        if up:
+            self.up_bytes += count
+        else:
+            self.down_bytes += count
+        passed = self.up_bytes if up else self.down_bytes
+        due = [alarm for alarm in self._alarms if alarm[1] == up and alarm[0] <= passed]
+        self._alarms = [alarm for alarm in self._alarms if alarm not in due]
+        for _, _, act in due:
+            act()
+            for writer in [end for pair in self._pairs.values() for end in pair]:
+                writer.transport.abort()
 
 
 @contextlib.asynccontextmanager

@@ -151,6 +151,9 @@ class Process(Server):
     def send(self, number: signal.Signals) -> None:
         self._child.send_signal(number)
 
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+
     @property
     def pid(self) -> int:
         return self._child.pid

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from backports import zstd
 
 from tests.cluster import conftest as programs
 from tests.support import guest
 
 eventually = programs.eventually
+DISK = "application/vnd.covey.disk.qcow2.v1"
 IMAGE = "application/vnd.oci.image.manifest.v1+json"
 
 
@@ -97,7 +99,7 @@ def test_a_foreign_file_in_a_header_pushed_by_any_oci_client(
     assert (refused.code, refused.err.count("\n")) == (1, 1)
     assert said in refused.err
     tag = "bad-" + hashlib.sha256(repr(options).encode()).hexdigest()[:8]
-    _push_by_hand(house.cloud.registry, demo, tag, bad.read_bytes())
+    _push_by_hand(house.cloud.registry, demo, tag, bad.read_bytes(), mediaType=DISK)
     id = house.cloud.start(demo, tag=tag)
     eventually(lambda: house.cloud.state(id) == "Error")
     assert said in house.message(id)
@@ -106,14 +108,24 @@ def test_a_foreign_file_in_a_header_pushed_by_any_oci_client(
     house.terminate(id)
 
 
-def _push_by_hand(registry: str, template: str, tag: str, layer: bytes) -> None:
+def test_a_packed_layer_that_holds_something_else(house: House, demo: str) -> None:
+    """Its digest is right, what is in it is not what its template says: an Error that says so, no start without end."""
+    _push_by_hand(house.cloud.registry, demo, "packed", zstd.compress(b"something else"), mediaType=f"{DISK}+zstd")
+    id = house.cloud.start(demo, tag="packed")
+    eventually(lambda: house.cloud.state(id) == "Error")
+    assert "push the template again" in house.message(id)
+    eventually(lambda: not house.left())
+    house.terminate(id)
+
+
+def _push_by_hand(registry: str, template: str, tag: str, layer: bytes, **change: str) -> None:
     """The manifest of v1 with another disk under it, sent by plain HTTP."""
     base = f"{registry}/v2/templates/{template}"
     digest = "sha256:" + hashlib.sha256(layer).hexdigest()
     _send("POST", f"{base}/blobs/uploads/?digest={digest}", layer, "application/octet-stream")
     with urllib.request.urlopen(f"{base}/manifests/v1", timeout=20) as answer:  # noqa: S310 (our own server)
         manifest: dict[str, Any] = json.load(answer)
-    manifest["layers"][0].update(digest=digest, size=len(layer))
+    manifest["layers"][0].update(digest=digest, size=len(layer), **change)
     manifest["annotations"]["dev.covey.tag"] = tag
     _send("PUT", f"{base}/manifests/{tag}", json.dumps(manifest).encode(), IMAGE)
 

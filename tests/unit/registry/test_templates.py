@@ -86,7 +86,7 @@ async def test_a_template_goes_out_and_comes_back(
         assert path.read_bytes() == files[path.name].read_bytes()
     config = json.loads((tmp_path / "out" / templates.CONFIG_FILE).read_bytes())
     assert (config["arch"], config["vm"]) == ("amd64", {"vcpu": 2, "append": "quiet"})
-    assert config["uncompressed"] == [oci.digest_of(BASE), oci.digest_of(MORE)]
+    assert config["uncompressed"] == [oci.digest_of(files[name].read_bytes()) for name in files]
 
 
 async def test_a_second_tag_moves_only_its_new_layer(remote: client.Registry, files: Mapping[str, Path]) -> None:
@@ -137,18 +137,16 @@ async def test_a_pull_leaves_what_is_right_and_continues_what_is_partial(
     assert sorted(path.name for path in out.iterdir()) == ["base.img", "more.qcow2", templates.CONFIG_FILE]
 
 
-async def test_a_damaged_partial_file_never_appears_under_its_name(
+async def test_a_damaged_partial_file_is_found_out_and_fetched_anew(
     remote: client.Registry, files: Mapping[str, Path], tmp_path: Path
 ) -> None:
     await push(remote, "v1", files["base.img"])
     out = tmp_path / "out"
     out.mkdir()
     (out / "base.img.part").write_bytes(b"damaged")
-    with pytest.raises(errors.RemoteError, match="the registry sent sha256"):
-        await templates.pull_template(remote, "mac", out)
-    assert list(out.iterdir()) == []
     await templates.pull_template(remote, "mac", out)
     assert (out / "base.img").read_bytes() == BASE
+    assert sorted(path.name for path in out.iterdir()) == ["base.img", templates.CONFIG_FILE]
 
 
 async def test_a_blob_that_rotted_on_the_server_is_never_shown(
@@ -166,7 +164,7 @@ async def test_a_blob_that_rotted_on_the_server_is_never_shown(
 async def test_titles_that_are_no_plain_names_get_others() -> None:
     digest = "sha256:" + "ab" * 32
     titles = ["x", "x", "../../etc/passwd", "/etc/passwd", "", "..", "a\0b", "x" * 300, "y.part", "template.json"]
-    layers = [oci.Descriptor(media_type="t", digest=digest, size=1, annotations={oci.TITLE: title}) for title in titles]
+    layers = [oci.Layer(digest=digest, size=1, kind="t", title=title, blob=digest, blob_size=1) for title in titles]
     assert templates.file_names(layers) == ["x"] + [f"{index}-abababababab" for index in range(1, len(titles))]
 
 

@@ -1,0 +1,195 @@
+"""One blob comes down: several ranges at once, each going on where it stood, at another server if need be.
+
+The bytes gather in a partial file (`partial`), and are hashed in order while they arrive. Only what is whole and has
+the right digest is given its name; a packed layer is unpacked before that, and what is inside is verified as well
+(promise I8). What an earlier call left is continued; should the whole be wrong then, it is fetched anew once, since the
+fault may have been on this disk. Memory: one piece per range.
+"""
+
+import asyncio
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from covey import errors
+from covey.client import line, long_work, oci, packing, partial
+
+Progress = Callable[[int], None]  # called with the bytes of the blob that are here, then also with those unpacked
+
+STREAMS = 4
+RANGE_BYTES = 32 << 20  # of one request: bounds what waits behind a slow one at the end
+_BATCH = 1 << 20
+_TOTAL = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+
+
+class Pull:
+    """Fetches blobs of one registry. `streams` requests at once per blob."""
+
+    def __init__(
+        self,
+        line: line.Line,
+        *,
+        streams: int = STREAMS,
+        range_bytes: int = RANGE_BYTES,
+        sync_bytes: int = partial.SYNC_BYTES,
+    ) -> None:
+        self._line = line
+        self._streams = streams
+        self._range_bytes = range_bytes
+        self._sync_bytes = sync_bytes
+
+    async def fetch(
+        self,
+        repository: str,
+        digest: str,
+        size_bytes: int,
+        target: Path,
+        *,
+        plain: tuple[str, int] | None = None,
+        progress: Progress | None = None,
+    ) -> bool:
+        """Download a blob to `target`, which appears only when it is whole, verified and durable. False when that was
+        so already. `plain`: the blob is packed, and `target` is to be this digest with so many bytes. One call per
+        target at a time. Raises RemoteError, OSError (disk full) and `packing.Damaged`."""
+        path = target.with_name(target.name + ".part")
+        if await long_work.run(lambda moved: _is_right(target, *(plain or (digest, size_bytes)), moved)):
+            await asyncio.to_thread(partial.discard, path)  # a kill may have left it
+            return False
+        while not await self._whole(repository, digest, size_bytes, path, progress):
+            pass
+        if plain is None:
+            await asyncio.to_thread(partial.reveal, path, target)
+        else:
+            told = progress or (lambda done: None)
+            await long_work.run(
+                lambda moved: _unpack(path, target, *plain, moved), lambda done: told(size_bytes + done)
+            )
+        return True
+
+    async def _whole(
+        self, repository: str, digest: str, size_bytes: int, path: Path, progress: Progress | None
+    ) -> bool:
+        """Whether the partial file is whole and right now; else it is gone. Raises RemoteError when it was fetched from
+        the beginning and is wrong."""
+        coming = await asyncio.to_thread(partial.Partial, path, digest, size_bytes, sync_bytes=self._sync_bytes)
+        try:
+            await self._all_ranges(f"/v2/{repository}/blobs/{digest}", coming, progress)
+            found = await asyncio.to_thread(coming.found)
+        finally:
+            await asyncio.shield(asyncio.to_thread(coming.close))
+        if found == digest:
+            return True
+        await asyncio.to_thread(coming.discard)
+        if coming.resumed_bytes:
+            return False
+        raise errors.RemoteError(f"the registry sent {found} for {digest}")
+
+    async def _all_ranges(self, path: str, coming: partial.Partial, progress: Progress | None) -> None:
+        """Fetch what is missing. The first fault that is not repaired ends all of it."""
+        streams = min(self._streams, -(-coming.size_bytes // self._range_bytes))
+        hashing = asyncio.create_task(_hash_along(coming))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(streams):
+                    group.create_task(self._ranges(path, coming, progress))
+        except ExceptionGroup as faults:
+            raise faults.exceptions[0] from None
+        finally:
+            hashing.cancel()
+            await asyncio.gather(hashing, return_exceptions=True)
+
+    async def _ranges(self, path: str, coming: partial.Partial, progress: Progress | None) -> None:
+        while (span := coming.take(self._range_bytes)) is not None:
+            standing = _Standing(*span)
+
+            async def once(standing: _Standing = standing) -> None:
+                await self._one_range(path, coming, standing, progress)
+
+            await self._line.persist(once, lambda: coming.here_bytes)
+
+    async def _one_range(
+        self, path: str, coming: partial.Partial, standing: "_Standing", progress: Progress | None
+    ) -> None:
+        """Go on with one range to its end, or raise."""
+        whole = standing.start == 0 and standing.end == coming.size_bytes
+        headers = {} if whole else {"Range": f"bytes={standing.start}-{standing.end - 1}"}
+        async with self._line.open("GET", path, headers=headers) as answer:
+            _check_size(answer.status, answer.headers.get("Content-Range", ""), answer.content_length, coming, standing)
+            batch = bytearray()
+            with line.as_remote(answer.url):
+                try:
+                    async for chunk in answer.content.iter_any():
+                        if standing.start + len(batch) + len(chunk) > standing.end:
+                            raise errors.RemoteError(_longer(coming))
+                        batch += chunk
+                        if len(batch) >= _BATCH:
+                            await _write(coming, standing, bytes(batch), progress)
+                            batch.clear()
+                finally:
+                    if batch:
+                        await asyncio.shield(_write(coming, standing, bytes(batch), progress))
+        if standing.start != standing.end:
+            raise errors.RemoteError(f"{coming.digest} ended at {standing.start} of {standing.end} bytes")
+
+
+class _Standing:
+    """What of one range is still to come."""
+
+    __slots__ = ("end", "start")
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start = start
+        self.end = end
+
+
+async def _write(coming: partial.Partial, standing: _Standing, batch: bytes, progress: Progress | None) -> None:
+    await asyncio.to_thread(coming.write, standing.start, batch)
+    standing.start += len(batch)
+    if progress is not None:
+        progress(coming.here_bytes)
+
+
+async def _hash_along(coming: partial.Partial) -> None:
+    """Hash while the rest comes, so that little is left to do at the end."""
+    while True:
+        await asyncio.to_thread(coming.hash_on)
+        await asyncio.sleep(0.1)
+
+
+def _check_size(status: int, said: str, length: int | None, coming: partial.Partial, standing: _Standing) -> None:
+    """The server sends the range that was asked for, of a blob of the right size. Raises RemoteError."""
+    if status == 206:
+        found = _TOTAL.fullmatch(said)
+        if found is None or (int(found[1]), int(found[2])) != (standing.start, standing.end - 1):
+            raise errors.RemoteError(f"{coming.digest}: the server sent the range {said!r}, which was not asked for")
+        total: int | None = int(found[3])
+    else:
+        if standing.start or standing.end != coming.size_bytes:
+            raise errors.RemoteError(f"{coming.digest}: the server does not send ranges", status)
+        total = length
+    if total is not None and total > coming.size_bytes:
+        raise errors.RemoteError(_longer(coming))
+    if total is not None and total < coming.size_bytes:
+        raise errors.RemoteError(f"{coming.digest} has {total} bytes, its manifest says {coming.size_bytes}")
+
+
+def _longer(coming: partial.Partial) -> str:
+    return f"{coming.digest} is longer than the {coming.size_bytes} bytes of its manifest"
+
+
+def _is_right(path: Path, digest: str, size_bytes: int, moved: long_work.Moved) -> bool:
+    """Whether a file is there, and is what it should be."""
+    if not path.is_file() or path.stat().st_size != size_bytes:
+        return False
+    return packing.hash_file(path, oci.algorithm_of(digest), moved)[0] == digest
+
+
+def _unpack(path: Path, target: Path, digest: str, size_bytes: int, moved: long_work.Moved) -> None:
+    aside = target.with_name(target.name + ".unpacked")
+    try:
+        packing.unpack(path, aside, digest, size_bytes, moved)
+    except packing.Damaged:
+        partial.discard(path)  # it is what it should be, and of no use
+        raise
+    partial.reveal(aside, target)
+    partial.discard(path)
