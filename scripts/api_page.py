@@ -149,8 +149,7 @@ def page() -> str:
     lines += ["", "## Registry", "", *_section("covey/registry", REGISTRY, {"/v2"})]
     lines += [
         "",
-        "Paths below `/v2/` are those of the OCI distribution specification 1.1: pull, push (monolithic, chunked,",
-        "mounted from another repository), manifests by tag and digest, tag lists, deletes, ranges.",
+        "Paths below `/v2/` are those of the OCI distribution specification 1.1, [statement by statement](oci.md).",
         "",
     ]
     return "\n".join(lines)

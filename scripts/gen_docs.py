@@ -206,6 +206,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "cli.md": cli_page,
     "api.md": http_page,
 }
+BY_HAND = {"oci.md"}  # kept honest by tests/tidy/test_docs.py
 
 
 def main() -> int:
@@ -214,7 +215,7 @@ def main() -> int:
     options = parser.parse_args()
     wanted = {name: page() for name, page in PAGES.items()}
     stale = [name for name, text in wanted.items() if _read(REFERENCE / name) != text]
-    unknown = [path.name for path in REFERENCE.glob("*.md") if path.name not in wanted]
+    unknown = [path.name for path in REFERENCE.glob("*.md") if path.name not in {*wanted, *BY_HAND}]
     if options.check:
         for name in stale:
             print(f"docs/reference/{name} is stale: run `make docs`")

@@ -315,6 +315,7 @@ class Catalog:
     async def revert(self, wanted: str, target: views.Target, request: str = "") -> None:
         """Take back a version of a template, by id or name, and all newer ones; with the first one goes the template,
         for ever. Harmless when repeated: by number, by tag, or under one request id. Raises Missing and Refused."""
+        self._check_deletes()
 
         def decide(fold: views.Repository) -> views.Entry | None:
             return views.decide_revert(fold, target, request=request, id=self._world.token(), now_s=self._now_s())
@@ -323,6 +324,7 @@ class Catalog:
 
     async def remove(self, wanted: str) -> None:
         """Delete a template, by id or name, for ever. Harmless when repeated. Raises Missing."""
+        self._check_deletes()
 
         def decide(fold: views.Repository) -> views.Entry | None:
             if fold.dead:

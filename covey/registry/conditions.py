@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 
 _TAG = re.compile(r'(?:W/)?"([^"]*)"')
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 def etag(digest: str) -> str:

@@ -1,8 +1,8 @@
 """OCI distribution: pull, content discovery, content management, and the manifest's push.
 
-Source: OCI distribution specification 1.1; `?tag=` at a push by digest is of its next version. How a blob's
-bytes leave is `sending`'s business. Nothing here reads a blob into memory; manifests have at most 4 MiB. A manifest is
-answered as it was pushed, whatever the Accept header says.
+Source: OCI distribution specification 1.1; `?tag=` at a push by digest is of its next version. How a blob's bytes leave
+is `sending`'s business. Nothing here reads a blob into memory; manifests have at most 4 MiB. A manifest is answered as
+it was pushed, whatever the Accept header says.
 """
 
 import urllib.parse
@@ -13,6 +13,8 @@ from aiohttp import web
 from covey import answer, gate, model, serve
 from covey.client import oci
 from covey.registry import catalog, conditions, oci_faults, sending
+
+_DIGITS = 9  # of a page's size
 
 
 class ContentApi:
@@ -166,6 +168,6 @@ def _page_size(call: serve.Call) -> int | None:
     text = call.query.get("n")
     if text is None:
         return None
-    if not text.isascii() or not text.isdigit():
+    if not text.isascii() or not text.isdigit() or len(text) > _DIGITS:
         raise answer.Fault(400, f"n={text!r} is not a number of tags", code="PAGINATION_NUMBER_INVALID")
     return int(text)

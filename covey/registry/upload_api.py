@@ -15,7 +15,7 @@ from covey import answer, gate, model, serve
 from covey.client import oci
 from covey.registry import blobs, catalog, oci_faults
 
-_CONTENT_RANGE = re.compile(r"(?:bytes[ =])?(\d+)-(\d+)(?:/(?:\d+|\*))?")
+_CONTENT_RANGE = re.compile(r"(?:bytes[ =])?([0-9]{1,18})-([0-9]{1,18})(?:/(?:[0-9]+|\*))?")
 
 
 class UploadApi:

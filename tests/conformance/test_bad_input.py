@@ -1,8 +1,11 @@
-"""What no registry should swallow: each gets a clear error in the specification's form, and leaves nothing behind."""
+"""What no registry should swallow: each gets a clear error in the specification's form, and leaves nothing behind.
+
+These look into the registry's folder: on a disk only.
+"""
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,12 @@ LAYER = bytes(range(256)) * 1000
 DIGEST = oci.digest_of(LAYER)
 WRONG = oci.digest_of(b"something else")
 SESSIONS = "/v2/a/blobs/uploads/"
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[registry.Server]:
+    async with registry.serving(tmp_path) as server:
+        yield server
 
 
 def files(base: Path) -> list[str]:
@@ -104,11 +113,91 @@ async def test_a_truncated_chunk_counts_as_far_as_it_came(server: registry.Serve
     assert (await server.call("GET", f"/v2/a/blobs/{digest}"))[2] == content
 
 
-@pytest.mark.parametrize("text", ["abc", "5-", "-5", "bytes 1-2-3", "9-3", "0-5"])
+@pytest.mark.parametrize(
+    "text", ["abc", "5-", "-5", "bytes 1-2-3", "9-3", "0-5", "", "0-٣", "0-" + "9" * 5000, "0x0-0x3", "0-3, 4-7"]
+)
 async def test_a_content_range_that_makes_no_sense(server: registry.Server, text: str) -> None:
     _, headers, _ = await server.call("POST", SESSIONS)
     status, code, _ = await server.error("PATCH", headers["Location"], b"four", Content_Range=text)
     assert (status, code) in ((400, "BLOB_UPLOAD_INVALID"), (400, "SIZE_INVALID"))
+
+
+async def exchange(server: registry.Server, *pieces: bytes) -> bytes:
+    """Everything that comes back for these bytes until the server hangs up."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    for piece in pieces:
+        writer.write(piece)
+        await writer.drain()
+    async with asyncio.timeout(30):
+        answer = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    return answer
+
+
+async def test_a_body_longer_than_announced_is_no_blob(server: registry.Server) -> None:
+    digest = oci.digest_of(b"1234567890")
+    head = f"POST {SESSIONS}?digest={digest} HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n".encode()
+    answer = await exchange(server, head + b"1234567890\r\n\r\n")
+    assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.0 400"))
+    assert (await server.call("GET", f"/v2/a/blobs/{digest}"))[0] == 404
+
+
+@pytest.mark.parametrize("length", ["-1", "x", "5, 6", "0x5", "9" * 5000])
+async def test_a_length_that_is_none(server: registry.Server, tmp_path: Path, length: str) -> None:
+    head = f"POST {SESSIONS}?digest={DIGEST} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
+    answer = await exchange(server, head, b"12345")
+    assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.0 400")), answer
+    assert files(tmp_path) == []
+
+
+async def test_two_lengths_are_one_too_many(server: registry.Server, tmp_path: Path) -> None:
+    both = b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n0\r\n\r\n"
+    answer = await exchange(server, f"POST {SESSIONS}?digest={DIGEST} HTTP/1.1\r\nHost: x\r\n".encode() + both)
+    assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.0 400")), answer
+    assert files(tmp_path) == []
+
+
+async def test_a_chunked_body_that_breaks_off_is_gone_on_with(server: registry.Server, tmp_path: Path) -> None:
+    _, headers, _ = await server.call("POST", SESSIONS)
+    location = headers["Location"]
+    head = f"PATCH {location} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(head + b"186a0\r\n" + LAYER[:100_000] + b"\r\n186a0\r\n" + LAYER[100_000:150_000])
+    await writer.drain()
+    async with asyncio.timeout(30):
+        while not list(tmp_path.glob("uploads/*/data.*")):
+            await asyncio.sleep(0.01)
+        writer.close()
+        await writer.wait_closed()
+        while not (offset := int((await server.call("GET", location))[1][oci.OFFSET_HEADER])):
+            await asyncio.sleep(0.01)
+    assert offset <= 150_000
+    wrong = f"{offset + 1}-{len(LAYER) - 1}"
+    assert (await server.call("PATCH", location, LAYER[offset + 1 :], Content_Range=wrong))[0] == 416
+    right = f"{offset}-{len(LAYER) - 1}"
+    assert (await server.call("PATCH", location, LAYER[offset:], Content_Range=right))[0] == 202
+    assert (await server.call("PUT", f"{location}?digest={DIGEST}"))[0] == 201
+    assert (await server.call("GET", f"/v2/a/blobs/{DIGEST}"))[2] == LAYER
+
+
+@pytest.mark.parametrize("path", ["/v2/" + "a/" * 50_000 + "tags/list", "/v2/" + "%61" * 3000 + "/tags/list"])
+async def test_a_path_that_is_too_long(server: registry.Server, path: str) -> None:
+    answer = await exchange(server, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.0 400", b"HTTP/1.1 414", b"HTTP/1.0 414")), answer[:200]
+
+
+@pytest.mark.parametrize("query", ["n=" + "9" * 5000, "n=1&n=x", "last=" + "z" * 5000, "last=%00", "last=%ff"])
+async def test_pages_of_nonsense(server: registry.Server, query: str) -> None:
+    await server.push_image("a", "v1", b"x")
+    assert (await server.call("GET", f"/v2/a/tags/list?{query}"))[0] in (200, 400)
+
+
+@pytest.mark.parametrize("wanted", ["bytes=" + "9" * 5000 + "-", "bytes=-" + "9" * 5000, "bytes=٣-٤", "bytes=0-\x7f"])
+async def test_ranges_of_nonsense(server: registry.Server, wanted: str) -> None:
+    digest = await server.push_blob("a", LAYER)
+    head = f"GET /v2/a/blobs/{digest} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nRange: {wanted}\r\n\r\n".encode()
+    assert (await exchange(server, head)).startswith((b"HTTP/1.1 200", b"HTTP/1.1 400", b"HTTP/1.0 400"))
 
 
 @pytest.mark.parametrize("session", ["x", "0" * 32, "..", "%2e%2e", "..%2f..", "%00"])
@@ -207,6 +296,13 @@ async def test_a_manifest_that_lies_about_a_size(server: registry.Server) -> Non
         b'{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json"}',
         b"\xff\xfe",
         b"[" * 100_000,
+        b'{"schemaVersion": 2, "x": ' + b"[" * 100_000,
+        b'{"schemaVersion": 2, "x": ' + b"9" * 10_000 + b"}",
+        b'{"schemaVersion": 2, "config": null, "layers": null}',
+        b'{"schemaVersion": 2, "config": {"mediaType": "x", "digest": "md5:00", "size": 1}}',
+        b'{"schemaVersion": 2, "config": {"mediaType": "x", "digest": "sha512:' + b"0" * 64 + b'", "size": 1}}',
+        b'{"schemaVersion": 2, "layers": [null]}',
+        b'{"schemaVersion": 2, "annotations": {"k": 1}}',
     ],
 )
 async def test_what_is_no_manifest(server: registry.Server, tmp_path: Path, body: bytes) -> None:
@@ -219,6 +315,22 @@ async def test_a_manifest_of_a_foreign_type(server: registry.Server) -> None:
     manifest = await server.manifest("a", LAYER)
     status, _, body = await server.put_manifest("a", "v1", manifest, Content_Type="text/html")
     assert (status, json.loads(body)["errors"][0]["code"]) == (400, "MANIFEST_INVALID")
+
+
+async def test_a_document_that_is_image_and_index_at_once(server: registry.Server) -> None:
+    manifest = await server.manifest("a", LAYER)
+    both = json.dumps({**json.loads(manifest), "manifests": [registry.descriptor(oci.OCI_MANIFEST, manifest)]}).encode()
+    for media_type in (oci.OCI_MANIFEST, oci.OCI_INDEX):
+        plain = both.replace(b'"mediaType": "application/vnd.oci.image.manifest.v1+json", "config"', b'"config"')
+        status, _, body = await server.put_manifest("a", "v1", plain, Content_Type=media_type)
+        assert (status, json.loads(body)["errors"][0]["code"]) == (400, "MANIFEST_INVALID")
+
+
+async def test_text_that_no_encoding_has_is_refused_or_kept(server: registry.Server) -> None:
+    manifest = (await server.manifest("a", LAYER))[:-1] + b', "annotations": {"k": "\\ud800"}}'
+    status, _, body = await server.put_manifest("a", "v1", manifest)
+    assert status in (201, 400), body
+    assert (await server.call("GET", "/v2/a/tags/list"))[0] in (200, 404)
 
 
 async def test_a_manifest_under_another_digest(server: registry.Server) -> None:

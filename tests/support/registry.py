@@ -31,11 +31,11 @@ READY_S = 30.0
 
 
 class Server:
-    """A registry that listens on 127.0.0.1:`port`."""
+    """A registry that listens on 127.0.0.1:`port`, or at any `url`."""
 
-    def __init__(self, port: int, session: aiohttp.ClientSession) -> None:
+    def __init__(self, port: int, session: aiohttp.ClientSession, url: str = "") -> None:
         self.port = port
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = url.rstrip("/") or f"http://127.0.0.1:{port}"
         self._session = session
 
     async def call(
@@ -118,9 +118,11 @@ def template_config(arch: model.Arch = model.Arch.AMD64) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def serving(base: Path, *, reserved_bytes: int = 0, grace_s: float = 2.0) -> AsyncIterator[Server]:
+async def serving(
+    base: Path, *, reserved_bytes: int = 0, grace_s: float = 2.0, deletes: bool = True
+) -> AsyncIterator[Server]:
     """A registry in this process."""
-    config = service.Config(base_path=base, port=0, reserved_bytes=reserved_bytes, grace_s=grace_s)
+    config = service.Config(base_path=base, port=0, reserved_bytes=reserved_bytes, grace_s=grace_s, deletes=deletes)
     registry = service.Registry(config, world.System())
     await registry.start()
     try:

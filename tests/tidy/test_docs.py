@@ -36,6 +36,15 @@ def test_every_proof_exists() -> None:
     assert [pair for pair in named if pair[1] not in known] == []
 
 
+def test_the_page_of_the_oci_specification_names_every_test_of_it() -> None:
+    """But those of bad input, of which it speaks as a whole."""
+    named = re.findall(r"`(test_\w+\.py::\w+)`", (repo.ROOT / "docs/reference/oci.md").read_text())
+    tests = {
+        test.removeprefix("tests/conformance/") for test in repo.test_ids() if test.startswith("tests/conformance/")
+    }
+    assert sorted(named) == sorted(test for test in tests if not test.startswith("test_bad_input.py"))
+
+
 def test_every_bug_on_record_can_be_shown_again() -> None:
     happened = (repo.ROOT / "docs/track-record.md").read_text().partition("## What the storm finds")[0]
     rows = [row for row in happened.splitlines() if row.startswith("| ")]
