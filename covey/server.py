@@ -14,8 +14,9 @@ import asyncio
 import errno
 import resource
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import multidict
@@ -27,6 +28,7 @@ _AFTERSHOCK_S = 0.05  # connections accepted this soon after a gap had been wait
 _AFTERSHOCK_TURNS = 3  # … and so many turns of the loop later
 _KEEPALIVE_S = 150.0  # above 120 s: a client's pooled connection must not be closed under its POST
 _LINGER_S = 3.0
+_BACKLOG = 4096
 _CUT_SHARE = 0.7  # uploads are cut after this share of the grace
 _CONNECTION_LIMIT = 10_000
 _SPARE_FILES = 256  # descriptors left for everything else
@@ -34,6 +36,16 @@ _PIECE = 1 << 18  # larger answers are sent in pieces of this size
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 log = observe.log("http")
+
+
+class Served(NamedTuple):
+    """One request that was answered, as far as anybody counts it."""
+
+    method: str
+    status: int
+    received_bytes: int  # of the body
+    sent_bytes: int  # of the body; of one that broke off, none
+    took_s: float
 
 
 class Server:
@@ -49,6 +61,7 @@ class Server:
         limits: Mapping[gate.Lane, gate.Limits] = dispatch.LIMITS,
         trusted: Sequence[origin.Network] = (),
         read_ahead_bytes: int = 1 << 16,
+        on_served: Callable[[Served], None] | None = None,
     ) -> None:
         self.host = ""
         self.port = 0
@@ -59,6 +72,7 @@ class Server:
             routes, world=world, error_bodies=error_bodies, limits=limits, trusted=trusted
         )
         self._read_ahead_bytes = read_ahead_bytes
+        self._on_served = on_served
         self._dispatch.on_gap += [on_gap, self._close_unread] if on_gap is not None else [self._close_unread]
         self.draining = self._dispatch.draining
         self.hand = self._dispatch.hand
@@ -70,14 +84,21 @@ class Server:
 
     # ---- start and drain -------------------------------------------------------------------------------------------
 
-    async def start(self, host: str, port: int) -> None:
-        """Listen on host:port ("" is every address, port 0 any free one). Raises SettingError in one clear line."""
-        self._sockets = [_listen(host, port)]
+    async def start(
+        self, host: str, port: int, *, tls: ssl.SSLContext | None = None, shared: socket.socket | None = None
+    ) -> None:
+        """Listen on host:port ("" is every address, port 0 any free one). Raises SettingError in one clear line.
+        `shared`: a socket that listens there already, for several processes."""
+        self._sockets = [listen(host, port) if shared is None else shared]
         self.connection_limit = max(
             min(_CONNECTION_LIMIT, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES), 64
         )
         self._web = _WebServer(self._serve, self, self._read_ahead_bytes)
-        self._listener = await asyncio.get_running_loop().create_server(self._web, sock=self._sockets[0], backlog=4096)
+        # Of a shared socket each process takes one connection at a time, or the first to look would take all.
+        many = _BACKLOG if shared is None else 1
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(self._web, sock=self._sockets[0], backlog=many, ssl=tls)
+        self._sockets[0].listen(_BACKLOG)
         self.host, self.port = host, self._sockets[0].getsockname()[1]
         self.begin()
 
@@ -152,26 +173,32 @@ class Server:
             response = await self._dispatch.answer(request)
             if self.draining.is_set():
                 response.force_close()
-            await _send(response, raw)
-        took_ms = (self._world.boot_ns() - started_ns) / 1e6
-        log.debug("answered", method=raw.method, path=raw.path, status=response.status, ms=round(took_ms, 1))
+            whole = await _send(response, raw)
+        took_s = (self._world.boot_ns() - started_ns) / 1e9
+        log.debug("answered", method=raw.method, path=raw.path, status=response.status, ms=round(took_s * 1e3, 1))
+        if self._on_served is not None:
+            sent = (response.content_length or 0) if whole and raw.method != "HEAD" else 0
+            self._on_served(Served(raw.method, response.status, request.received_bytes, sent, took_s))
         return response
 
 
-async def _send(response: web.StreamResponse, raw: web.BaseRequest) -> None:
+async def _send(response: web.StreamResponse, raw: web.BaseRequest) -> bool:
+    """Whether all of it went out."""
     try:
         if isinstance(response, web.Response) and isinstance(response.body, bytes) and len(response.body) > _PIECE:
             await _send_in_pieces(response, raw, response.body)
-            return
+            return True
         await response.prepare(raw)
         await response.write_eof()
     except ConnectionError:
         response.force_close()
+        return False
     except Exception:
         log.exception("an answer broke off", method=raw.method, path=raw.path)
         if raw.transport is not None:  # half of it may be out: the client must not take it for the whole
             raw.transport.abort()
         raise ConnectionResetError("the answer was broken off") from None
+    return True
 
 
 async def _send_in_pieces(response: web.Response, raw: web.BaseRequest, body: bytes) -> None:
@@ -192,10 +219,11 @@ async def _send_in_pieces(response: web.Response, raw: web.BaseRequest, body: by
 class _Wired:
     """A request from a socket."""
 
-    __slots__ = ("_raw",)
+    __slots__ = ("_raw", "received_bytes")
 
     def __init__(self, raw: web.BaseRequest) -> None:
         self._raw = raw
+        self.received_bytes = 0
 
     @property
     def method(self) -> str:
@@ -234,6 +262,7 @@ class _Wired:
             while True:
                 chunk, _ = await content.readchunk()  # what arrived, without a copy
                 if chunk or content.at_eof():
+                    self.received_bytes += len(chunk)
                     return chunk
         except (aiohttp.ClientError, asyncio.IncompleteReadError) as error:
             raise ConnectionResetError(str(error)) from error
@@ -304,13 +333,14 @@ class _WebServer(web.Server):
         )
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises SettingError in one clear line."""
     try:
         if not host and socket.has_dualstack_ipv6():
-            sock = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
+            sock = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
         else:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            sock = socket.create_server((host, port), family=family, backlog=4096)
+            sock = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         where = f"{host or '*'}:{port}"
         if error.errno == errno.EADDRINUSE:

@@ -38,6 +38,7 @@ class _Settings(msgspec.Struct, frozen=True, kw_only=True):
 class Controller(_Settings, frozen=True, kw_only=True):
     """A controller replica. Endpoints of etcd are host:port."""
 
+    ca_cert: Path | None  # believed where registries are reached by https
     listen: settings_reader.Address
     advertise_url: str  # "": nodes do not learn of this controller
     etcd_endpoints: tuple[str, ...]
@@ -62,9 +63,33 @@ class Controller(_Settings, frozen=True, kw_only=True):
     run_registry: bool
 
 
+class S3(msgspec.Struct, frozen=True, kw_only=True):
+    """A bucket that a registry keeps its data in. How to reach it is told by AWS_* variables."""
+
+    bucket: str
+    part_size_bytes: int
+    concurrency: int
+    path_style: bool
+    skip_tls_verification: bool
+    redirect_s: float  # 0: bytes pass through
+
+
+class Metrics(msgspec.Struct, frozen=True, kw_only=True):
+    """Where figures are told."""
+
+    port: int
+    path: str
+
+
 class Registry(_Settings, frozen=True, kw_only=True):
     """A registry server."""
 
+    workers: int  # 0: as many as are worth it
+    server_cert: Path | None  # None: plain HTTP
+    server_key: Path | None
+    ca_cert: Path | None
+    metrics: Metrics | None
+    s3: S3 | None  # None: on disk, below `base_path`
     listen: settings_reader.Address
     base_path: Path
     graceful_shutdown_timeout_s: float
@@ -84,6 +109,7 @@ class Agent(_Settings, frozen=True, kw_only=True):
     """A node's agent, or `nodes` synthetic ones. Everything of it is below `data_dir`/agent."""
 
     controllers: tuple[str, ...]
+    ca_cert: Path | None  # believed where controllers and registries are reached by https
     data_dir: Path
     data_dir_given: bool  # False: the default holds
     hypervisor: str
@@ -129,6 +155,7 @@ class Client(_Settings, frozen=True, kw_only=True):
 
     controllers: tuple[str, ...]
     registries: tuple[str, ...]
+    ca_cert: Path | None  # believed where they are reached by https
 
 
 # ---- the programs' settings ------------------------------------------------------------------------------------
@@ -155,6 +182,7 @@ def controller(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Controlle
             f"ADVERTISE_URL={read.text('ADVERTISE_URL')} is more than one URL: give this one's own"
         )
     return Controller(
+        ca_cert=read.file("CA_CERT"),
         listen=read.listen("LISTEN_ADDR"),
         advertise_url=next(iter(advertised), ""),
         etcd_endpoints=tuple(settings_reader.host_port(endpoint) for endpoint in endpoints),
@@ -184,7 +212,14 @@ def controller(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Controlle
 def registry(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Registry:
     """Settings of `covey registry`."""
     read = settings_reader.Reader(Part.REGISTRY, environ, flags)
+    cert, key = _server_identity(read)
     return Registry(
+        workers=read.number("REGISTRY_WORKERS"),
+        server_cert=cert,
+        server_key=key,
+        ca_cert=read.file("CA_CERT"),
+        metrics=_metrics(read),
+        s3=_s3(read),
         listen=read.listen("LISTEN_ADDR"),
         base_path=read.path("BASE_PATH") or read.data_dir() / "registry",
         graceful_shutdown_timeout_s=read.duration("GRACEFUL_SHUTDOWN_TIMEOUT"),
@@ -202,6 +237,54 @@ def registry(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Registry:
     )
 
 
+def _server_identity(read: settings_reader.Reader) -> tuple[Path | None, Path | None]:
+    """Certificate and key of a server that speaks TLS; None for one that does not."""
+    if not read.switch("USE_HTTPS"):
+        return None, None
+    cert, key = read.file("SERVER_CERT"), read.file("SERVER_KEY")
+    if cert is None or key is None:
+        missing = "SERVER_CERT" if cert is None else "SERVER_KEY"
+        raise errors.SettingError(f"USE_HTTPS is true but {missing} is not set: name the file, or unset USE_HTTPS")
+    return cert, key
+
+
+def _metrics(read: settings_reader.Reader) -> Metrics | None:
+    if not read.switch("ENABLE_METRICS"):
+        return None
+    path, port = read.text("METRICS_PATH"), read.number("METRICS_PORT")
+    if not path.startswith("/") or not path.isascii() or set(path) & set("{}?# "):
+        raise errors.SettingError(f"METRICS_PATH={path} is not a path such as /metrics")
+    if port > 65535:
+        raise errors.SettingError(f"METRICS_PORT={port} is not a port: use 0 to 65535")
+    return Metrics(port=port, path=path)
+
+
+_MIB = 1 << 20
+_SMALLEST_PART, _LARGEST_PART = 5 * _MIB, 1024 * _MIB  # S3 takes no smaller ones; larger ones fill the memory
+
+
+def _s3(read: settings_reader.Reader) -> S3 | None:
+    if read.one_of("BACKEND_TYPE", ("disk", "s3")) == "disk":
+        return None
+    bucket = read.text("BACKEND_S3_BUCKET")
+    if not bucket:
+        raise errors.SettingError("BACKEND_TYPE is s3 but BACKEND_S3_BUCKET is not set: name the bucket")
+    part, concurrency = read.number("BACKEND_S3_UPLOAD_PART_SIZE"), read.number("BACKEND_S3_UPLOAD_CONCURRENCY")
+    size = part if part > 5000 else part * _MIB
+    if not _SMALLEST_PART <= size <= _LARGEST_PART:
+        raise errors.SettingError(f"BACKEND_S3_UPLOAD_PART_SIZE={part} is not 5 to 1024 MiB (or the same in bytes)")
+    if not 1 <= concurrency <= 64:
+        raise errors.SettingError(f"BACKEND_S3_UPLOAD_CONCURRENCY={concurrency} is not 1 to 64")
+    return S3(
+        bucket=bucket,
+        part_size_bytes=size,
+        concurrency=concurrency,
+        path_style=read.switch("BACKEND_S3_USE_PATH_STYLE"),
+        skip_tls_verification=read.switch("BACKEND_S3_SKIP_TLS_VERIFICATION"),
+        redirect_s=read.duration("BACKEND_S3_REDIRECT"),
+    )
+
+
 def agent(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Agent:
     """Settings of `covey agent` and `covey join`."""
     read = settings_reader.Reader(Part.AGENT, environ, flags)
@@ -210,6 +293,7 @@ def agent(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Agent:
     if nodes and hypervisor != "synthetic":
         raise errors.SettingError("NODES is for synthetic nodes only: add --hypervisor synthetic")
     return Agent(
+        ca_cert=read.file("CA_CERT"),
         controllers=read.urls("CONTROLLER"),
         data_dir=read.data_dir(),
         data_dir_given=read.find("DATA_DIR") is not None,
@@ -272,6 +356,7 @@ def client(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Client:
     return Client(
         controllers=read.urls("CONTROLLER"),
         registries=read.urls("REGISTRY"),
+        ca_cert=read.file("CA_CERT"),
         failpoints="",
         log_level="warning",
         log_json=None,

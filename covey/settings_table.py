@@ -268,6 +268,72 @@ _TIMES = (
     ),
 )
 
+# ---- a registry ------------------------------------------------------------------------------------------------
+
+_REGISTRY = (
+    Setting(
+        "REGISTRY_WORKERS",
+        _R,
+        _K.NUMBER,
+        "0",
+        "How many processes serve one listener; 0 takes one for each processor, four at most.",
+    ),
+    Setting("USE_HTTPS", _R, _K.SWITCH, "false", "Speak TLS, with SERVER_CERT and SERVER_KEY."),
+    Setting("SERVER_CERT", _R, _K.PATH, "", "The registry's certificate and what leads to its authority, PEM."),
+    Setting("SERVER_KEY", _R, _K.PATH, "", "Its private key, PEM."),
+    Setting(
+        "CA_CERT",
+        (Part.CONTROLLER, Part.REGISTRY, Part.AGENT, Part.STANDALONE, Part.CLIENT),
+        _K.PATH,
+        "",
+        "Authorities that are believed beside the system's own where a server is reached by https, PEM.",
+        aliases=("ROOT_CERT",),
+    ),
+    Setting(
+        "ENABLE_METRICS", _R, _K.SWITCH, "false", "Tell Prometheus figures, on a port of their own beside LISTEN_ADDR."
+    ),
+    Setting("METRICS_PORT", _R, _K.NUMBER, "2112", "That port; 0 takes a free one."),
+    Setting("METRICS_PATH", _R, _K.TEXT, "/metrics", "The path of the figures."),
+    Setting("BACKEND_TYPE", _R, _K.TEXT, "disk", "Where the registry keeps its data: disk (below BASE_PATH) or s3."),
+    Setting(
+        "BACKEND_S3_BUCKET",
+        _R,
+        _K.TEXT,
+        "",
+        "The bucket. Its endpoint, region and keys come from the usual AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID,"
+        " AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or from the machine's role.",
+    ),
+    Setting(
+        "BACKEND_S3_UPLOAD_PART_SIZE",
+        _R,
+        _K.NUMBER,
+        "16",
+        "Size of one part of an upload to S3, in MiB (a number above 5000 counts bytes); at least 5 MiB.",
+    ),
+    Setting(
+        "BACKEND_S3_UPLOAD_CONCURRENCY",
+        _R,
+        _K.NUMBER,
+        "4",
+        "How many parts of one upload are on their way at once; an upload needs this many parts of memory.",
+    ),
+    Setting(
+        "BACKEND_S3_USE_PATH_STYLE",
+        _R,
+        _K.SWITCH,
+        "false",
+        "Name the bucket in the path of URLs, not in the host; most stores that are not Amazon's need it.",
+    ),
+    Setting("BACKEND_S3_SKIP_TLS_VERIFICATION", _R, _K.SWITCH, "false", "Believe any certificate of the S3 store."),
+    Setting(
+        "BACKEND_S3_REDIRECT",
+        _R,
+        _K.DURATION,
+        "0s",
+        "Send clients to S3 itself for a blob, by an address that holds for so long; 0 passes its bytes through.",
+    ),
+)
+
 # ---- the all-in-one service ------------------------------------------------------------------------------------
 
 _STANDALONE = (
@@ -334,9 +400,8 @@ _AGENT = (
 # ---- named by existing deployments, not built or without effect ------------------------------------------------
 
 _AUTH = "authentication is not built yet"
-_TLS = "TLS on Covey's own listeners is not built yet; put a TLS proxy before it"
-_METRICS = "metrics are not built yet"
-_S3 = "the S3 backend is not built yet"
+_TLS = "TLS on a controller's own listener is not built yet; put a TLS proxy before it"
+_METRICS = "metrics of a controller are not built yet"
 _FOLDER = "Covey keeps all data of the registry below BASE_PATH"
 
 
@@ -353,16 +418,14 @@ _LATER = (
     *_unbuilt("OIDC_PROVIDER_URL OIDC_CLIENT_ID OIDC_DISPLAY_NAME OIDC_SCOPES", _K.TEXT, _AUTH),
     Setting("OIDC_GROUPS_CLAIM", _SERVERS, _K.TEXT, "groups", f"Not built: {_AUTH}.", unbuilt=_AUTH),
     Setting("OIDC_USERNAME_CLAIM", _SERVERS, _K.TEXT, "name", f"Not built: {_AUTH}.", unbuilt=_AUTH),
-    *_unbuilt("USE_HTTPS SKIP_TLS_VERIFICATION", _K.SWITCH, _TLS),
-    *_unbuilt("SERVER_CERT SERVER_KEY CRL", _K.PATH, _TLS),
+    *_unbuilt("USE_HTTPS", _K.SWITCH, _TLS, _CS),
+    *_unbuilt("SKIP_TLS_VERIFICATION", _K.SWITCH, _TLS),
+    *_unbuilt("SERVER_CERT SERVER_KEY", _K.PATH, _TLS, _CS),
+    *_unbuilt("CRL", _K.PATH, _TLS),
     *_unbuilt("MIN_TLS_VERSION MAX_TLS_VERSION CIPHER_SUITES", _K.TEXT, _TLS),
-    Setting("CA_CERT", _SERVERS, _K.PATH, "", f"Not built: {_AUTH}.", aliases=("ROOT_CERT",), unbuilt=_AUTH),
-    *_unbuilt("ENABLE_METRICS", _K.SWITCH, _METRICS),
-    Setting("METRICS_PORT", _SERVERS, _K.NUMBER, "2112", f"Not built: {_METRICS}.", unbuilt=_METRICS),
-    Setting("METRICS_PATH", _SERVERS, _K.TEXT, "/metrics", f"Not built: {_METRICS}.", unbuilt=_METRICS),
-    Setting("BACKEND_TYPE", _RS, _K.TEXT, "disk", "Where the registry keeps blobs; only disk is built.", unbuilt=_S3),
-    *_unbuilt("BACKEND_S3_BUCKET BACKEND_S3_UPLOAD_PART_SIZE BACKEND_S3_UPLOAD_CONCURRENCY", _K.TEXT, _S3, _RS),
-    *_unbuilt("BACKEND_S3_USE_PATH_STYLE BACKEND_S3_SKIP_TLS_VERIFICATION", _K.SWITCH, _S3, _RS),
+    *_unbuilt("ENABLE_METRICS", _K.SWITCH, _METRICS, _CS),
+    Setting("METRICS_PORT", _CS, _K.NUMBER, "2112", f"Not built: {_METRICS}.", unbuilt=_METRICS),
+    Setting("METRICS_PATH", _CS, _K.TEXT, "/metrics", f"Not built: {_METRICS}.", unbuilt=_METRICS),
     *_unbuilt("ENABLE_CENTRAL_LOGGING", _K.SWITCH, "central logging is not built yet; each program logs to stderr"),
     *_unbuilt("QUEUE_ADDR", _K.TEXT, "the product's queue address has no counterpart; agents use LISTEN_ADDR"),
     *(
@@ -371,7 +434,7 @@ _LATER = (
     ),
 )
 
-TABLE: tuple[Setting, ...] = (*_PLACES, *_ETCD, *_TIMES, *_STANDALONE, *_AGENT, *_LATER)
+TABLE: tuple[Setting, ...] = (*_PLACES, *_ETCD, *_TIMES, *_REGISTRY, *_STANDALONE, *_AGENT, *_LATER)
 
 # Read elsewhere than through a table row: where the settings file is.
 CONFIG = "CONFIG"

@@ -41,6 +41,7 @@ class Program:
     log: Path | None = None
     start_s: float = 60.0
     stop_s: float = 15.0
+    files: tuple[int, ...] = ()  # open files that it inherits, under the same numbers
 
 
 class Child:
@@ -119,6 +120,7 @@ class Child:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                pass_fds=self.program.files,
                 preexec_fn=_die_with_parent(os.getpid()),
             )
         finally:

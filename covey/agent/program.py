@@ -28,7 +28,7 @@ class Program:
         self._clock = clock
         self._folder = folder
         self._explicit = explicit
-        self._sockets = http.Sockets()
+        self._sockets = http.Sockets(ca_cert=chosen.ca_cert)
         self._endpoints: list[http.Endpoints] = []
         self._contact = contact.Contact()
         self._tasks: list[asyncio.Task[None]] = []

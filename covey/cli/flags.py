@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -43,7 +44,14 @@ def connect(controllers: str | None) -> "controller_client.Controller":
     from covey.client import controller as controller_client
 
     chosen = settings.client(os.environ, {"CONTROLLER": controllers})
-    return controller_client.Controller(chosen.controllers, world.System())
+    return controller_client.Controller(chosen.controllers, world.System(), ca_cert=chosen.ca_cert)
+
+
+def trusted() -> Path | None:
+    """Authorities that are believed beside the system's own."""
+    from covey import settings
+
+    return settings.client(os.environ).ca_cert
 
 
 def of(part: Part, *, without: frozenset[str] = frozenset()) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -158,7 +158,7 @@ async def _test(urls: Sequence[str], say: Callable[[str], None]) -> None:
 async def _reached(url: str, what: str, say: Callable[[str], None]) -> bool:
     from covey.client import http
 
-    async with http.Endpoints((url,), timeout_s=_TEST_S) as one:
+    async with http.Endpoints((url,), timeout_s=_TEST_S, ca_cert=flags.trusted()) as one:
         try:
             status, _ = await one.call("GET", "/readyz")
         except errors.RemoteError as error:
@@ -175,7 +175,7 @@ async def _registries(controllers: Sequence[str]) -> list[str]:
 
     found: list[str] = []
     for url in controllers:
-        async with controller_client.Controller((url,), world.System()) as cloud:
+        async with controller_client.Controller((url,), world.System(), ca_cert=flags.trusted()) as cloud:
             found += (part.strip() for part in (await cloud.status()).registry_address.split(","))
     return [url for url in dict.fromkeys(found) if url]
 
@@ -187,7 +187,8 @@ async def _sign_off(controllers: Sequence[str], data_dir: Path, *, force: bool) 
     from covey.client import http
 
     clock = world.System()
-    async with http.Endpoints(controllers, learnt=identity.learnt(background.folder(data_dir))) as cloud:
+    learnt = identity.learnt(background.folder(data_dir))
+    async with http.Endpoints(controllers, learnt=learnt, ca_cert=flags.trusted()) as cloud:
         try:
             await session.Session(identity.File(background.folder(data_dir), clock), cloud, clock).leave(force=force)
         except errors.RemoteError as error:

@@ -8,6 +8,7 @@ import asyncio
 import os
 import resource
 import signal
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
@@ -58,19 +59,36 @@ def registry(flags: flags.Flags) -> None:
 
     chosen = settings.registry(os.environ, flags)
     _begin(chosen, Part.REGISTRY)
-    from covey.registry import service, upkeep
+    from covey.registry import service, workers
 
-    config = service.Config(
-        base_path=chosen.base_path,
-        host=chosen.listen.host,
-        port=chosen.listen.port,
-        grace_s=chosen.graceful_shutdown_timeout_s,
-        trusted_proxies=chosen.trusted_proxies,
-        deletes=chosen.registry_deletes,
-        reserved_bytes=chosen.reserved_mib << 20,
-        care=upkeep.of(chosen),
-    )
-    _run(lambda: service.Registry(config, world.System()), quick=False)
+    config = service.configured(chosen)
+    environ = _environ(flags)
+    if config.workers > 1:
+        _run(lambda: workers.Workers(config, world.System(), environ), quick=False)
+    else:
+        _run(lambda: service.Registry(config, world.System(), environ), quick=config.tls is not None)
+
+
+def _environ(given: flags.Flags) -> dict[str, str]:
+    """For a program started from here, which is to have the same settings."""
+    return {**os.environ, **flags.environment(given)}
+
+
+def registry_worker(listener: int, tally: int, number: int) -> None:
+    """One of a registry's processes; `covey registry` starts it, with its settings in the environment."""
+    from covey import settings, world
+
+    chosen = settings.registry(os.environ)
+    _begin(chosen, Part.REGISTRY, notices=False)
+    from covey.registry import service
+    from covey.registry import tally as counting
+
+    config = service.configured(chosen)
+    counts = counting.Tally(config.workers, number, tally)
+    shared = socket.socket(fileno=listener)
+    mine = service.onlooker(config) if number else config
+    made = service.Registry(mine, world.System(), os.environ, shared=shared, counts=counts)
+    _run(lambda: made, quick=config.tls is not None)
 
 
 @flags.of(Part.AGENT)
@@ -113,12 +131,15 @@ def _standalone(given: flags.Flags, *, etcd: bool = True, registry: bool = True)
 
     chosen = settings.standalone(os.environ, given)
     _begin(chosen, Part.STANDALONE)
-    environ = {**os.environ, **flags.environment(given)}
+    environ = _environ(given)
     asyncio.run(whole.run(chosen, environ, out.say, etcd=etcd, registry=registry))
 
 
 def _begin(
-    chosen: "settings.Controller | settings.Registry | settings.Agent | settings.Standalone", program: Part
+    chosen: "settings.Controller | settings.Registry | settings.Agent | settings.Standalone",
+    program: Part,
+    *,
+    notices: bool = True,
 ) -> None:
     """Logging and failpoints as set, then what the settings have to say."""
     from covey import failpoint, observe
@@ -127,7 +148,7 @@ def _begin(
     observe.configure(json=chosen.log_json, level=chosen.log_level, file=file)
     failpoint.arm(chosen.failpoints)
     log = observe.log("settings")
-    for notice in chosen.notices:
+    for notice in chosen.notices if notices else ():
         log.warning(notice)
 
 
@@ -189,3 +210,4 @@ async def _unless(starting: Awaitable[None], stop: asyncio.Event) -> None:
 def add(app: typer.Typer) -> None:
     for command in (standalone, up, controller, agent):
         app.command()(command)
+    app.command("registry-worker", hidden=True)(registry_worker)

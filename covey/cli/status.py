@@ -57,7 +57,8 @@ async def look(controllers: str | None) -> Told:
         urls = cloud.endpoints.urls
 
     async def one(url: str) -> Reached:
-        async with controller_client.Controller((url,), world.System(), timeout_s=_TIMEOUT_S) as client:
+        made = controller_client.Controller((url,), world.System(), timeout_s=_TIMEOUT_S, ca_cert=flags.trusted())
+        async with made as client:
             return await _reach(client, url)
 
     return told(await asyncio.gather(*map(one, urls)))

@@ -286,8 +286,8 @@ def _ask(
     from covey.client import registry as registry_client
 
     async def run() -> T:
-        urls = settings.client(os.environ, {"REGISTRY": registry}).registries
-        async with http.Endpoints(urls, timeout_s=30) as endpoints:
+        chosen = settings.client(os.environ, {"REGISTRY": registry})
+        async with http.Endpoints(chosen.registries, timeout_s=30, ca_cert=chosen.ca_cert) as endpoints:
             return await question(registry_client.Registry(endpoints, notes=notes))
 
     try:

@@ -8,6 +8,7 @@ own words, NotFound, RemoteError.
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 from urllib import parse
@@ -184,8 +185,12 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Controller:
     """One cloud, by the URLs of its controllers. Any of them will do for any call."""
 
-    def __init__(self, urls: Sequence[str], clock: world.World, *, timeout_s: float = 15.0) -> None:
-        self.endpoints = http.Endpoints(urls, salt=clock.token(), timeout_s=timeout_s, patience_s=_PATIENCE_S)
+    def __init__(
+        self, urls: Sequence[str], clock: world.World, *, timeout_s: float = 15.0, ca_cert: Path | None = None
+    ) -> None:
+        self.endpoints = http.Endpoints(
+            urls, salt=clock.token(), timeout_s=timeout_s, patience_s=_PATIENCE_S, ca_cert=ca_cert
+        )
         self._world = clock
 
     async def __aenter__(self) -> Self:

@@ -23,8 +23,10 @@ All time is the running loop's, so that a simulation can run in time of its own.
 
 import asyncio
 import os
+import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
@@ -69,16 +71,18 @@ class Exchange(Protocol):
 
 
 class Sockets:
-    """Exchange over real sockets: a pool of connections, opened at first use inside the running loop."""
+    """Exchange over real sockets: a pool of connections, opened at first use inside the running loop. `ca_cert`:
+    authorities that are believed beside the system's own."""
 
-    def __init__(self, connect_s: float = 2.0) -> None:
+    def __init__(self, connect_s: float = 2.0, ca_cert: Path | None = None) -> None:
         self._connect_s = connect_s
+        self._trust = trusting(ca_cert)
         self._session: aiohttp.ClientSession | None = None
 
     @property
     def session(self) -> aiohttp.ClientSession:
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60, ssl=self._trust)
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s)
             self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
         return self._session
@@ -107,12 +111,24 @@ class Sockets:
             self._session = None
 
 
+def trusting(ca_cert: Path | None) -> ssl.SSLContext | bool:
+    """What aiohttp is to believe of a server's certificate. Raises SettingError for a file without certificates."""
+    if ca_cert is None:
+        return True
+    context = ssl.create_default_context()
+    try:
+        context.load_verify_locations(ca_cert)
+    except (OSError, ssl.SSLError) as error:
+        raise errors.SettingError(f"CA_CERT {ca_cert} holds no certificates in PEM: {error}") from error
+    return context
+
+
 class Endpoints:
     """Several base URLs of equal servers, and what this client knows of their health.
 
     `learnt`: URLs that the cloud named earlier; they come before `urls`. `salt`: clients with different ones prefer
     different servers ("": the first). `patience_s`: how long `ask` may wait in all while every server says that it is
-    busy. `exchange`: may be shared with others, and is closed by whoever made it.
+    busy. `ca_cert`: as for `Sockets`. `exchange`: may be shared with others, and is closed by whoever made it.
     """
 
     def __init__(
@@ -125,11 +141,12 @@ class Endpoints:
         connect_s: float = 2.0,
         patience_s: float = 0.0,
         exchange: Exchange | None = None,
+        ca_cert: Path | None = None,
     ) -> None:
         if not urls:
             raise errors.SettingError("no server URL is given; name one with --controller or --registry")
         self._balance = balance.Balance([_base(url) for url in urls], [_base(url) for url in learnt], salt)
-        self._sockets = exchange if isinstance(exchange, Sockets) else Sockets(connect_s)
+        self._sockets = exchange if isinstance(exchange, Sockets) else Sockets(connect_s, ca_cert)
         self._exchange: Exchange = exchange or self._sockets
         self._shared = exchange is not None
         self._timeout_s = timeout_s

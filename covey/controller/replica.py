@@ -74,7 +74,7 @@ class Replica:
         )
         self._members = members.Members(self._store.admin if isinstance(self._store, etcd.Etcd) else None)
         self._renewals = renewals.Renewals(self._store, world)
-        self._templates = templates.Templates(chosen.local_registries, exchange)
+        self._templates = templates.Templates(chosen.local_registries, exchange, chosen.ca_cert)
         self._registry = next(iter((*chosen.registries, *chosen.local_registries)), "")
         spans = display.Spans(chosen.node_active_timeout_s, chosen.instance_active_timeout_s)
         self._shown = display.Display(self._presence, self._templates, self._waiting.why, spans, self._registry)

@@ -7,6 +7,7 @@ leave to start the latest version.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from covey import errors, model
@@ -29,11 +30,13 @@ class _Pin(NamedTuple):
 class Templates:
     """The registries of this controller, as far as it needs them. `urls` may be empty: then none is reachable."""
 
-    def __init__(self, urls: Sequence[str], exchange: http.Exchange | None = None) -> None:
+    def __init__(self, urls: Sequence[str], exchange: http.Exchange | None = None, ca_cert: Path | None = None) -> None:
         self.urls = tuple(urls)
         self._endpoints: http.Endpoints | None = None
         if urls:
-            self._endpoints = http.Endpoints(urls, timeout_s=_TIMEOUT_S, connect_s=_CONNECT_S, exchange=exchange)
+            self._endpoints = http.Endpoints(
+                urls, timeout_s=_TIMEOUT_S, connect_s=_CONNECT_S, exchange=exchange, ca_cert=ca_cert
+            )
         self._registry = registry.Registry(self._endpoints) if self._endpoints else None
         self._pins = shared.Shared(self._ask_pin)
         self._known: dict[model.Digest, views.NodeTemplate] = {}

@@ -1,25 +1,56 @@
-"""One registry server: the composition root. start → (serve by itself) → stop.
+"""One registry process: the composition root. start → (serve by itself) → stop.
 
-A plain asyncio loop is right for this program's plaintext listener: blobs leave by the kernel's sendfile, which uvloop
-does not have.
+A plain asyncio loop is right for a plaintext listener: blobs leave by the kernel's sendfile, which uvloop does not
+have. A TLS listener belongs on uvloop: there is no sendfile through TLS, and asyncio's substitute reads 16 KiB at a
+time (cpython issue 152074). Several processes of one server are `workers`' business.
 """
 
+import asyncio
+import os
+import socket
+import ssl
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from covey import observe, origin, serve, server, world
-from covey.registry import catalog, content_api, disk, disk_care, journal, oci_faults, template_api, upkeep, upload_api
+from covey import errors, observe, origin, serve, server, settings, world
+from covey.registry import (
+    catalog,
+    content_api,
+    metrics,
+    oci_faults,
+    s3_bucket,
+    storage,
+    tally,
+    template_api,
+    upkeep,
+    upload_api,
+)
 
 log = observe.log("registry")
+
+_PROCESSES = 4
+_COUNT_S = 1.0
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """With what a server proves who it is. Both are PEM files."""
+
+    cert: Path
+    key: Path
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """What a registry must be told. `reserved_bytes` of the disk are never given to uploads."""
 
     base_path: Path
+    bucket: s3_bucket.Config | None = None  # None: below `base_path`
     host: str = "127.0.0.1"
     port: int = 8089
+    tls: Identity | None = None  # None: plain HTTP
+    metrics: settings.Metrics | None = None
+    workers: int = 1
     grace_s: float = 10.0
     trusted_proxies: tuple[origin.Network, ...] = ()
     reserved_bytes: int = 64 << 20
@@ -28,16 +59,62 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     fsync: bool = True  # False is for benchmarks: a crash may then lose what was acknowledged
 
 
-class Registry:
-    """A registry that listens. Any number of them may share one `base_path`."""
+def configured(chosen: settings.Registry) -> Config:
+    """As the program's settings say."""
+    tls = None
+    if chosen.server_cert is not None and chosen.server_key is not None:
+        tls = Identity(cert=chosen.server_cert, key=chosen.server_key)
+    bucket = None
+    if chosen.s3 is not None:
+        bucket = s3_bucket.Config(ca_cert=chosen.ca_cert, **msgspec.structs.asdict(chosen.s3))
+    return Config(
+        base_path=chosen.base_path,
+        bucket=bucket,
+        host=chosen.listen.host,
+        port=chosen.listen.port,
+        tls=tls,
+        metrics=chosen.metrics,
+        workers=chosen.workers or min(_PROCESSES, os.cpu_count() or 1),
+        grace_s=chosen.graceful_shutdown_timeout_s,
+        trusted_proxies=chosen.trusted_proxies,
+        deletes=chosen.registry_deletes,
+        reserved_bytes=chosen.reserved_mib << 20,
+        care=upkeep.of(chosen),
+    )
 
-    def __init__(self, config: Config, world: world.World) -> None:
+
+def storage_of(config: Config, environ: Mapping[str, str], world: world.World) -> storage.Storage:
+    """Raises SettingError when it cannot hold a registry."""
+    if config.bucket is not None:
+        return storage.in_bucket(config.bucket, environ, world)
+    return storage.on_disk(config.base_path, world, reserved_bytes=config.reserved_bytes, fsync=config.fsync)
+
+
+def onlooker(config: Config) -> Config:
+    """For a process that serves, or tells figures, and leaves the care of the storage to another one."""
+    idle = msgspec.structs.replace(config.care, collect_every_s=0.0, scrub_every_s=0.0, heal_from=())
+    return msgspec.structs.replace(config, care=idle)
+
+
+class Registry:
+    """A registry that listens. Any number of them may share one storage. `shared` and `counts` come from a supervisor
+    of several processes; without one this process listens and tells its figures by itself."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: world.World,
+        environ: Mapping[str, str] = {},
+        *,
+        shared: socket.socket | None = None,
+        counts: tally.Tally | None = None,
+    ) -> None:
         self._config = config
-        self._blobs = disk.Disk(config.base_path, world, reserved_bytes=config.reserved_bytes, fsync=config.fsync)
-        self._logs = journal.Journal(config.base_path, world, fsync=config.fsync)
-        self.catalog = catalog.Catalog(self._blobs, self._logs, world, deletes=config.deletes)
-        self._care = disk_care.DiskCare(config.base_path, world, fsync=config.fsync)
-        self.upkeep = upkeep.Upkeep(self.catalog, self._care, self._care, world, config.care)
+        self._storage = storage_of(config, environ, world)
+        self._shared = shared
+        self._counts = counts if counts is not None else tally.Tally(1)
+        self.catalog = catalog.Catalog(self._storage.content, self._storage.logs, world, deletes=config.deletes)
+        self.upkeep = upkeep.Upkeep(self.catalog, self._storage.care, self._storage.log_care, world, config.care)
         apis = (
             content_api.ContentApi(self.catalog),
             upload_api.UploadApi(self.catalog),
@@ -49,13 +126,31 @@ class Registry:
             error_bodies={"/v2/": oci_faults.error_body},
             trusted=config.trusted_proxies,
             read_ahead_bytes=serve.MIB,
+            on_served=self._counts.served,
         )
+        self._counting: asyncio.TimerHandle | None = None
+        self.metrics: metrics.Metrics | None = None
+        if config.metrics is not None and shared is None:
+            self.metrics = metrics.Metrics(config.metrics, self._counts, lambda: self.upkeep.figures, world)
+
+    def _count_connections(self) -> None:
+        self._counts.put(tally.Count.CONNECTIONS, self._server.open)
+        self._counting = asyncio.get_running_loop().call_later(_COUNT_S, self._count_connections)
 
     async def start(self) -> None:
         """Listen. Raises SettingError when the address is taken."""
+        config = self._config
+        tls = None if config.tls is None else tls_context(config.tls)
+        await self._storage.open()
         await self.upkeep.start()
-        await self._server.start(self._config.host, self._config.port)
-        log.info("the registry listens", host=self._server.host, port=self.port, base=str(self._config.base_path))
+        await self._server.start(config.host, config.port, tls=tls, shared=self._shared)
+        if self.metrics is not None:
+            await self.metrics.start(config.host)
+        self._counts.put(tally.Count.SERVING, os.getpid())
+        self._count_connections()
+        log.info(
+            "the registry listens", host=config.host, port=self.port, tls=tls is not None, base=self._storage.shown
+        )
 
     @property
     def port(self) -> int:
@@ -64,9 +159,27 @@ class Registry:
     async def stop(self) -> int:
         """Drain within the grace and close; how many requests had to be broken off."""
         broken = await self._server.drain(self._config.grace_s)
+        if self.metrics is not None:
+            await self.metrics.stop()
         await self.upkeep.stop()
-        self._blobs.close()
-        self._logs.close()
-        self._care.close()
+        self._storage.close()
+        if self._counting is not None:
+            self._counting.cancel()
+        self._counts.put(tally.Count.SERVING, 0)
+        self._counts.put(tally.Count.CONNECTIONS, 0)
+        self._counts.close()
         log.info("the registry has stopped", broken=broken)
         return broken
+
+
+def tls_context(identity: Identity) -> ssl.SSLContext:
+    """TLS 1.2 or newer. Raises SettingError for files that do not fit."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(identity.cert, identity.key)
+    except (OSError, ssl.SSLError) as error:
+        text = (
+            f"SERVER_CERT {identity.cert} and SERVER_KEY {identity.key} are no certificate and its key in PEM: {error}"
+        )
+        raise errors.SettingError(text) from error
+    return context

@@ -1,0 +1,97 @@
+"""What a registry tells Prometheus: its storage as it was at the last look, and what its processes have counted.
+
+The figures of all processes of one server are told at one place, on a port of their own beside the registry's
+(METRICS_PORT), so that they are neither balanced nor reachable where templates are. Names begin with
+``covey_registry_``; every one is in docs/operate/registry.md.
+"""
+
+from collections.abc import Callable, Iterator
+
+import prometheus_client
+from aiohttp import web
+from prometheus_client import core, exposition, registry
+
+from covey import gate, serve, server, settings, world
+from covey.registry import figures, tally
+
+Count = tally.Count
+_CLASSES = {
+    Count.REQUESTS_1XX: "1xx",
+    Count.REQUESTS_2XX: "2xx",
+    Count.REQUESTS_3XX: "3xx",
+    Count.REQUESTS_4XX: "4xx",
+    Count.REQUESTS_5XX: "5xx",
+}
+
+
+class Metrics(registry.Collector):
+    """start → (answers by itself) → stop."""
+
+    def __init__(
+        self,
+        wanted: settings.Metrics,
+        counts: tally.Tally,
+        seen: Callable[[], figures.Figures],
+        world: world.World,
+    ) -> None:
+        self._wanted = wanted
+        self._counts = counts
+        self._seen = seen
+        self._told = prometheus_client.CollectorRegistry(auto_describe=False)
+        self._told.register(self)
+        route = serve.Route("GET", wanted.path, self._answer, lane=gate.Lane.OPEN)
+        self._server = server.Server([route], world=world)
+
+    async def start(self, host: str) -> None:
+        await self._server.start(host, self._wanted.port)
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    async def stop(self) -> None:
+        await self._server.drain(0.5)
+
+    async def _answer(self, _call: serve.Call) -> web.Response:
+        text = exposition.generate_latest(self._told)
+        return web.Response(body=text, headers={"Content-Type": prometheus_client.CONTENT_TYPE_PLAIN_0_0_4})
+
+    def collect(self) -> Iterator[core.Metric]:
+        yield from self._of_processes()
+        yield from self._of_storage()
+
+    def _of_processes(self) -> Iterator[core.Metric]:
+        sums = self._counts.sums()
+        requests = core.CounterMetricFamily(
+            "covey_registry_requests", "Requests answered, by class of status.", labels=["status"]
+        )
+        for count, name in _CLASSES.items():
+            requests.add_metric([name], sums[count])
+        yield requests
+        serving = sum(self._counts.row(number)[Count.SERVING] != 0 for number in range(self._counts.rows))
+        yield _gauge("workers", "Processes that serve.", serving)
+        yield _gauge("connections", "Open connections.", sums[Count.CONNECTIONS])
+        yield _counter("received_bytes", "Bytes of request bodies.", sums[Count.RECEIVED_BYTES])
+        yield _counter("sent_bytes", "Bytes of answers that were sent whole.", sums[Count.SENT_BYTES])
+        busy_s = sums[Count.BUSY_MICROSECONDS] / 1e6
+        yield _counter("request_seconds", "Time from requests' first line to their answer's last byte.", busy_s)
+
+    def _of_storage(self) -> Iterator[core.Metric]:
+        seen = self._seen()
+        yield _gauge("space_total_bytes", "Size of the storage.", seen.total_bytes)
+        yield _gauge("space_free_bytes", "What uploads may still take, the reserve taken off.", seen.free_bytes)
+        yield _gauge("pushes_possible", "1 when there is room for a push.", int(seen.pushes))
+        yield _gauge("quarantined_blobs", "Damaged blobs that nobody has pushed again.", len(seen.quarantined))
+        yield _gauge("trash_blobs", "Blobs that nothing needs and that wait to be deleted.", seen.trash_blobs)
+        yield _gauge("trash_bytes", "Their size.", seen.trash_bytes)
+        yield _gauge("collected_timestamp_seconds", "When a collection last ended; 0: never.", seen.collected_s)
+        yield _gauge("collected_bytes", "What the last collection freed.", seen.collected_bytes)
+        yield _gauge("scrubbed_timestamp_seconds", "When everything had last been read; 0: never.", seen.scrubbed_s)
+
+
+def _gauge(name: str, doc: str, value: float) -> core.Metric:
+    return core.GaugeMetricFamily(f"covey_registry_{name}", doc, value=value)
+
+
+def _counter(name: str, doc: str, value: float) -> core.Metric:
+    return core.CounterMetricFamily(f"covey_registry_{name}", doc, value=value)

@@ -1,0 +1,49 @@
+"""Which storage a registry works on, put together: blobs, logs and their care, on a disk or in a bucket of S3.
+
+This is the one place that knows all implementations; everything else knows the Protocols of `blobs`.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from covey import world
+from covey.registry import blobs, disk, disk_care, journal, s3, s3_bucket, s3_care, s3_log
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """`open` before the first use (raises SettingError), `close` after the last. `shown`: what to call it in a log."""
+
+    content: blobs.Blobs
+    logs: blobs.Logs
+    care: blobs.Care
+    log_care: blobs.LogCare
+    open: Callable[[], Awaitable[None]]
+    close: Callable[[], None]
+    shown: str
+
+
+def on_disk(base: Path, world: world.World, *, reserved_bytes: int, fsync: bool = True) -> Storage:
+    """Below one folder. Raises SettingError when that cannot hold a registry."""
+    files = disk.Disk(base, world, reserved_bytes=reserved_bytes, fsync=fsync)
+    logs = journal.Journal(base, world, fsync=fsync)
+    care = disk_care.DiskCare(base, world, fsync=fsync)
+
+    async def ready() -> None:
+        return
+
+    def close() -> None:
+        for part in (files, logs, care):
+            part.close()
+
+    return Storage(files, logs, care, care, ready, close, str(base))
+
+
+def in_bucket(config: s3_bucket.Config, environ: Mapping[str, str], world: world.World) -> Storage:
+    """In a bucket, found and opened by the AWS_* variables of `environ`."""
+    bucket = s3_bucket.Bucket(config, environ)
+    objects = s3.S3(bucket, world)
+    care = s3_care.S3Care(bucket, world)
+    logs = s3_log.S3Log(bucket, world)
+    return Storage(objects, logs, care, care, objects.open, lambda: None, f"s3://{config.bucket}")
