@@ -188,8 +188,6 @@ def test_a_file_that_is_named_must_exist_and_be_toml(tmp_path: Path) -> None:
         ("ENABLE_API_KEYS", "true"),
         ("USE_HTTPS", "1"),
         ("SERVER_CERT", "/etc/cert.pem"),
-        ("CA_CERT", "/etc/ca.pem"),
-        ("ROOT_CERT", "/etc/ca.pem"),
         ("CRL", "/etc/crl.pem"),
         ("OIDC_PROVIDER_URL", "https://id"),
         ("ENABLE_METRICS", "true"),
@@ -207,9 +205,55 @@ def test_a_feature_that_is_not_built_is_never_ignored(prefix: str, name: str, va
     assert value not in text  # it may be a secret
 
 
-def test_the_s3_backend_is_not_built() -> None:
-    with pytest.raises(errors.SettingError, match="ANKA_BACKEND_TYPE is set, but the S3 backend is not built yet"):
-        settings.registry({"COVEY_CONFIG": "/dev/null", "ANKA_BACKEND_TYPE": "s3"})
+def registry(environ: Mapping[str, str]) -> settings.Registry:
+    return settings.registry({"COVEY_CONFIG": "/dev/null", **environ})
+
+
+def test_a_registry_in_a_bucket() -> None:
+    assert registry({}).s3 is None
+    s3 = {"ANKA_BACKEND_TYPE": "s3", "ANKA_BACKEND_S3_BUCKET": "b"}
+    assert registry(s3).s3 == settings.S3(
+        bucket="b",
+        part_size_bytes=16 << 20,
+        concurrency=4,
+        path_style=False,
+        skip_tls_verification=False,
+        redirect_s=0.0,
+    )
+    for text, size in (("8", 8 << 20), ("8388608", 8 << 20)):
+        found = registry({**s3, "COVEY_BACKEND_S3_UPLOAD_PART_SIZE": text}).s3
+        assert found is not None
+        assert found.part_size_bytes == size
+
+
+def test_a_registry_with_tls_and_figures(tmp_path: Path) -> None:
+    (tmp_path / "x.pem").touch()
+    pem = str(tmp_path / "x.pem")
+    chosen = registry({"ANKA_USE_HTTPS": "true", "ANKA_SERVER_CERT": pem, "ANKA_SERVER_KEY": pem})
+    assert chosen.server_cert == chosen.server_key == tmp_path / "x.pem"
+    assert registry({"ANKA_SERVER_CERT": pem}).server_cert is None
+    assert registry({"ANKA_ENABLE_METRICS": "true"}).metrics == settings.Metrics(port=2112, path="/metrics")
+    assert registry({}).metrics is None
+
+
+@pytest.mark.parametrize(
+    ("environ", "text"),
+    [
+        ({"BACKEND_TYPE": "s3"}, "BACKEND_TYPE is s3 but BACKEND_S3_BUCKET is not set"),
+        ({"BACKEND_TYPE": "tape"}, "ANKA_BACKEND_TYPE: 'tape' is not one of: disk, s3"),
+        ({"BACKEND_S3_UPLOAD_PART_SIZE": "4"}, "BACKEND_S3_UPLOAD_PART_SIZE=4 is not 5 to 1024 MiB"),
+        ({"BACKEND_S3_UPLOAD_CONCURRENCY": "0"}, "BACKEND_S3_UPLOAD_CONCURRENCY=0 is not 1 to 64"),
+        ({"USE_HTTPS": "true"}, "USE_HTTPS is true but SERVER_CERT is not set"),
+        ({"ENABLE_METRICS": "true", "METRICS_PATH": "metrics"}, "METRICS_PATH=metrics is not a path"),
+        ({"ENABLE_METRICS": "true", "METRICS_PORT": "70000"}, "METRICS_PORT=70000 is not a port"),
+    ],
+)
+def test_what_a_registry_cannot_do_stops_its_start(environ: Mapping[str, str], text: str) -> None:
+    given = {"ANKA_" + name: value for name, value in environ.items()}
+    if "UPLOAD" in str(environ):
+        given |= {"ANKA_BACKEND_TYPE": "s3", "ANKA_BACKEND_S3_BUCKET": "b"}
+    with pytest.raises(errors.SettingError, match=text):
+        registry(given)
 
 
 @pytest.mark.parametrize(
