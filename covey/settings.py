@@ -11,7 +11,7 @@ Nothing here reads the environment by itself: it arrives as an argument. The row
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -49,6 +49,9 @@ class Controller(_Settings, frozen=True, kw_only=True):
     etcd_cert_key: Path | None
     etcd_username: str
     etcd_password: str
+    etcd_backup_dir: Path | None  # None: no backups are made
+    etcd_backup_interval_s: float
+    etcd_backup_keep: int
     registries: tuple[str, ...]  # those that nodes use
     local_registries: tuple[str, ...]  # those that the controller itself uses
     instance_time_out_s: float
@@ -79,6 +82,19 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
 
     port: int
     path: str
+
+
+class Etcd(msgspec.Struct, frozen=True, kw_only=True):
+    """What `covey etcd …` needs: the way to etcd, as a controller has it."""
+
+    etcd_endpoints: tuple[str, ...]
+    etcd_request_timeout_s: float
+    etcd_tls: bool
+    etcd_ca_cert: Path | None
+    etcd_cert: Path | None
+    etcd_cert_key: Path | None
+    etcd_username: str
+    etcd_password: str
 
 
 class Registry(_Settings, frozen=True, kw_only=True):
@@ -164,7 +180,6 @@ class Client(_Settings, frozen=True, kw_only=True):
 def controller(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Controller:
     """Settings of `covey controller`."""
     read = settings_reader.Reader(Part.CONTROLLER, environ, flags)
-    endpoints = read.items("ETCD_ENDPOINTS")
     registries = read.urls("ANKA_REGISTRY")
     alone = read.switch("STANDALONE")
     run_registry = read.switch("RUN_REGISTRY")
@@ -173,9 +188,9 @@ def controller(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Controlle
             "ANKA_REGISTRY is not set: name the registry that nodes pull from (COVEY_ANKA_REGISTRY=http://HOST:8089),"
             " or set COVEY_ALLOW_EMPTY_REGISTRY=true to start without one"
         )
-    login = read.switch("USE_ETCD_LOGIN")
-    if login and not read.text("ETCD_USERNAME"):
-        raise errors.SettingError("USE_ETCD_LOGIN is true but ETCD_USERNAME is not set")
+    kept = read.number("ETCD_BACKUP_KEEP")
+    if kept < 1:
+        raise errors.SettingError("ETCD_BACKUP_KEEP is 0: keep one backup at least, or unset ETCD_BACKUP_DIR")
     advertised = read.urls("ADVERTISE_URL")
     if len(advertised) > 1:
         raise errors.SettingError(
@@ -185,14 +200,10 @@ def controller(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Controlle
         ca_cert=read.file("CA_CERT"),
         listen=read.listen("LISTEN_ADDR"),
         advertise_url=next(iter(advertised), ""),
-        etcd_endpoints=tuple(settings_reader.host_port(endpoint) for endpoint in endpoints),
-        etcd_request_timeout_s=read.duration("ETCD_REQUEST_TIMEOUT"),
-        etcd_tls=read.switch("USE_ETCD_TLS") or any(endpoint.startswith("https://") for endpoint in endpoints),
-        etcd_ca_cert=read.file("ETCD_CA_CERT"),
-        etcd_cert=read.file("ETCD_CERT"),
-        etcd_cert_key=read.file("ETCD_CERT_KEY"),
-        etcd_username=read.text("ETCD_USERNAME") if login else "",
-        etcd_password=read.text("ETCD_PASSWORD") if login else "",
+        **_way_to_etcd(read),
+        etcd_backup_dir=read.path("ETCD_BACKUP_DIR"),
+        etcd_backup_interval_s=read.positive("ETCD_BACKUP_INTERVAL"),
+        etcd_backup_keep=kept,
         registries=registries,
         local_registries=read.urls("LOCAL_ANKA_REGISTRY") or registries,
         instance_time_out_s=read.duration("INSTANCE_TIME_OUT"),
@@ -207,6 +218,29 @@ def controller(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Controlle
         run_registry=run_registry,
         **read.common(),
     )
+
+
+def etcd(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Etcd:
+    """Settings of `covey etcd …`."""
+    return Etcd(**_way_to_etcd(settings_reader.Reader(Part.ETCD, environ, flags)))
+
+
+def _way_to_etcd(read: settings_reader.Reader) -> dict[str, Any]:
+    """Where etcd is, and who we are to it."""
+    endpoints = read.items("ETCD_ENDPOINTS")
+    login = read.switch("USE_ETCD_LOGIN")
+    if login and not read.text("ETCD_USERNAME"):
+        raise errors.SettingError("USE_ETCD_LOGIN is true but ETCD_USERNAME is not set")
+    return {
+        "etcd_endpoints": tuple(settings_reader.host_port(endpoint) for endpoint in endpoints),
+        "etcd_request_timeout_s": read.duration("ETCD_REQUEST_TIMEOUT"),
+        "etcd_tls": read.switch("USE_ETCD_TLS") or any(endpoint.startswith("https://") for endpoint in endpoints),
+        "etcd_ca_cert": read.file("ETCD_CA_CERT"),
+        "etcd_cert": read.file("ETCD_CERT"),
+        "etcd_cert_key": read.file("ETCD_CERT_KEY"),
+        "etcd_username": read.text("ETCD_USERNAME") if login else "",
+        "etcd_password": read.text("ETCD_PASSWORD") if login else "",
+    }
 
 
 def registry(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Registry:

@@ -20,6 +20,7 @@ class Part(StrEnum):
     AGENT = "agent"
     STANDALONE = "standalone"
     CLIENT = "client"
+    ETCD = "etcd"  # `covey etcd …`: commands that talk to etcd itself
 
 
 class Kind(StrEnum):
@@ -52,6 +53,7 @@ class Setting:
 
 _C, _R, _A, _S = (Part.CONTROLLER,), (Part.REGISTRY,), (Part.AGENT,), (Part.STANDALONE,)
 _CS, _RS = (Part.CONTROLLER, Part.STANDALONE), (Part.REGISTRY, Part.STANDALONE)
+_CE = (Part.CONTROLLER, Part.ETCD)
 _SERVERS = (Part.CONTROLLER, Part.REGISTRY, Part.STANDALONE)
 _ALL = (Part.CONTROLLER, Part.REGISTRY, Part.AGENT, Part.STANDALONE)
 _K = Kind
@@ -206,25 +208,38 @@ _PLACES = (
 # ---- etcd, as a controller sees it -----------------------------------------------------------------------------
 
 _ETCD = (
-    Setting("ETCD_ENDPOINTS", _C, _K.LIST, "127.0.0.1:2379", "etcd's client addresses, with or without scheme."),
+    Setting("ETCD_ENDPOINTS", _CE, _K.LIST, "127.0.0.1:2379", "etcd's client addresses, with or without scheme."),
     Setting(
-        "ETCD_REQUEST_TIMEOUT", _CS, _K.DURATION, "20s", "How long one request to etcd may take, fail-over included."
+        "ETCD_REQUEST_TIMEOUT",
+        (Part.CONTROLLER, Part.STANDALONE, Part.ETCD),
+        _K.DURATION,
+        "20s",
+        "How long one request to etcd may take, fail-over included.",
     ),
-    Setting("USE_ETCD_TLS", _C, _K.SWITCH, "false", "Talk TLS to etcd (also when its endpoints say https)."),
-    Setting("ETCD_CA_CERT", _C, _K.PATH, "", "The authority that signed etcd's certificates, PEM."),
-    Setting("ETCD_CERT", _C, _K.PATH, "", "The client certificate shown to etcd, PEM."),
-    Setting("ETCD_CERT_KEY", _C, _K.PATH, "", "Its private key, PEM."),
+    Setting("USE_ETCD_TLS", _CE, _K.SWITCH, "false", "Talk TLS to etcd (also when its endpoints say https)."),
+    Setting("ETCD_CA_CERT", _CE, _K.PATH, "", "The authority that signed etcd's certificates, PEM."),
+    Setting("ETCD_CERT", _CE, _K.PATH, "", "The client certificate shown to etcd, PEM."),
+    Setting("ETCD_CERT_KEY", _CE, _K.PATH, "", "Its private key, PEM."),
     Setting(
         "SKIP_ETCD_TLS_VERIFICATION",
-        _C,
+        _CE,
         _K.SWITCH,
         "false",
         "Believe any certificate of etcd.",
         unbuilt="etcd's certificate is always verified; name its authority in ETCD_CA_CERT",
     ),
-    Setting("USE_ETCD_LOGIN", _C, _K.SWITCH, "false", "Log in to etcd with name and password."),
-    Setting("ETCD_USERNAME", _C, _K.TEXT, "", "The name."),
-    Setting("ETCD_PASSWORD", _C, _K.TEXT, "", "The password.", secret=True),
+    Setting("USE_ETCD_LOGIN", _CE, _K.SWITCH, "false", "Log in to etcd with name and password."),
+    Setting("ETCD_USERNAME", _CE, _K.TEXT, "", "The name."),
+    Setting("ETCD_PASSWORD", _CE, _K.TEXT, "", "The password.", secret=True),
+    Setting(
+        "ETCD_BACKUP_DIR",
+        _CS,
+        _K.PATH,
+        "",
+        "Where backups of etcd are put, one controller of all making each; unset: none are made.",
+    ),
+    Setting("ETCD_BACKUP_INTERVAL", _CS, _K.DURATION, "1h", "How long after one backup the next is made."),
+    Setting("ETCD_BACKUP_KEEP", _CS, _K.NUMBER, "48", "How many are kept in ETCD_BACKUP_DIR; older ones are removed."),
 )
 
 # ---- times that users notice -----------------------------------------------------------------------------------

@@ -21,8 +21,7 @@ from pathlib import Path
 import msgspec
 
 from covey import durable, errors, settings, supervise
-
-_QUOTA_BYTES = 8 * 1024**3  # (safety S28)
+from covey.store import etcd_flags
 
 Say = Callable[[str], None]
 Address = settings.Address
@@ -136,28 +135,22 @@ def _etcd(chosen: settings.Standalone, where: Where, binary: str, environ: Mappi
     """One member with fsync, pre-vote, a quota, and compaction of what is older than the retention (safety S28)."""
     client, peer = where.etcd_client, where.etcd_peer
     advertised_peer = ",".join(chosen.initial_advertise_peer_urls) or peer
-    options = {
-        "name": chosen.etcd_name,
-        "data-dir": str(chosen.data_dir / "etcd"),
-        "listen-client-urls": client,
-        "advertise-client-urls": ",".join(chosen.advertise_client_urls) or client,
-        "listen-peer-urls": peer,
-        "initial-advertise-peer-urls": advertised_peer,
-        "initial-cluster": chosen.initial_cluster or f"{chosen.etcd_name}={advertised_peer}",
-        "initial-cluster-state": chosen.initial_cluster_state,
-        "initial-cluster-token": chosen.initial_cluster_token,
-        "auto-compaction-mode": chosen.auto_compaction_mode,
-        "auto-compaction-retention": f"{chosen.auto_compaction_retention_s:.0f}s",
-        "quota-backend-bytes": str(_QUOTA_BYTES),
-        "pre-vote": "true",
-        "logger": "zap",
-    }
-    # etcd refuses to start when its own ETCD_ variables contradict these flags.
-    env = {name: value for name, value in environ.items() if not name.startswith("ETCD_")}
+    member = etcd_flags.Run(
+        name=chosen.etcd_name,
+        data_dir=str(chosen.data_dir / "etcd"),
+        listen_client=client,
+        advertise_client=",".join(chosen.advertise_client_urls) or client,
+        listen_peer=peer,
+        advertise_peer=advertised_peer,
+        cluster=chosen.initial_cluster or f"{chosen.etcd_name}={advertised_peer}",
+        state=chosen.initial_cluster_state,
+        token=chosen.initial_cluster_token,
+        retention_s=chosen.auto_compaction_retention_s,
+    )
     return supervise.Program(
         "etcd",
-        (binary, *(f"--{name}={value}" for name, value in options.items())),
-        env,
+        (binary, *member.arguments()),
+        etcd_flags.environment(environ),
         _answers(client.split(",")[0], "/health"),
         log=chosen.data_dir / "etcd.log",
     )

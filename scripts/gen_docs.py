@@ -102,6 +102,7 @@ def keys_page() -> str:
         (schema.KEYS, schema.Remembered),
         (schema.CONTROLLERS, schema.Controller),
         (schema.EVENTS, schema.Event),
+        (schema.BACKUP, schema.Backup),
     ]
     lines = [
         DRAWN.format(source="covey/store/schema.py"),
@@ -152,6 +153,7 @@ _TITLES = {
     settings_table.Part.REGISTRY: "`covey registry`",
     settings_table.Part.AGENT: "`covey agent` and `covey join`",
     settings_table.Part.STANDALONE: "`covey standalone` and `covey up`",
+    settings_table.Part.ETCD: "`covey etcd`",
     settings_table.Part.CLIENT: "All other commands",
 }
 

@@ -13,7 +13,7 @@ from typer import exceptions
 
 import covey
 from covey import errors
-from covey.cli import join, logs, nodes, out, registry, servers, status, templates, vms
+from covey.cli import etcd, join, logs, nodes, out, registry, servers, status, templates, vms
 
 app = typer.Typer(
     name="covey",
@@ -49,6 +49,7 @@ app.add_typer(vms.app, name="vm")
 app.add_typer(templates.app, name="template")
 app.add_typer(nodes.app, name="node")
 app.add_typer(registry.app, name="registry")
+app.add_typer(etcd.app, name="etcd")
 
 
 def main(argv: list[str] | None = None) -> None:

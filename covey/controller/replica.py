@@ -10,7 +10,6 @@ Everything ambient is made here and handed down: the store, the clock, the setti
 import asyncio
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Awaitable, Callable, Sequence
 
 import covey
@@ -26,6 +25,7 @@ from covey.controller import (
     api_registry,
     api_status,
     api_vm,
+    backups,
     display,
     hosts,
     loop,
@@ -36,7 +36,7 @@ from covey.controller import (
     waiting,
 )
 from covey.decide import deadlines, permission
-from covey.store import base, commit, commit_cloud, etcd, etcd_endpoints, mirror, schema
+from covey.store import base, commit, commit_cloud, etcd, etcd_connect, mirror, schema
 
 _LEASE_S = 15  # of this controller's announcement
 _RETRY_S = 1.0
@@ -60,7 +60,7 @@ class Replica:
         self._chosen = chosen
         self._world = world
         self._id = world.uuid()
-        self._store = _etcd(chosen, world) if store is None else store
+        self._store = etcd_connect.connect(chosen, world) if store is None else store
         self._entering = "this controller has not reached the store yet"  # "" once it has entered the cloud
         self._alarm = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -72,6 +72,7 @@ class Replica:
         self._loop = loop.Loop(
             self._mirror, self._writer, world, me=self._id, queue=self._waiting, spans=_spans(chosen)
         )
+        self._backups = self._scheduled()
         self._members = members.Members(self._store.admin if isinstance(self._store, etcd.Etcd) else None)
         self._renewals = renewals.Renewals(self._store, world)
         self._templates = templates.Templates(chosen.local_registries, exchange, chosen.ca_cert)
@@ -97,6 +98,14 @@ class Replica:
         )
         admin = self._store.admin if isinstance(self._store, etcd.Etcd) else None
         return api_health.HealthApi(parts, admin, api_health.Registries(self._chosen.local_registries, exchange))
+
+    def _scheduled(self) -> backups.Backups | None:
+        """Backups, if the settings ask for any and the store is one that can be backed up."""
+        folder, interval_s = self._chosen.etcd_backup_dir, self._chosen.etcd_backup_interval_s
+        if folder is None or not isinstance(self._store, etcd.Etcd):
+            return None
+        terms = backups.Terms(folder, interval_s, self._chosen.etcd_backup_keep)
+        return backups.Backups(self._store, self._writer, self._world, self._id, terms)
 
     def _api(self) -> tuple[api_status.StatusApi, Sequence[serve.Route]]:
         registry, shown = self._registry, self._shown
@@ -160,6 +169,8 @@ class Replica:
             await self._enter()
             group.create_task(self._keep("announcement", self._announce))
             group.create_task(self._keep("loop", self._loop.run))
+            if self._backups is not None:
+                group.create_task(self._keep("backups", self._backups.run))
 
     async def _enter(self) -> None:
         """Take part in the cloud as soon as the store lets us: said once when it does not, once when it does."""
@@ -238,7 +249,8 @@ class Replica:
         """What is wrong without keeping this controller from serving."""
         broken = self._mirror.broken
         unread = [f"{len(broken)} keys hold values that cannot be read, for example {min(broken)}"] if broken else []
-        return [*self._members.troubles, *unread]
+        backup = [self._backups.trouble] if self._backups is not None and self._backups.trouble else []
+        return [*self._members.troubles, *backup, *unread]
 
     async def _look_after_health(self) -> None:
         """Note which nodes are there, and raise the alarm for parked polls while this controller is red."""
@@ -275,19 +287,3 @@ def _spans(chosen: settings.Controller) -> deadlines.Spans:
     return deadlines.Spans(
         terminated_ns=int(chosen.instance_time_out_s * _NS), unwanted_ns=int(chosen.unknown_vm_threshold_s * _NS)
     )
-
-
-def _etcd(chosen: settings.Controller, world: worlds.World) -> etcd.Etcd:
-    tls = login = None
-    if chosen.etcd_tls:
-        tls = etcd_endpoints.Tls(_pem(chosen.etcd_ca_cert), _pem(chosen.etcd_cert), _pem(chosen.etcd_cert_key))
-    if chosen.etcd_username:
-        login = etcd_endpoints.Login(chosen.etcd_username, chosen.etcd_password)
-    return etcd.Etcd(chosen.etcd_endpoints, world=world, timeout_s=chosen.etcd_request_timeout_s, tls=tls, login=login)
-
-
-def _pem(path: pathlib.Path | None) -> bytes:
-    try:
-        return b"" if path is None else path.read_bytes()
-    except OSError as error:
-        raise errors.SettingError(f"{path} cannot be read: {error.strerror}") from error

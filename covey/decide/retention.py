@@ -5,7 +5,7 @@ limit on remembered requests (safety S17), texts that no instance refers to (S26
 (S28).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 REMEMBERED_LIMIT = 200_000
 HISTORY_NS = 15 * 60 * 1_000_000_000
@@ -33,3 +33,20 @@ def trimmed(samples: Sequence[Sample], now_ns: int, keep_ns: int = HISTORY_NS) -
     """The samples that are still of use."""
     newest = compact_to(samples, now_ns, keep_ns)
     return [sample for sample in samples if sample[0] >= newest]
+
+
+_AGAIN_NS = 300 * 1_000_000_000  # after a backup that failed
+
+
+def backup_due(made_ns: int, tried_ns: int, now_ns: int, interval_ns: int) -> bool:
+    """Whether the next scheduled backup is due: for thrift only, so clocks of several controllers may be compared. A
+    time in the future (a clock was wrong) counts as none."""
+    made_ago, tried_ago = now_ns - made_ns, now_ns - tried_ns
+    if 0 <= made_ago < interval_ns:
+        return False
+    return not 0 <= tried_ago < min(interval_ns, _AGAIN_NS)
+
+
+def expired(names: Iterable[str], keep: int) -> list[str]:
+    """Those of the backups, whose names sort by age, that are beyond the newest `keep`."""
+    return sorted(names)[: -max(1, keep)]

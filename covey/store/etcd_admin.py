@@ -89,6 +89,31 @@ class Admin:
         question = pb.MemberListRequest(linearizable=True)
         return _members((await self._pool.call(MEMBER_LIST, question, repeatable=True)).members)
 
+    async def learn(self) -> tuple[list[Member], dict[str, Status | None]]:
+        """The members, and every word of theirs by address. From now on those are called too that were not known and
+        are reached at an address which they advertise: proved by their own word, because such an address may mean
+        something else here (loopback, a proxy)."""
+        members, words = await asyncio.gather(self.members(), self.statuses())
+        known = {word.member_id: address for address, word in words.items() if word is not None}
+        unknown = [member for member in members if member.id not in known]
+        for word in filter(None, await asyncio.gather(*map(self._find, unknown))):
+            words[word.address] = word
+        for id in known.keys() - {member.id for member in members}:
+            self._pool.forget(self._at(known[id]))
+        return members, words
+
+    async def _find(self, member: Member) -> Status | None:
+        for url in member.client_urls:
+            endpoint = self._pool.endpoint(url)
+            with contextlib.suppress(errors.StoreError):
+                word = await self._word(endpoint)
+                if word.member_id == member.id:
+                    self._pool.learn(endpoint)
+                    return word
+            if endpoint not in self._pool.endpoints:
+                await endpoint.close()
+        return None
+
     async def add_member(self, peer_urls: Sequence[str], *, learner: bool = True) -> Member:
         """A new member, by default one without a vote until it has caught up and is promoted."""
         question = pb.MemberAddRequest(peer_urls=peer_urls, is_learner=learner)
@@ -116,14 +141,29 @@ class Admin:
         return _status(address, answer)
 
     async def statuses(self) -> dict[str, Status | None]:
-        """Every member's word; None for one that does not answer."""
-        words = await asyncio.gather(*map(self.status, self.addresses), return_exceptions=True)
+        """Every known member's word, asked for once; None for one that does not answer."""
+        endpoints = list(self._pool.endpoints)
+        words = await asyncio.gather(*map(self._word, endpoints), return_exceptions=True)
         found: dict[str, Status | None] = {}
-        for address, word in zip(self.addresses, words, strict=True):
+        for endpoint, word in zip(endpoints, words, strict=True):
             if isinstance(word, BaseException) and not isinstance(word, errors.Unavailable):
                 raise word
-            found[address] = word if isinstance(word, Status) else None
+            found[endpoint.address] = word if isinstance(word, Status) else None
         return found
+
+    async def _word(self, endpoint: etcd_endpoints.Endpoint) -> Status:
+        """One attempt; one more with a new login. A member that is away costs no waiting."""
+        if not await endpoint.connected(self._pool.attempt_s):
+            raise errors.Unavailable(f"{endpoint.address} does not accept connections")
+        metadata = await self._pool.metadata(leader=False)
+        try:
+            answer = await endpoint.ask(STATUS, pb.StatusRequest(), self._pool.attempt_s, metadata)
+        except grpc.aio.AioRpcError as error:
+            if etcd_errors.judge(error) is not etcd_errors.Verdict.LOGIN:
+                raise errors.Unavailable(f"{endpoint.address}: {etcd_errors.describe(error)}") from None
+            await self._pool.log_in_again(metadata)
+            return await self.status(endpoint.address)
+        return _status(endpoint.address, answer)
 
     async def defragment(self, address: str) -> None:
         """Give back the space of what was compacted. The member serves nobody until it is done."""
@@ -232,3 +272,8 @@ def _status(address: str, answer: pb.StatusResponse) -> Status:
         learner=answer.is_learner,
         troubles=tuple(answer.errors),
     )
+
+
+def target(url: str) -> str:
+    """The host:port of a member's URL, as addresses are known here."""
+    return etcd_endpoints.parse([url], secure=False)[0].target

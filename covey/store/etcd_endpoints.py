@@ -10,6 +10,8 @@ moves, so a hung member that is tried again costs nobody anything. Who asks says
 Attempts are made on connected channels only: a call that waits in a channel still connecting, and runs into its
 deadline there, would look like a lost reply.
 
+Members come and go (`learn`, `forget`): those that the settings name stay, whatever the cluster says.
+
 grpc must not be forked: start processes before the first call, or with an exec that runs nothing between.
 """
 
@@ -203,12 +205,35 @@ class Pool:
         self.attempt_s = attempt_s
         self.timeout_s = timeout_s
         self.endpoints = [Endpoint(address, tls) for address in parse(endpoints, secure=tls is not None)]
+        self.given = tuple(endpoint.address for endpoint in self.endpoints)  # those of the settings, which stay
+        self._tls = tls
+        self._gone: list[Endpoint] = []  # members that are no more; calls to them may still be under way
         self.closed = asyncio.Event()
         self.watched: Endpoint | None = None  # where the last watch was opened
         self._present = int(self.chance() * len(self.endpoints))  # spreads the controllers over the members
         self._login = login
         self._token = ""
         self._logging_in = asyncio.Lock()
+
+    def endpoint(self, url: str) -> Endpoint:
+        """The member at `url`, known or not."""
+        address = parse([url], secure=self._tls is not None)[0]
+        return next((one for one in self.endpoints if one.address == address.target), Endpoint(address, self._tls))
+
+    def learn(self, endpoint: Endpoint) -> None:
+        """Take calls to one more member."""
+        if endpoint not in self.endpoints:
+            self.endpoints.append(endpoint)
+            _log.info("a member was learnt of", member=endpoint.address)
+
+    def forget(self, endpoint: Endpoint) -> None:
+        """Take no more calls to a member that was learnt of."""
+        if endpoint in self.endpoints and endpoint.address not in self.given:
+            present = self.endpoints[self._present % len(self.endpoints)]
+            self.endpoints.remove(endpoint)
+            self._present = self.endpoints.index(present) if present in self.endpoints else 0
+            self._gone.append(endpoint)
+            _log.info("a member is no more", member=endpoint.address)
 
     def now_ns(self) -> int:
         return self.world.boot_ns()
@@ -303,7 +328,7 @@ class Pool:
 
     async def close(self) -> None:
         self.closed.set()
-        for endpoint in self.endpoints:
+        for endpoint in (*self.endpoints, *self._gone):
             await endpoint.close()
 
 

@@ -5,6 +5,7 @@
     ├── cloud                       {"id": …}: this cloud's id, written once; VM records carry it (safety S12)
     ├── history/<nonce>             Nonce: the chain of history nonces, newest = greatest create revision (S18)
     ├── break                       Break: the newest nonce that begins a new history after a restore (S18)
+    ├── backup                      Backup: the last scheduled backup, and who makes the next one
     ├── settled                     {"nonce": …}: the newest break that all nodes have answered for (safety S19)
     ├── adopted/<node>              Adopted: the newest break after which the node told what it has (safety S19)
     ├── instance/<id>               Instance
@@ -41,6 +42,7 @@ FORMAT_KEY = PREFIX + "format"
 CLOUD = PREFIX + "cloud"
 HISTORY = PREFIX + "history/"
 BREAK = PREFIX + "break"
+BACKUP = PREFIX + "backup"
 SETTLED = PREFIX + "settled"
 ADOPTED = PREFIX + "adopted/"
 INSTANCES = PREFIX + "instance/"
@@ -99,6 +101,21 @@ class Break(model.Noun, frozen=True, kw_only=True):
     nonce: str
     why: str
     at_ns: int
+
+
+class Backup(model.Noun, frozen=True, kw_only=True):
+    """`at_ns` to `took_s` tell of the last scheduled backup that was made; 0 and "" before the first. `claim`: the
+    controller that makes one now, since `tried_ns`. `trouble`: why the last try came to nothing."""
+
+    at_ns: int = 0
+    by: str = ""
+    file: str = ""
+    size_bytes: int = 0
+    revision: int = 0
+    took_s: float = 0.0
+    claim: str = ""
+    tried_ns: int = 0
+    trouble: str = ""
 
 
 class Settled(model.Noun, frozen=True, kw_only=True):

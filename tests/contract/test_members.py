@@ -19,7 +19,9 @@ async def test_members_that_do_not_answer_are_named() -> None:
         try:
             assert await members.look(store.admin) == []
             cluster.members[1].kill()
-            assert await members.look(store.admin) == [f"etcd member {cluster.members[1].endpoint} does not answer"]
+            assert await members.look(store.admin) == [
+                f"etcd member m1 at {cluster.members[1].endpoint} does not answer"
+            ]
             cluster.members[2].kill()
             assert await members.look(store.admin) == [], "without a quorum the controller is red and says why"
         finally:
@@ -59,6 +61,6 @@ async def test_the_body_of_readyz_names_what_is_wrong() -> None:
                     if answer.status == 200 and said["body"]["troubles"]:
                         break
                     await asyncio.sleep(0.05)
-                assert said["body"]["troubles"] == [f"etcd member {cluster.members[0].endpoint} does not answer"]
+                assert said["body"]["troubles"] == [f"etcd member m0 at {cluster.members[0].endpoint} does not answer"]
         finally:
             await one.stop()

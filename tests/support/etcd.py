@@ -305,14 +305,23 @@ def prepare(
 
 
 @contextlib.contextmanager
-def running(members: int = 1, *, security: Security | None = None, extra: Sequence[str] = ()) -> Iterator[Cluster]:
-    """A cluster that is ready, on a disk (/var/tmp: never a tmpfs), removed at the end."""
+def folder() -> Iterator[pathlib.Path]:
+    """A directory on a disk (/var/tmp: never a tmpfs), removed at the end."""
     directory = pathlib.Path(tempfile.mkdtemp(prefix="covey-etcd-", dir="/var/tmp"))
-    cluster = prepare(directory, members, security=security, extra=extra)
     try:
-        cluster.start()
-        cluster.wait_ready_blocking()
-        yield cluster
+        yield directory
     finally:
-        cluster.kill()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def running(members: int = 1, *, security: Security | None = None, extra: Sequence[str] = ()) -> Iterator[Cluster]:
+    """A cluster that is ready."""
+    with folder() as directory:
+        cluster = prepare(directory, members, security=security, extra=extra)
+        try:
+            cluster.start()
+            cluster.wait_ready_blocking()
+            yield cluster
+        finally:
+            cluster.kill()

@@ -1,0 +1,1 @@
+"""Operating etcd: each `covey etcd` command against real members, alone and under load."""

@@ -1,0 +1,151 @@
+"""Hosts that each run `covey etcd bootstrap`, as an operator's systemd unit would: real members on loopback.
+
+with hosts.some(folder, 3) as cluster:
+    for host in cluster.hosts:
+        host.start()
+    cluster.wait_until_well()
+    cluster.hosts[1].kill(); cluster.hosts[1].wipe()
+"""
+
+import contextlib
+import dataclasses
+import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.cluster import conftest
+from tests.support import etcd, ran
+
+eventually = conftest.eventually
+
+
+@dataclasses.dataclass
+class Host:
+    """One host: its member's name, its disk and its addresses. `more`: what else the command is given."""
+
+    name: str
+    folder: Path
+    client_port: int
+    peer_port: int
+    more: Sequence[object] = ()
+    program: conftest.Program | None = None
+
+    @property
+    def peer_url(self) -> str:
+        return f"http://127.0.0.1:{self.peer_port}"
+
+    @property
+    def endpoint(self) -> str:
+        return f"127.0.0.1:{self.client_port}"
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    def argv(self, members: str) -> tuple[object, ...]:
+        return (
+            *("etcd", "bootstrap", "--name", self.name, "--members", members, "--data-dir", self.data),
+            *("--client-url", f"http://{self.endpoint}", *self.more),
+            *("--", "--heartbeat-interval=100", "--election-timeout=1000", "--log-level=warn"),
+        )
+
+    @property
+    def running(self) -> conftest.Program:
+        assert self.program is not None, "it does not run"
+        return self.program
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        if self.program is not None:
+            self.program.end(number)
+            self.program = None
+
+    def kill(self) -> None:
+        self.end(signal.SIGKILL)
+
+    def wipe(self) -> None:
+        """Its disk is lost."""
+        shutil.rmtree(self.data)
+
+
+@dataclasses.dataclass
+class Cluster:
+    folder: Path
+    hosts: list[Host]
+
+    @property
+    def members(self) -> str:
+        return ",".join(f"{host.name}={host.peer_url}" for host in self.hosts)
+
+    @property
+    def endpoints(self) -> str:
+        return ",".join(host.endpoint for host in self.hosts)
+
+    def start(self, *hosts: Host, more: Sequence[object] = ()) -> None:
+        """Run the command on these hosts, or all."""
+        for host in hosts or self.hosts:
+            argv = host.argv(self.members)
+            host.program = conftest.Program(*argv[:2], *more, *argv[2:], COVEY_ETCD_ENDPOINTS=self.endpoints)
+
+    def host(self, name: str) -> Host:
+        """A host that was never here before."""
+        folder = self.folder / f"{name}-{len(list(self.folder.iterdir()))}"
+        folder.mkdir()
+        return Host(name, folder, etcd.free_port(), etcd.free_port())
+
+    def covey(self, *words: object, at: Host | None = None) -> ran.Ran:
+        """`covey etcd …`, told of one member or all."""
+        where = self.endpoints if at is None else at.endpoint
+        return conftest.covey("etcd", *words, COVEY_ETCD_ENDPOINTS=where)
+
+    def rows(self, at: Host | None = None) -> dict[str, dict[str, Any]]:
+        """The members by name, as `covey etcd status` has them."""
+        ran = self.covey("status", "--json", at=at)
+        return {one["name"]: one for one in ran.json["members"]} if ran.out else {}
+
+    def wait_until_well(self, *names: str) -> None:
+        """All (or these) are there, follow a leader and vote."""
+        wanted = set(names or (host.name for host in self.hosts))
+
+        def well() -> bool:
+            rows = self.rows()
+            return set(rows) == wanted and {row["role"] for row in rows.values()} <= {"leader", "follower"}
+
+        eventually(well, 60)
+
+    def wait_until_well_without(self, lost: Host) -> None:
+        def well() -> bool:
+            rows = self.rows()
+            return all(row["role"] in ("leader", "follower") for name, row in rows.items() if name != lost.name)
+
+        eventually(lambda: self.rows() and well(), 60)
+
+    def put(self, key: str, value: str) -> None:
+        eventually(lambda: self._ctl("put", key, value), 60)
+
+    def get(self, key: str, at: Host) -> str:
+        return self._ctl("get", key, "--print-value-only", at=at).strip()
+
+    def _ctl(self, *words: str, at: Host | None = None) -> str:
+        where = self.endpoints if at is None else at.endpoint
+        cluster = etcd.Cluster(
+            self.folder,
+            [etcd.Member("", self.folder, int(port.rpartition(":")[2]), 0, 0, ()) for port in where.split(",")],
+        )
+        return cluster.ctl(*words)
+
+
+@contextlib.contextmanager
+def some(count: int) -> Iterator[Cluster]:
+    """So many hosts, none started, their disks on a real disk."""
+    with etcd.folder() as folder:
+        cluster = Cluster(folder, [])
+        for number in range(1, count + 1):
+            cluster.hosts.append(cluster.host(f"n{number}"))
+        everyone = list(cluster.hosts)
+        try:
+            yield cluster
+        finally:
+            for host in {id(one): one for one in (*everyone, *cluster.hosts)}.values():
+                host.kill()

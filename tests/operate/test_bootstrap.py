@@ -1,0 +1,136 @@
+"""One command on every host, at every start: members begin rightly, whatever lies on their disks (safety S28)."""
+
+import time
+
+import pytest
+
+from tests.operate import hosts
+
+eventually = hosts.eventually
+pytestmark = pytest.mark.timeout(240)
+
+
+def test_members_that_start_one_after_the_other_begin_one_cluster_and_go_on_after_a_restart() -> None:
+    with hosts.some(3) as cluster:
+        first, second, third = cluster.hosts
+        cluster.start(first)
+        first.running.wait_until_said("waiting for n2 at")
+        cluster.start(second)
+        second.running.wait_until_said("waiting for n3 at")
+        time.sleep(1)  # nobody begins anything alone
+        assert not first.data.exists()
+        cluster.start(third)
+        cluster.wait_until_well()
+        said = third.running.wait_until_said("n3:")
+        assert "begins the new cluster of n1, n2, n3" in said, said
+        rows = cluster.rows(at=first)  # told of one member, it finds the others
+        assert {row["address"] for row in rows.values()} == {host.endpoint for host in cluster.hosts}
+        assert {row["quota_bytes"] for row in rows.values()} == {8 << 30}
+        cluster.put("/x", "1")
+
+        for host in cluster.hosts:
+            host.end()
+        cluster.start(first)
+        first.running.wait_until_said("goes on with")
+        cluster.start(second, third)
+        cluster.wait_until_well()
+        assert cluster.get("/x", third) == "1"
+
+
+def test_a_member_that_lost_its_disk_says_the_command_and_joins_anew_when_told() -> None:
+    with hosts.some(3) as cluster:
+        cluster.start()
+        cluster.wait_until_well()
+        cluster.put("/x", "1")
+        lost = cluster.hosts[1]
+        before = cluster.rows()["n2"]["id"]
+        lost.kill()
+        lost.wipe()
+        cluster.start(lost)
+        assert lost.running.process.wait(40) == 1
+        (line,) = [line for line in lost.running.err if line.startswith("covey:")]
+        assert "counts on data of n2" in line and "--rejoin" in line
+        lost.end()
+
+        cluster.start(lost, more=("--rejoin",))
+        lost.running.wait_until_said("n2 has caught up and votes now")
+        cluster.wait_until_well()
+        assert cluster.rows()["n2"]["id"] != before
+        assert cluster.get("/x", lost) == "1"
+        assert lost.running.end() == 0  # etcd's parent passes the signal on
+        lost.program = None
+        cluster.start(lost)
+        cluster.wait_until_well()
+
+
+def test_a_member_that_lost_its_disk_begins_no_second_cluster_while_the_others_are_down() -> None:
+    with hosts.some(3) as cluster:
+        cluster.start()
+        cluster.wait_until_well()
+        cluster.put("/x", "1")
+        for host in cluster.hosts:
+            host.kill()
+        lost, *others = cluster.hosts
+        lost.wipe()
+        cluster.start(lost)
+        lost.running.wait_until_said("waiting for n2 at")
+        cluster.start(*others)
+        assert lost.running.process.wait(60) == 1
+        assert "counts on data of n1" in (lost.running.said("covey:") or "")
+        cluster.wait_until_well_without(lost)
+        assert cluster.get("/x", others[0]) == "1"
+
+
+def test_data_of_another_cluster_is_told_and_left_alone() -> None:
+    with hosts.some(3) as cluster, hosts.some(1) as old:
+        stale = cluster.hosts[2]
+        old.hosts[0].folder, old.hosts[0].name = stale.folder, "n3"
+        old.start()
+        old.wait_until_well()
+        old.hosts[0].end()
+        cluster.start(*cluster.hosts[:2])
+        cluster.hosts[0].running.wait_until_said("waiting for")
+        cluster.hosts[1].running.wait_until_said("waiting for")
+        aside = stale.data.rename(stale.folder / "aside")
+        cluster.start(stale)
+        cluster.wait_until_well()
+        stale.end()
+        stale.data.rename(stale.folder / "right")
+        aside.rename(stale.data)
+        cluster.start(stale)
+        assert stale.running.process.wait(40) == 1
+        (line,) = [line for line in stale.running.err if line.startswith("covey:")]
+        assert "holds data of cluster" in line and f"mv {stale.data} {stale.data}.old" in line
+
+
+def test_what_does_not_fit_is_one_sentence() -> None:
+    with hosts.some(3) as cluster:
+        one, two, _ = cluster.hosts
+        cluster.start(one)
+        one.running.wait_until_said("waiting for")
+        other = ",".join(f"{host.name}={host.peer_url}" for host in cluster.hosts[:2]) + ",n9=http://127.0.0.1:1"
+        ran = cluster.covey(*two.argv(other)[1:])
+        assert ran.code == 1
+        assert "other --members or another --token" in ran.err and len(ran.err.splitlines()) == 1
+        ran = cluster.covey(*two.argv(f"n2={two.peer_url},n3=http://127.0.0.1:1")[1:])
+        assert ran.code == 1 and "names 2: take one, three or five" in ran.err
+        ran = cluster.covey(*two.argv("n7=http://127.0.0.1:1")[1:])
+        assert ran.code == 1 and "--name n2 is not among --members n7" in ran.err
+        ran = cluster.covey(*two.argv(cluster.members)[1:], "--unsafe-no-fsync")
+        assert ran.code == 1 and "--unsafe-no-fsync is set by this command itself" in ran.err
+
+
+def test_a_member_alone_and_what_would_be_run() -> None:
+    with hosts.some(1) as cluster:
+        (host,) = cluster.hosts
+        argv = host.argv(cluster.members)
+        ran = cluster.covey("bootstrap", "--print", *argv[2:])
+        assert ran.code == 0
+        for flag in (
+            *("--initial-cluster-state=new", "--pre-vote=true", "--auto-compaction-retention=1800s"),
+            *("--auto-compaction-mode=periodic", f"--quota-backend-bytes={8 << 30}"),
+        ):
+            assert flag in ran.out.split(), ran.out
+        assert "no-fsync" not in ran.out
+        cluster.start()
+        cluster.wait_until_well()
