@@ -310,9 +310,10 @@ def _with_progress(
 
 def _notes() -> "remembered.Notes":
     """Where unfinished pushes are remembered."""
+    from covey import world
     from covey.client import remembered
 
-    return remembered.Notes(_cache() / "push")
+    return remembered.Notes(_cache() / "push", world.System())
 
 
 def _cache() -> Path:

@@ -138,7 +138,7 @@ def layers_of(manifest: Manifest, config: TemplateConfig) -> list[Layer]:
             if not valid_digest(digest) or not text.isascii() or not text.isdigit() or len(text) > 19:
                 raise errors.Refused(
                     f"layer {item.digest} is packed, but its template does not say what it becomes: its digest in the "
-                    f"config's list uncompressed, its size in the annotation {SIZE}"
+                    f"config's list uncompressed, its size in the annotation {SIZE}; push the template again"
                 )
             size = int(text)
         kind = item.media_type.removesuffix(ZSTD)

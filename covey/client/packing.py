@@ -31,6 +31,7 @@ _SAMPLES, _SAMPLE = 16, 256 << 10
 _READ = 1 << 20
 _WORKERS = 4  # more threads take more memory; from one on, their number does not change what comes out
 _WINDOW_LOG = 27  # of what is unpacked: 128 MiB, the most that zstd's own command takes by default
+_REMEDY = "push the template again"
 
 
 class Damaged(errors.CoveyError):
@@ -93,10 +94,10 @@ def unpack(source: Path, target: Path, digest: str, size_bytes: int, moved: long
     try:
         found = _unpack(source, target, size_bytes, oci.algorithm_of(digest), moved)
         if found != digest:
-            raise Damaged(f"the packed layer holds {found}, but its template says {digest}; push the template again")
+            raise Damaged(f"the packed layer holds {found}, but its template says {digest}; {_REMEDY}")
     except (zstd.ZstdError, EOFError) as error:
         target.unlink(missing_ok=True)
-        raise Damaged(f"layer {digest} cannot be unpacked ({error}); push the template again") from error
+        raise Damaged(f"layer {digest} cannot be unpacked ({error}); {_REMEDY}") from error
     except BaseException:
         target.unlink(missing_ok=True)
         raise
@@ -109,7 +110,7 @@ def _unpack(source: Path, target: Path, size_bytes: int, algorithm: str, moved: 
     with zstd.ZstdFile(source, "rb", options=options) as stream, target.open("wb", buffering=0) as out:
         while piece := stream.read(_READ):
             if offset + len(piece) > size_bytes:
-                raise Damaged(f"a packed layer is longer than the {size_bytes} bytes that its template says")
+                raise Damaged(f"a packed layer is longer than the {size_bytes} bytes that its template says; {_REMEDY}")
             digest.update(piece)
             sparse.write(out.fileno(), offset, piece)
             offset += len(piece)
@@ -117,7 +118,7 @@ def _unpack(source: Path, target: Path, size_bytes: int, algorithm: str, moved: 
         out.truncate(offset)
         os.fsync(out.fileno())
     if offset != size_bytes:
-        raise Damaged(f"a packed layer ends at {offset} of the {size_bytes} bytes that its template says")
+        raise Damaged(f"a packed layer ends at {offset} of the {size_bytes} bytes its template says; {_REMEDY}")
     return f"{algorithm}:{digest.hexdigest()}"
 
 

@@ -13,11 +13,10 @@ of that as it is. What nobody has used for a week goes. Blocking.
 import contextlib
 import hashlib
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from covey import durable, errors, model
+from covey import durable, errors, model, world
 
 _KEEP_S = 7 * 86400.0
 _SETTLED_NS = 2 * 10**9
@@ -63,7 +62,8 @@ class Session:
 class Notes:
     """The folder. Raises Refused when it cannot be made."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, world: world.World) -> None:
+        self._world = world
         self._uploads, self._files, self._packed = folder / "uploads", folder / "files", folder / "packed"
         try:
             for place in (self._uploads, self._files, self._packed):
@@ -73,7 +73,7 @@ class Notes:
         self._sweep()
 
     def _sweep(self) -> None:
-        limit_s = time.time() - _KEEP_S
+        limit_s = self._world.wall_ns() / 1e9 - _KEEP_S
         for place in (self._uploads, self._files, self._packed):
             for path in place.iterdir():
                 with contextlib.suppress(FileNotFoundError):
@@ -115,7 +115,7 @@ class Notes:
         """Remember what the file held while it looked like `seen`, if it has settled."""
         whole = path.resolve()
         changed_ns = max(int(part) for part in seen.split()[1:3])
-        if seen == look(whole) and time.time_ns() - changed_ns > _SETTLED_NS:
+        if seen == look(whole) and self._world.wall_ns() - changed_ns > _SETTLED_NS:
             known = Known(path=str(whole), look=seen, digest=digest, packed=packed, packed_bytes=packed_bytes)
             with contextlib.suppress(OSError):
                 durable.write(self._files / _name(str(whole)), known, fsync=False)

@@ -18,7 +18,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from covey import model
+from covey import model, world
 from covey.client import http, registry, remembered, templates
 
 RANGE_BYTES = 512 << 10
@@ -72,7 +72,7 @@ async def ready() -> AsyncIterator[Movers]:
 async def _move(verb: str, url: str, template: str, folder: str, *files: str) -> None:
     """`push` sends the files with its notes in the folder, `pull` brings them there."""
     async with http.Endpoints(url.split(",")) as endpoints:
-        notes = remembered.Notes(Path(folder)) if verb == "push" else None
+        notes = remembered.Notes(Path(folder), world.System()) if verb == "push" else None
         talk = registry.Registry(endpoints, notes=notes, range_bytes=RANGE_BYTES, sync_bytes=SYNC_BYTES)
         if verb == "pull":
             await templates.pull_template(talk, template, Path(folder))

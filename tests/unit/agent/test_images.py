@@ -1,16 +1,18 @@
 """The image cache against a real registry: verified, shared, resumed, pinned, evicted, and honest about a full disk."""
 
 import asyncio
+import json
 import os
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from backports import zstd
 
 from covey import errors, model
 from covey.agent import images
-from covey.client import oci
+from covey.client import oci, packing
 from covey.client import registry as client
 from tests.support import registry
 
@@ -59,6 +61,19 @@ class Library:
         made = images.Cache(self.root, lambda _: self.source, reserve_bytes=reserve_bytes)
         made.from_registries((self._server.url,))
         return made
+
+    async def push_packed(self, plain: bytes, blob: bytes) -> tuple[model.TemplateId, model.Digest]:
+        """A template with one packed layer, which is said to hold `plain`."""
+        template = model.TemplateId(str(uuid.uuid4()))
+        config = json.dumps({"arch": "amd64", "uncompressed": [oci.digest_of(plain)]}).encode()
+        for content in (config, blob):
+            await self._server.push_blob(f"templates/{template}", content)
+        manifest = json.loads(registry.template_manifest(config, blob, name=f"t-{template}", tag="v1"))
+        manifest["layers"][0]["mediaType"] += oci.ZSTD
+        manifest["layers"][0]["annotations"] = {oci.SIZE: str(len(plain))}
+        content = json.dumps(manifest).encode()
+        assert (await self._server.put_manifest(f"templates/{template}", "v1", content))[0] == 201
+        return template, model.Digest(oci.digest_of(content))
 
     async def push(self, *layers: bytes) -> tuple[model.TemplateId, model.Digest]:
         template = model.TemplateId(str(uuid.uuid4()))
@@ -150,6 +165,43 @@ async def test_wrong_bytes_never_become_a_layer(library: Library) -> None:
     image = await cache.get("vm.1", template, digest, ignore)
     assert Path(image.layers[0]).read_bytes() == BASE
     assert list((library.root / "incoming").iterdir()) == []
+
+
+PLAIN = b"a layer that packs well " * 100_000
+
+
+async def test_a_packed_layer_is_one_layer_with_its_unpacked_twin(library: Library) -> None:
+    cache = library.cache()
+    seen: list[float] = []
+    image = await cache.get("a.1", *await library.push_packed(PLAIN, zstd.compress(PLAIN)), seen.append)
+    assert Path(image.layers[0]).read_bytes() == PLAIN
+    assert Path(image.layers[0]).stat().st_mode & 0o777 == 0o444
+    assert all(0 <= fraction <= 1 for fraction in seen)
+    twin = await cache.get("b.1", *await library.push(PLAIN), ignore)
+    assert twin.layers == image.layers
+    assert library.source.fetched == [oci.digest_of(zstd.compress(PLAIN))]
+    assert cache.size_bytes() == len(PLAIN)
+    assert list((library.root / "incoming").iterdir()) == []
+    assert len(library.cache().held()) == 2
+
+
+async def test_a_packed_layer_that_holds_something_else_makes_its_template_unusable(library: Library) -> None:
+    cache = library.cache()
+    template, digest = await library.push_packed(PLAIN, zstd.compress(BASE))
+    with pytest.raises(packing.Damaged, match="push the template again"):
+        await cache.get("vm.1", template, digest, ignore)
+    assert cache.held() == ()
+    assert list((library.root / "layers").iterdir()) == list((library.root / "incoming").iterdir()) == []
+
+
+async def test_what_was_whole_when_the_agent_was_killed_is_not_fetched_again(library: Library) -> None:
+    template, digest = await library.push(BASE)
+    cache = library.cache()
+    (library.root / "incoming" / oci.digest_of(BASE).removeprefix("sha256:")).write_bytes(BASE)
+    sent = len(library.source.fetched)
+    image = await cache.get("vm.1", template, digest, ignore)
+    assert Path(image.layers[0]).read_bytes() == BASE
+    assert len(library.source.fetched) == sent + 1
 
 
 async def test_an_unknown_template_is_refused(library: Library) -> None:

@@ -1,12 +1,14 @@
 """The last look before the fork, and steps that must not be cut in half."""
 
 import asyncio
+import dataclasses
 
 import msgspec
 import pytest
 
-from covey import model, wire
-from covey.agent import hypervisor, records, verbs
+from covey import errors, model, wire
+from covey.agent import hypervisor, images, records, synthetic, verbs
+from covey.client import packing
 from covey.decide import convergence
 from tests.support import nouns
 from tests.unit.agent import fake
@@ -67,6 +69,41 @@ async def test_an_order_cuts_a_long_pull_short(cloud: fake.Controller, make_node
     await fake.until(lambda: wire.ReportEvent.ACKNOWLEDGED in cloud.said(vm), "it pulls")
     cloud.want(wire.Verb.DESTROY, vm)
     await fake.until(lambda: wire.ReportEvent.GONE in cloud.said(vm), "gone", 10.0)
+
+
+class NoImages(synthetic.Images):
+    """A cache that cannot have it."""
+
+    def __init__(self, fault: Exception) -> None:
+        super().__init__(0.0)
+        self._fault = fault
+
+    async def get(
+        self, holder: str, template: model.TemplateId, digest: model.Digest, progress: images.Progress
+    ) -> hypervisor.Image:
+        raise self._fault
+
+
+@pytest.mark.parametrize(
+    ("fault", "becomes"),
+    [
+        (packing.Damaged("not what it says"), convergence.Stage.FAILED),
+        (errors.RemoteError("the registry is away"), convergence.Stage.REFUSED),
+        (images.NoRoom("the disk is full"), convergence.Stage.REFUSED),
+        (OSError(28, "no space"), convergence.Stage.REFUSED),
+    ],
+    ids=repr,
+)
+async def test_only_what_another_node_may_have_is_tried_elsewhere(
+    cloud: fake.Controller, make_node: MakeNode, fault: Exception, becomes: convergence.Stage
+) -> None:
+    """A template that can never be used ends its instance in Error, with the reason."""
+    node = make_node()
+    record, _ = await _prepared(node, cloud)
+    shared = dataclasses.replace(node.agent._parts, images=NoImages(fault))
+    found = await verbs.Verbs(shared).prepare(record, acknowledged=True)
+    assert found.stage is becomes
+    assert str(fault.args[-1]) in found.message
 
 
 async def test_a_verb_is_not_cut_in_half() -> None:
