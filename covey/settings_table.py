@@ -272,7 +272,7 @@ _TIMES = (
         "At shutdown /readyz is red for this long while requests are still taken, so that balancers look away first;"
         " skipped when nobody has asked /readyz for half a minute.",
     ),
-    Setting("HEARTBEAT", _CS, _K.DURATION, "5s", "How often agents send a sign of life."),
+    Setting("HEARTBEAT", _CS, _K.DURATION, "5s", "How often agents send a sign of life; told longer in a large fleet."),
     Setting(
         "VM_LIST_CACHE_TTL",
         _SERVERS,

@@ -22,6 +22,7 @@ LEASE_TTL_S = 30
 LEASE_MARGIN_S = 5
 POLL_LIMIT_S = LEASE_TTL_S / 3  # a poll parks at most a third of the TTL
 HEARTBEAT_S = 5.0
+WORD_S = 60.0  # a node says its word at least so often (safety S26)
 ACKNOWLEDGE_S = 3.0  # safety S10
 
 

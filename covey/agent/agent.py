@@ -58,8 +58,8 @@ class Config(model.Noun, frozen=True, kw_only=True):
 
 
 class Agent:
-    """One node's agent. `use` tells how busy the host is, `place` under which name and address it is reached; `touch`
-    is shared by a process's agents."""
+    """One node's agent. `use` tells how busy the host is, `place` under which name and address it is reached. `touch`
+    and `door` are shared by a process's agents; so many join at a time."""
 
     def __init__(
         self,
@@ -72,6 +72,7 @@ class Agent:
         use: Callable[[], tuple[float, float]] = host.idle,
         place: Callable[[], Awaitable[host.Place]] = host.nowhere,
         touch: contact.Contact | None = None,
+        door: asyncio.Semaphore | None = None,
     ) -> None:
         data = Path(config.data_dir) if config.data_dir else None
         self._config = config
@@ -81,9 +82,10 @@ class Agent:
         self._use = use
         self._place = place
         self._contact = touch or contact.Contact()
+        self._door = door or asyncio.Semaphore(1)
         self._records = records.Records(data, sync=config.sync)
         self._records.load(clock.wall_ns())
-        self.session = session.Session(identity.File(data, clock), endpoints, clock)
+        self.session = session.Session(identity.File(data, clock, sync=config.sync), endpoints, clock)
         self.session.acted_on(self._records.newest_seen(self.session.seen.history))
         self._outbox = reports.Outbox(self.session, clock, self._word)
         self._look = look.Look(driver)
@@ -195,7 +197,8 @@ class Agent:
 
     async def _join(self) -> None:
         facts = await self._facts()
-        joined = await self.session.join(facts, explicit=self._explicit)
+        async with self._door:
+            joined = await self.session.join(facts, explicit=self._explicit)
         self._explicit = self._moved = False
         self._joined_at = host.Place(facts.name, facts.ip)
         self._ip = facts.ip or self._ip

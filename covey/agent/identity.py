@@ -72,10 +72,12 @@ def learnt(data: Path | None) -> tuple[str, ...]:
 
 
 class File:
-    """The identity file; without a directory it lives in memory."""
+    """The identity file; without a directory it lives in memory. Without `sync` it survives this process, not the
+    host: thousands of pretended nodes in one process must not wait for its disk."""
 
-    def __init__(self, data: Path | None, clock: world.World) -> None:
+    def __init__(self, data: Path | None, clock: world.World, *, sync: bool = True) -> None:
         self._data = data
+        self._sync = sync
         self._learnt = learnt(data)
         self._path = None if data is None else data / "node.json"
         known = None if self._path is None else durable.read(self._path, Identity)
@@ -115,14 +117,14 @@ class File:
     def _write(self, path: Path, identity: Identity) -> None:
         spare = path.with_name("spare")
         try:
-            durable.write(path, identity)
+            durable.write(path, identity, fsync=self._sync)
         except OSError as error:
             if error.errno not in durable.NO_ROOM or not spare.exists():
                 raise
             durable.discard(spare)
-            durable.write(path, identity)
+            durable.write(path, identity, fsync=self._sync)
             return
-        if not spare.exists():
+        if self._sync and not spare.exists():
             with contextlib.suppress(OSError):  # another time
                 durable.replace(spare, bytes(_SPARE_BYTES))
 
@@ -143,7 +145,7 @@ class File:
         self._learnt = controllers
         if self._data is not None:
             try:
-                durable.write(self._data / "controllers.json", _Controllers(urls=controllers))
+                durable.write(self._data / "controllers.json", _Controllers(urls=controllers), fsync=self._sync)
             except OSError as error:
                 _log.warning("where the controllers are could not be written down", error=str(error))
 

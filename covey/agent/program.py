@@ -17,6 +17,8 @@ from covey import errors, settings, world
 from covey.agent import agent, contact, host, hypervisor, identity, images, qemu, synthetic
 from covey.client import http, registry
 
+_JOINS = 32  # at once, of thousands of nodes in one process: more would only wait for it, and run out of time
+
 
 class Program:
     """start → (work by itself) → stop. `folder` None: nothing is kept (synthetic nodes in numbers)."""
@@ -31,6 +33,7 @@ class Program:
         self._sockets = http.Sockets(ca_cert=chosen.ca_cert)
         self._endpoints: list[http.Endpoints] = []
         self._contact = contact.Contact()
+        self._door = asyncio.Semaphore(_JOINS)
         self._tasks: list[asyncio.Task[None]] = []
         self._ip = ""
 
@@ -115,7 +118,9 @@ class Program:
         cache = synthetic.Images(self._chosen.pull_s)
         # Pretended VMs need not survive the host, and hundreds of nodes in one process must not wait for its disk.
         config = self._config(name, folder, ip=self._ip, sync=False)
-        made = agent.Agent(config, self._clock, driver, cache, self._controllers(folder), touch=self._contact)
+        made = agent.Agent(
+            config, self._clock, driver, cache, self._controllers(folder), touch=self._contact, door=self._door
+        )
         wakes.agent = made
         return made
 

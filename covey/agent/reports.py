@@ -15,10 +15,11 @@ import msgspec
 
 from covey import errors, model, observe, wire, world
 from covey.agent import records, session
+from covey.decide import heartbeat
 
 _PROGRESS_NS = 1_000_000_000
 _PROGRESS_STEP = 0.01
-_WORD_NS = 60_000_000_000
+_WORD_NS = int(wire.WORD_S * 1e9)
 _WORD_LEAST_NS = 1_000_000_000
 _ITEMS = 100  # per report
 _BYTES = 2_000_000  # of output per report
@@ -143,7 +144,7 @@ class Outbox:
         answer = await self._session.call("report", wire.Reported, report)
         self._session.learn(answer.seen)
         if word is not None:
-            self._last_word, self._word_ns = _figureless(word), self._clock.boot_ns()
+            self._last_word, self._word_ns = heartbeat.figureless(word), self._clock.boot_ns()
         settled = [batch[index] for index in answer.settled if 0 <= index < len(batch)]
         done = {id(item) for item in settled}
         self._items = [item for item in self._items if id(item) not in done]
@@ -163,7 +164,7 @@ class Outbox:
         return batch
 
     def _stale_word(self) -> bool:
-        return self._last_word is None or _figureless(self._word()) != self._last_word
+        return self._last_word is None or heartbeat.figureless(self._word()) != self._last_word
 
     def _due_word(self) -> model.Word | None:
         """The node's word, when it is news or 60 s old."""
@@ -175,10 +176,3 @@ class Outbox:
 
 def _overtaken(item: wire.Item, key: records.Key) -> bool:
     return item.event is Said.PROGRESS and (item.instance, item.epoch) == key
-
-
-def _figureless(word: model.Word) -> model.Word:
-    """The word without the figures that change all the time: those alone are worth no write (safety S26)."""
-    return msgspec.structs.replace(
-        word, messages=0, at_ns=0, free_disk_bytes=0, image_bytes=0, cpu_util=0.0, ram_util=0.0
-    )

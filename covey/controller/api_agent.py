@@ -16,7 +16,8 @@ from typing import NamedTuple
 import msgspec
 
 from covey import answer, errors, model, observe, serve, wire
-from covey.controller import api_adopt, naming, parking, renewals, wanted
+from covey.controller import api_adopt, figures, naming, parking, renewals, wanted
+from covey.decide import heartbeat
 from covey.store import (
     codec,
     commit,
@@ -40,7 +41,7 @@ log = observe.log("agents")
 
 
 class Terms(NamedTuple):
-    """What agents are told at join."""
+    """What agents are told. `heartbeat_s`: at least, see `decide.heartbeat`."""
 
     heartbeat_s: float
     registries: tuple[str, ...]
@@ -62,7 +63,7 @@ class _Caller(NamedTuple):
 
 
 class AgentApi:
-    """`alarm` is set while parked polls must be answered: the controller is red or goes down."""
+    """`parking` is where polls wait; its alarm is on while they must be answered."""
 
     def __init__(
         self,
@@ -70,16 +71,16 @@ class AgentApi:
         writer: commit.Writer,
         renewals: renewals.Renewals,
         terms: Terms,
-        alarm: asyncio.Event,
+        parking: parking.Parking,
         trouble: Callable[[], str],
     ) -> None:
         self._mirror = mirror
         self._writer = writer
         self._renewals = renewals
         self._terms = terms
-        self._alarm = alarm
-        self._parking = parking.Parking()
+        self._parking = parking
         self._trouble = trouble
+        self._figures = figures.Figures(writer, mirror.snapshot)
 
     def routes(self) -> Sequence[serve.Route]:
         return [
@@ -116,7 +117,7 @@ class AgentApi:
             cloud=snapshot.cloud,
             seen=snapshot.seen,
             lease=lease,
-            heartbeat_s=self._terms.heartbeat_s,
+            heartbeat_s=self._heartbeat_s(snapshot),
             registries=self._terms.registries,
             name=joined.node.noun.name or session.facts.name,
         )
@@ -171,7 +172,7 @@ class AgentApi:
             tag=wants.tag,
             wanted=() if hold else tuple(_named(wants.wanted, snapshot, caller.node)),
             lease=lease,
-            heartbeat_s=self._terms.heartbeat_s,
+            heartbeat_s=self._heartbeat_s(snapshot),
             hold=bool(hold),
             questions=wants.questions,
             controllers=tuple(sorted(one.noun.url for one in snapshot.controllers() if one.noun.url)),
@@ -180,22 +181,14 @@ class AgentApi:
     async def _park(self, call: serve.Call, node: model.NodeId, revision: int, until_ns: int) -> bool:
         """Until the node's wanted state may have changed, time is up, or the alarm is raised. False: this poll gives
         way to a newer one of the node."""
-        left_s = (until_ns - self._writer.world.boot_ns()) / 1e9
-        if self._alarm.is_set():  # about to be lowered: this controller is ready again
+        if self._parking.alarmed:  # about to be lowered: this controller is ready again
             await asyncio.sleep(_PAUSE_S)
-        with self._parking.spot(node) as wanted_by_another, call.aside():
-            waits = {
-                asyncio.ensure_future(self._mirror.node_changed(node, revision)),
-                asyncio.ensure_future(self._alarm.wait()),
-                asyncio.ensure_future(wanted_by_another.wait()),
-            }
-            try:
-                await asyncio.wait(waits, timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for wait in waits:
-                    wait.cancel()
-                await asyncio.gather(*waits, return_exceptions=True)
-            return not wanted_by_another.is_set()
+            return True
+        left_s = (until_ns - self._writer.world.boot_ns()) / 1e9
+        with self._parking.spot(node) as spot, call.aside():
+            if not self._mirror.has_node_changed(node, revision):
+                await spot.wait(left_s)
+            return not spot.gives_way
 
     async def _caller(self, call: serve.Call, seen: wire.Seen, arrived_ns: int) -> tuple[_Caller, view.Snapshot, str]:
         """Who calls, a view at least as new as what it has seen, and why it must hold; "" if not. What cannot have been
@@ -277,6 +270,10 @@ class AgentApi:
             messages=messages,
             at_ns=self._writer.world.wall_ns(),
         )
+        known = snapshot.word(caller.node)
+        if not heartbeat.is_news(own, None if known is None else known.noun):
+            self._figures.later(own)
+            return
         said = await commit_nodes.say(self._writer, snapshot, caller.node, caller.session, own)
         if isinstance(said, commit.Lost):
             raise answer.Fault(409, _STALE)
@@ -321,6 +318,9 @@ class AgentApi:
         snapshot = self._newer(snapshot)  # a break may have been entered just now
         await api_adopt.adopt(self._writer, snapshot, caller.life.noun, told, call.until_ns)
         return wire.Adopted(lease=lease, seen=snapshot.seen)
+
+    def _heartbeat_s(self, snapshot: view.Snapshot) -> float:
+        return heartbeat.interval_s(snapshot.alive_count(), snapshot.controller_count(), self._terms.heartbeat_s)
 
     # ---- what all calls share --------------------------------------------------------------------------------------
 

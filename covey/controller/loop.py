@@ -6,7 +6,7 @@ for a while: so conflicts are rare and nothing waits for a dead replica for long
 
     place    a change has come and instances wait, or    plan, one transaction per node
              a pause after a refusal is over
-    watch    every half second                           spans that are over: withdraw, re-place, fail, forget, order
+    watch    every half second, nodes every five         spans that are over: withdraw, re-place, fail, forget, order
     sweep    hourly                                      lengthen the history chain, compact, remove what nothing needs
 
 Nothing is decided while the mirror is not ready, and then every observation starts over (safety S9).
@@ -27,6 +27,7 @@ _NS = 1_000_000_000
 _TICK_S = 0.5
 _FROZEN_NS = 2 * _NS  # a loop that slept longer than this may have missed anything (safety S24)
 _TURN_NS = 1 * _NS
+_NODES_NS = 5 * _NS  # between two looks at every node
 _SECOND_TURN_S = 0.3  # how long other replicas leave waiting instances to the first
 _PATIENCE_NS = 1 * _NS
 _PAUSE_S = 0.2
@@ -61,6 +62,8 @@ class Loop:
         self._waiting = queue or waiting.Waiting(world, hosts.Fleet())
         self._fleet = self._waiting.fleet
         self._observed: deadlines.Observed = {}
+        self._observed_nodes: deadlines.Observed = {}
+        self._nodes_looked_ns = -_NODES_NS
         self._pause_ends_ns: int | None = None
         self._nap: asyncio.Timeout | None = None
         self._look_again = False
@@ -167,25 +170,23 @@ class Loop:
     # ---- deadlines
 
     async def _watch_forever(self) -> None:
-        self._observed = {}
+        self._observed = self._observed_nodes = {}
         last_ns = self._world.boot_ns()
         while True:
             await asyncio.sleep(_TICK_S)
             now_ns = self._world.boot_ns()
             if not self._mirror.ready or now_ns - last_ns > _FROZEN_NS:
-                self._observed = {}  # not ready all the while: every span starts over
+                self._observed = self._observed_nodes = {}  # not ready all the while: every span starts over
             last_ns = now_ns
             if self._mirror.ready:
                 await self._watch(self._mirror.snapshot(), now_ns)
 
     async def _watch(self, snapshot: view.Snapshot, now_ns: int) -> None:
-        present = watchlist.things(snapshot, self.silent)
-        self._observed = deadlines.observe(self._observed, present, now_ns)
-        over = deadlines.ripe(self._observed, self._spans, now_ns)
-        self._note_silent(over)
-        mine = over
-        if not self._first(snapshot):
-            mine = deadlines.ripe(self._observed, self._spans, now_ns, _PATIENCE_NS)
+        self._observed = deadlines.observe(self._observed, watchlist.things(snapshot), now_ns)
+        patience_ns = 0 if self._first(snapshot) else _PATIENCE_NS
+        mine = deadlines.ripe(self._observed, self._spans, now_ns, patience_ns)
+        if now_ns - self._nodes_looked_ns >= min(_NODES_NS, self._spans.silent_ns // 20):
+            mine += self._watch_nodes(snapshot, now_ns, patience_ns)
         works: list[Callable[[], Awaitable[object]]] = [
             *(functools.partial(self._replace, snapshot, kept) for kept in watchlist.stranded(snapshot, self.silent)),
             *(functools.partial(self._act, snapshot, thing) for thing in sorted(mine, key=_can_wait)),
@@ -197,6 +198,14 @@ class Loop:
             await _all(functools.partial(in_time, work) for work in works)
         except errors.CoveyError as error:  # of one of them, perhaps for ever: the others' spans must not start over
             _log.warning("a turn failed", turn="watch", error=str(error))
+
+    def _watch_nodes(self, snapshot: view.Snapshot, now_ns: int, patience_ns: int) -> list[deadlines.Thing]:
+        """Note which nodes are silent; answers with the instances that are lost with theirs."""
+        self._nodes_looked_ns = now_ns
+        self._observed_nodes = deadlines.observe(self._observed_nodes, watchlist.nodes(snapshot, self.silent), now_ns)
+        self._note_silent(deadlines.ripe(self._observed_nodes, self._spans, now_ns))
+        over = deadlines.ripe(self._observed_nodes, self._spans, now_ns, patience_ns)
+        return [thing for thing in over if thing.kind == deadlines.Kind.LOST]
 
     async def _in_time(self, end_ns: int, work: Callable[[], Awaitable[object]]) -> object:
         """What a turn does not get to is left to the next one: a turn that lasted long would count as frozen."""

@@ -30,12 +30,13 @@ from covey.controller import (
     hosts,
     loop,
     members,
+    parking,
     presence,
     renewals,
     templates,
     waiting,
 )
-from covey.decide import deadlines, permission
+from covey.decide import deadlines, heartbeat, permission
 from covey.store import base, commit, commit_cloud, etcd, etcd_connect, mirror, schema
 
 _LEASE_S = 15  # of this controller's announcement
@@ -62,9 +63,9 @@ class Replica:
         self._id = world.uuid()
         self._store = etcd_connect.connect(chosen, world) if store is None else store
         self._entering = "this controller has not reached the store yet"  # "" once it has entered the cloud
-        self._alarm = asyncio.Event()
+        self._parking = parking.Parking()
         self._tasks: list[asyncio.Task[None]] = []
-        self._mirror = mirror.Mirror(self._store, world, self._prove)
+        self._mirror = mirror.Mirror(self._store, world, self._prove, self._parking.changed)
         self._writer = commit.Writer(self._store, world, who=f"controller {self._id}")
         self._homes = hosts.Homes(world)
         self._presence = presence.Presence(world)
@@ -121,7 +122,7 @@ class Replica:
             *api_node.NodeApi(self._mirror, self._writer, shown).routes(),
             *api_registry.RegistryApi(self._templates).routes(),
         ]
-        agents = api_agent.AgentApi(self._mirror, self._writer, self._renewals, terms, self._alarm, self._trouble)
+        agents = api_agent.AgentApi(self._mirror, self._writer, self._renewals, terms, self._parking, self._trouble)
         return status, [
             *status.probes(),
             *self._health.routes(),
@@ -149,13 +150,14 @@ class Replica:
         """Let balancers look away first, answer parked polls, finish what runs within the grace, then end. Harmless
         when repeated."""
         self.server.draining.set()
-        self._alarm.set()
+        self._parking.alarm(True)
         if self._tasks and self._status.watched:
             await asyncio.sleep(self._chosen.shutdown_delay_s)
         broken = await self.server.drain(self._chosen.graceful_shutdown_timeout_s)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._parking.close()
         for part in (self._writer, self._renewals, self._status, self._health, self._templates, self._store):
             await part.close()
         if self._tasks:
@@ -257,8 +259,8 @@ class Replica:
         was = self._entering
         while True:
             trouble = self._trouble_of_polls()
-            if bool(trouble) != self._alarm.is_set():
-                (self._alarm.set if trouble else self._alarm.clear)()
+            if bool(trouble) != self._parking.alarmed:
+                self._parking.alarm(bool(trouble))
             if bool(trouble) != bool(was):
                 log.warning("not ready", why=trouble) if trouble else log.info("ready", before=was)
             was = trouble
@@ -285,5 +287,7 @@ def _of_agents(route: serve.Route) -> serve.Route:
 
 def _spans(chosen: settings.Controller) -> deadlines.Spans:
     return deadlines.Spans(
-        terminated_ns=int(chosen.instance_time_out_s * _NS), unwanted_ns=int(chosen.unknown_vm_threshold_s * _NS)
+        silent_ns=int(heartbeat.silent_after_s(chosen.heartbeat_s) * _NS),
+        terminated_ns=int(chosen.instance_time_out_s * _NS),
+        unwanted_ns=int(chosen.unknown_vm_threshold_s * _NS),
     )

@@ -17,8 +17,8 @@ State = model.State
 _MAY_BE_LOST = (State.PULLING, State.STARTED, State.STOPPING, State.STOPPED)
 
 
-def things(snapshot: view.Snapshot, silent: Iterable[str]) -> Iterator[tuple[Thing, int]]:
-    """Everything whose time may run out, with the revision that must stand still meanwhile."""
+def things(snapshot: view.Snapshot) -> Iterator[tuple[Thing, int]]:
+    """Everything whose time may soon run out, with the revision that must stand still meanwhile."""
     awaited = _awaited(snapshot)
     if snapshot.breach.nonce not in ("", snapshot.settled):
         yield Thing(Kind.BREAK, snapshot.breach.nonce), snapshot.breach.revision
@@ -38,6 +38,11 @@ def things(snapshot: view.Snapshot, silent: Iterable[str]) -> Iterator[tuple[Thi
         if kept.noun.node in awaited:
             continue
         yield Thing(Kind.ERROR, kept.noun.id), kept.revision
+    yield from _unwanted(snapshot, awaited)
+
+
+def nodes(snapshot: view.Snapshot, silent: Iterable[str]) -> Iterator[tuple[Thing, int]]:
+    """Every node that is alive, and what runs on those that are not: there are thousands, and their spans are long."""
     away: set[str] = set(silent)
     for node in snapshot.nodes():
         id: str = node.noun.id
@@ -47,11 +52,10 @@ def things(snapshot: view.Snapshot, silent: Iterable[str]) -> Iterator[tuple[Thi
             yield Thing(Kind.SILENT, id), max(revisions, default=0)
         else:
             away.add(id)
-    for lost in away - awaited:
+    for lost in away - _awaited(snapshot):
         for kept in snapshot.instances_on(lost):
             if kept.noun.launched and kept.noun.state in _MAY_BE_LOST:
                 yield Thing(Kind.LOST, kept.noun.id), kept.revision
-    yield from _unwanted(snapshot, awaited)
 
 
 def _awaited(snapshot: view.Snapshot) -> set[str]:

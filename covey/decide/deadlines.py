@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from covey import wire
+from covey.decide import heartbeat
 
 _S = 1_000_000_000
 
@@ -34,7 +35,7 @@ class Spans(NamedTuple):
 
     unacknowledged_ns: int = int(wire.ACKNOWLEDGE_S * _S)
     stalled_ns: int = 15 * 60 * _S  # a percent of the largest template over the slowest line
-    silent_ns: int = 4 * wire.LEASE_TTL_S * _S  # two TTLs, and the 60 s that a word may take to be written
+    silent_ns: int = int(heartbeat.silent_after_s(wire.HEARTBEAT_S) * _S)
     lost_ns: int = 24 * 3600 * _S
     terminated_ns: int = 60 * _S
     error_ns: int = 24 * 3600 * _S

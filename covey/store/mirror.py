@@ -24,7 +24,7 @@ the store with its own past and enters the break.
 import asyncio
 import collections
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 from covey import errors, observe, wire
@@ -52,12 +52,19 @@ Prove = Callable[[str, Sequence[permission.Link]], Awaitable[object]]  # why, an
 
 class Mirror:
     """Run `run` as a task; read through `fresh` and `snapshot`. `prove` is called whenever the mirror would be ready
-    again; without it nothing is compared with the past."""
+    again; without it nothing is compared with the past. `tell` hears of nodes whose wanted state may have changed."""
 
-    def __init__(self, store: base.Store, world: worlds.World, prove: Prove | None = None) -> None:
+    def __init__(
+        self,
+        store: base.Store,
+        world: worlds.World,
+        prove: Prove | None = None,
+        tell: Callable[[Collection[str]], object] = len,
+    ) -> None:
         self._store = store
         self._world = world
         self._prove = prove
+        self._tell = tell
         self._proven = prove is None
         self._reds = 0  # how often a trouble was seen
         self._broke = ""  # why the store is not the one that was read before; "" once that is entered
@@ -142,8 +149,12 @@ class Mirror:
     async def node_changed(self, node: str, after: int) -> None:
         """Wait until what one node should do may have changed after revision `after`."""
         bell = self._nodes.setdefault(node, _Bell())
-        while self._node_moved.get(node, 0) <= after and not self._is_discarded(after):
+        while not self.has_node_changed(node, after):
             await bell.wait()
+
+    def has_node_changed(self, node: str, after: int) -> bool:
+        """Whether that has happened; when it does later, `tell` is called."""
+        return self._node_moved.get(node, 0) > after or self._is_discarded(after)
 
     def _is_discarded(self, revision: int) -> bool:
         """Whether the revision is of a copy that was thrown away: everything has changed since."""
@@ -268,6 +279,7 @@ class Mirror:
             bell = self._nodes.get(node)
             if bell is not None:
                 bell.ring()
+        self._tell(self._draft.touched)
         self._draft.touched.clear()
         self._moved.ring()
 

@@ -70,6 +70,12 @@ class Table(Generic[V]):
         self._size -= 1
         return self._own(index).pop(key)
 
+    def lost_since(self, before: "Table[V]") -> Iterator[str]:
+        """Keys that `before` has and this one lacks. Costs what has changed: shards that both share are passed by."""
+        for shard, old in zip(self._shards, before._shards, strict=True):
+            if shard is not old:
+                yield from old.keys() - shard.keys()
+
     def keys(self) -> Iterator[str]:
         for shard in self._shards:
             yield from shard
@@ -221,6 +227,13 @@ class Snapshot:
         """The node's sign of life, bound to its session's lease; None when the lease ended."""
         return self._alive.get(node)
 
+    def died_since(self, before: "Snapshot") -> Iterator[str]:
+        """The nodes that had a sign of life then and have none now."""
+        return self._alive.lost_since(before._alive)
+
+    def alive_count(self) -> int:
+        return len(self._alive)
+
     def word(self, node: str) -> codec.Kept[model.Word] | None:
         return self._words.get(node)
 
@@ -252,6 +265,9 @@ class Snapshot:
 
     def controllers(self) -> Iterator[codec.Kept[schema.Controller]]:
         return self._controllers.values()
+
+    def controller_count(self) -> int:
+        return len(self._controllers)
 
     def _known(self, ids: Iterator[str] | dict[str, None] | tuple[()]) -> Iterator[codec.Kept[model.Instance]]:
         for id in ids:

@@ -174,7 +174,8 @@ async def test_nothing_is_concluded_from_the_silence_of_a_node_that_has_not_told
         c.store.end_lease(life.noun.lease)
 
         def found(snapshot: view.Snapshot) -> set[tuple[str, str]]:
-            things = {(str(thing.kind), thing.id) for thing, _ in watchlist.things(snapshot, ())}
+            watched = [*watchlist.things(snapshot), *watchlist.nodes(snapshot, ())]
+            things = {(str(thing.kind), thing.id) for thing, _ in watched}
             stranded = {("stranded", str(kept.noun.id)) for kept in watchlist.stranded(snapshot, ())}
             return {one for one in things | stranded if one[0] != kinds.BREAK}
 
@@ -189,6 +190,6 @@ async def test_nothing_is_concluded_from_the_silence_of_a_node_that_has_not_told
         await commit_cloud.add_nonce(c.writer)
         held = await c.look()
         assert found(held) == set()
-        assert [thing.kind for thing, _ in watchlist.things(held, ())] == [kinds.BREAK]
+        assert [thing.kind for thing, _ in watchlist.things(held)] == [kinds.BREAK]
         await commit_adopt.excuse(c.writer, held, node, "operator")
         assert found(await c.look()) == all_of_it
