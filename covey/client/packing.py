@@ -61,12 +61,12 @@ def _ignore(_: int) -> None:
     """Progress that nobody wants."""
 
 
-def pack(source: Path, target: Path, moved: long_work.Moved = _ignore) -> Packed:
-    """Pack a file into another one. `moved` is told the bytes that were read."""
+def pack(source: Path, target: Path, moved: long_work.Moved = _ignore, *, workers: int = 0) -> Packed:
+    """Pack a file into another one. `moved` is told the bytes that were read; `workers` 0: as many as are of use."""
     options: dict[int, int] = {
         zstd.CompressionParameter.compression_level: LEVEL,
         zstd.CompressionParameter.checksum_flag: 1,
-        zstd.CompressionParameter.nb_workers: min(_WORKERS, os.cpu_count() or 1),
+        zstd.CompressionParameter.nb_workers: workers or min(_WORKERS, os.cpu_count() or 1),
     }
     packer = zstd.ZstdCompressor(options=options)
     digest = hashlib.sha256()
