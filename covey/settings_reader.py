@@ -339,3 +339,58 @@ def _as_text(value: object) -> str:
     if isinstance(value, list | tuple):
         return ",".join(str(item) for item in value)
     return str(value)
+
+
+# ---- what is set, for people -----------------------------------------------------------------------------------
+
+HIDDEN = "(not shown)"
+_LOGIN = re.compile(r"(?<=://)[^/@\s\"']*@")
+
+
+class Row(NamedTuple):
+    """One setting that is set on this machine, for whichever program. `text` of a secret is the secret."""
+
+    name: str
+    text: str
+    source: str
+    secret: bool
+
+
+def overview(environ: Mapping[str, str]) -> tuple[list[Row], list[str]]:
+    """Everything that is set in the environment and the settings file, and what is odd about it. Never raises."""
+    try:
+        file_name, file = _read_file(environ)
+        notices = _strangers(environ)
+    except errors.SettingError as error:
+        file_name, file, notices = "", {}, [*_strangers(environ), str(error)]
+    tables = {"": file, **{part.value: file[part.value] for part in Part if isinstance(file.get(part.value), dict)}}
+    rows = []
+    for row in TABLE:
+        for spelled in (row.name, *row.aliases):
+            found = {prefix + spelled: environ.get(prefix + spelled, "").strip() for prefix in ("COVEY_", "ANKA_")}
+            for part, table in tables.items():
+                where = f"{file_name}: {f'[{part}] ' if part else ''}{spelled.lower()}"
+                found[where] = _as_text(table.get(spelled.lower(), ""))
+            rows += [Row(row.name, text, where, row.secret) for where, text in found.items() if text]
+    return rows, notices
+
+
+def without_login(text: str) -> str:
+    """A text whose URLs carry no user and password."""
+    return _LOGIN.sub(f"{HIDDEN}@", text)
+
+
+def shown(chosen: msgspec.Struct) -> dict[str, object]:
+    """A program's settings as read, without secrets."""
+    secret = {row.name.lower() for row in TABLE if row.secret}
+    found: dict[str, object] = {}
+    for name in chosen.__struct_fields__:
+        value = getattr(chosen, name)
+        if name in secret:
+            found[name] = HIDDEN if value else ""
+        elif isinstance(value, tuple):
+            found[name] = [without_login(str(one)) for one in value]
+        else:
+            plain = value is None or isinstance(value, bool | int | float)
+            found[name] = value if plain else without_login(str(value))
+    return found

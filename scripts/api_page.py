@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from covey.client import oci
-from covey.controller import api_explain, api_log, api_node, api_status, api_vm, start_request, views
+from covey.controller import api_events, api_explain, api_log, api_node, api_status, api_vm, start_request, views
 from covey.decide import troubles
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +39,13 @@ CONTROLLER = {
         "(see [health](../operate/health.md)). Answers also while the controller is red, with what it knew last.",
         None,
         troubles.Health,
+    ),
+    ("GET", "/api/v1/settings"): Entry("What this controller goes by, without secrets. Answers also while it is red."),
+    ("GET", "/api/v1/events"): Entry(
+        "The newest events of the last seven days, oldest first: what was decided, about which instance or node, by "
+        "whom and why. At most `?limit=` (500, up to 1000).",
+        None,
+        api_events.Event,
     ),
     ("POST", "/api/v1/vm"): Entry(
         "Start `count` instances, all or none; gives a list of their ids. With the header `Idempotency-Key`, or with "

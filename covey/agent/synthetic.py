@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+import covey
 from covey import durable, errors, failpoint, model, world
 from covey.agent import hypervisor, images, tail
 
@@ -118,6 +119,7 @@ class Synthetic:
             ram_mb=knobs.ram_mb,
             disk_bytes=1 << 40,
             slots=knobs.slots,
+            agent_version=covey.__version__,
             hypervisor_version="1",
         )
 

@@ -13,7 +13,7 @@ from typer import exceptions
 
 import covey
 from covey import errors
-from covey.cli import etcd, join, logs, nodes, out, registry, servers, status, templates, vms
+from covey.cli import dump, etcd, join, logs, nodes, out, registry, servers, status, templates, vms
 
 app = typer.Typer(
     name="covey",
@@ -44,6 +44,7 @@ def _root(
 servers.add(app)
 join.add(app)
 status.add(app)
+dump.add(app)
 logs.add(vms.app)
 app.add_typer(vms.app, name="vm")
 app.add_typer(templates.app, name="template")

@@ -9,7 +9,7 @@ means is judged elsewhere (`decide.troubles`).
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -191,16 +191,19 @@ class Parts(NamedTuple):
 
 
 class HealthApi:
-    """`backup` tells of the last scheduled one, within a time limit of its own; None when there are none."""
+    """`settings`: what this controller goes by, without secrets. `backup` tells of the last scheduled one; None when
+    there are none."""
 
     def __init__(
         self,
         parts: Parts,
         admin: etcd_admin.Admin | None,
         registries: Registries,
+        settings: Mapping[str, object],
         backup: Callable[[], Awaitable[troubles.Backup | None]] | None = None,
     ) -> None:
         self._parts = parts
+        self._settings = settings
         self._registries = registries
         now_ns = parts.world.boot_ns
         self._members = Recent(Members(admin).look, now_ns)
@@ -213,11 +216,17 @@ class HealthApi:
             await part.close()
 
     def routes(self) -> Sequence[serve.Route]:
-        """It answers also while this controller is red."""
-        return [serve.Route("GET", "/api/v1/health", self.health, lane=gate.Lane.OPEN)]
+        """They answer also while this controller is red."""
+        return [
+            serve.Route("GET", "/api/v1/health", self.health, lane=gate.Lane.OPEN),
+            serve.Route("GET", "/api/v1/settings", self.settings, lane=gate.Lane.OPEN),
+        ]
 
     async def health(self, _call: serve.Call) -> troubles.Health:
         return await self._whole.get()
+
+    async def settings(self, _call: serve.Call) -> Mapping[str, object]:
+        return self._settings
 
     async def _look(self) -> troubles.Health:
         (etcd, alarms), registries, backup = await asyncio.gather(

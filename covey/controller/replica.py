@@ -13,11 +13,12 @@ import functools
 from collections.abc import Awaitable, Callable, Sequence
 
 import covey
-from covey import errors, gate, observe, serve, server, settings
+from covey import errors, gate, observe, serve, server, settings, settings_reader
 from covey import world as worlds
 from covey.client import http
 from covey.controller import (
     api_agent,
+    api_events,
     api_explain,
     api_health,
     api_log,
@@ -98,7 +99,8 @@ class Replica:
             silent_s=self._presence.silent_s,
         )
         admin = self._store.admin if isinstance(self._store, etcd.Etcd) else None
-        return api_health.HealthApi(parts, admin, api_health.Registries(self._chosen.local_registries, exchange))
+        registries = api_health.Registries(self._chosen.local_registries, exchange)
+        return api_health.HealthApi(parts, admin, registries, settings_reader.shown(self._chosen))
 
     def _scheduled(self) -> backups.Backups | None:
         """Backups, if the settings ask for any and the store is one that can be backed up."""
@@ -117,6 +119,7 @@ class Replica:
         people = [
             *status.routes(),
             *api_vm.InstanceApi(self._mirror, self._writer, self._templates, shown, self._homes).routes(),
+            *api_events.EventsApi(self._store, self._world).routes(),
             *api_explain.ExplainApi(self._mirror, self._waiting, shown).routes(),
             *api_log.LogApi(self._mirror, self._writer).routes(),
             *api_node.NodeApi(self._mirror, self._writer, shown).routes(),

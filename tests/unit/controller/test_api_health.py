@@ -5,9 +5,9 @@ import time
 from typing import Any
 
 from covey import errors, settings, world
-from covey.controller import api_health, replica
+from covey.controller import api_events, api_health, replica
 from covey.decide import troubles
-from covey.store import base, etcd_admin, memory
+from covey.store import base, etcd_admin, memory, schema
 from tests.support import flaky
 from tests.unit.controller import cloud
 
@@ -200,3 +200,42 @@ async def test_who_asks_at_the_same_time_or_soon_after_shares_one_look() -> None
     now_ns += 2_000_000_000
     assert await recent.get() == 2
     await recent.close()
+
+
+# ---- settings and events -------------------------------------------------------------------------------------------
+
+
+async def test_settings_without_secrets() -> None:
+    async with cloud.running(
+        COVEY_HEARTBEAT="3s", COVEY_USE_ETCD_LOGIN="true", COVEY_ETCD_USERNAME="me", COVEY_ETCD_PASSWORD="pa55word"
+    ) as house:
+        shown = await house.api.ok("GET", "/api/v1/settings")
+        assert (shown["heartbeat_s"], shown["etcd_username"], shown["etcd_password"]) == (3.0, "me", "(not shown)")
+        assert "pa55word" not in str(shown) + str(await health(house))
+
+
+async def test_the_newest_events_oldest_first(house: cloud.Cloud) -> None:
+    born = [(await house.api.start())[0] for _ in range(5)]
+    for id in born:
+        await house.api.ok("DELETE", "/api/v1/vm", {"id": id})
+    events = await house.api.ok("GET", "/api/v1/events")
+    assert [one["about"] for one in events if one["what"] == "created"] == born
+    ended = [one for one in events if one["what"] == "terminated"]
+    assert [one["about"] for one in ended] == born
+    assert (ended[0]["who"], ended[0]["why"]) == ("API client 127.0.0.1", "terminate request")
+    assert await house.api.ok("GET", "/api/v1/events?limit=3") == events[-3:]
+    assert (await house.api.fail("GET", "/api/v1/events?limit=0")).startswith("limit: ")
+
+
+async def test_when_there_are_many_events_a_short_span_is_read_and_not_all_of_them() -> None:
+    clock = world.System()
+    store = memory.Memory(clock).client()
+    now_ns = 10**18
+    for number in range(300):
+        at_ns = now_ns - (300 - number) * 1_000_000_000
+        event = schema.encode(schema.Event(what="x", about=str(number), who="w", why="y", at_ns=at_ns))
+        await store.commit(base.Txn((), (base.Put(schema.event(at_ns, "tx"), event),)))
+    found = await api_events.newest(store, now_ns, 100)
+    assert [one.about for one in found] == [str(number) for number in range(240, 300)]
+    assert len(await api_events.newest(store, now_ns, 300)) == 300
+    await store.close()
