@@ -24,7 +24,7 @@ from tests.cluster import conftest
 from tests.support import etcd
 
 eventually = conftest.eventually
-_DEFAULTS = {
+DEFAULTS = {
     "COVEY_INSTANCE_TIME_OUT": "3s",
     "COVEY_UNKNOWN_VM_THRESHOLD": "2",
     "COVEY_HEARTBEAT": "1s",
@@ -282,18 +282,18 @@ def running(
                 *("--anka-registry", f"http://127.0.0.1:{registry_port}"),
             )
             url = f"http://127.0.0.1:{port}"
-            cloud.controllers.append(Controller(argv, {**_DEFAULTS, **env}, covey=covey, url=url))
+            cloud.controllers.append(Controller(argv, {**DEFAULTS, **env}, covey=covey, url=url))
         try:
             for part in (registry, *cloud.controllers):
                 part.start()
             cloud.wait_until_ready()
-            cloud.template = _push(folder, f"http://127.0.0.1:{registry_port}")
+            cloud.template = push(folder, f"http://127.0.0.1:{registry_port}")
             yield cloud
         finally:
             cloud.end()
 
 
-def _push(folder: Path, registry: str) -> str:
+def push(folder: Path, registry: str) -> str:
     """A template whose disk is a few bytes: synthetic nodes need no more; its id."""
     (folder / "disk").write_bytes(uuid.uuid4().bytes)
     url = f"{registry}/readyz"

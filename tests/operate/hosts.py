@@ -122,12 +122,13 @@ class Cluster:
         eventually(lambda: self.rows() and well(), 60)
 
     def put(self, key: str, value: str) -> None:
-        eventually(lambda: self._ctl("put", key, value), 60)
+        eventually(lambda: self.ctl("put", key, value), 60)
 
     def get(self, key: str, at: Host) -> str:
-        return self._ctl("get", key, "--print-value-only", at=at).strip()
+        return self.ctl("get", key, "--print-value-only", at=at).strip()
 
-    def _ctl(self, *words: str, at: Host | None = None) -> str:
+    def ctl(self, *words: str, at: Host | None = None) -> str:
+        """What `etcdctl` prints."""
         where = self.endpoints if at is None else at.endpoint
         cluster = etcd.Cluster(
             self.folder,
