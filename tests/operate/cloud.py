@@ -1,4 +1,4 @@
-"""A cloud on members that `covey etcd bootstrap` began: controllers, a registry, and many synthetic nodes in one process.
+"""A cloud on members that `covey etcd bootstrap` began: controllers, a registry, many synthetic nodes in one process.
 
 Their VMs never end by themselves. The truth about them is what lies on the nodes' disks.
 """
@@ -68,8 +68,8 @@ def running(folder: Path, *, nodes: int = 10, controllers: int = 2, **env: str) 
                 *("--etcd-endpoints", store.hosts[number].endpoint),
             )
             cloud.controllers.append(fleet.Controller(argv, {**fleet.DEFAULTS, **env}, url=f"http://127.0.0.1:{port}"))
-        words = ("agent", "--hypervisor", "synthetic", "--nodes", nodes, "--data-dir", folder / "nodes")
-        cloud.agent = fleet.Part((*words, "--controller", ",".join(cloud.urls), "--max-vms", 100), {})
+        agent = ("agent", "--hypervisor", "synthetic", "--nodes", nodes, "--data-dir", folder / "nodes")
+        cloud.agent = fleet.Part((*agent, "--controller", ",".join(cloud.urls), "--max-vms", 100), {})
         try:
             for part in (cloud.registry, *cloud.controllers):
                 part.start()
