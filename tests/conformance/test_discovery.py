@@ -212,3 +212,11 @@ async def test_a_fallback_tag_holds_nothing_and_may_name_what_is_gone(repo: work
     assert (await repo.call("DELETE", f"/manifests/{tag}"))[0] == 202
     index = workflow.index(manifests=[first, second])
     assert (await repo.put("v2", index, oci.OCI_INDEX))[0] == 404  # an ordinary index may not
+
+
+async def test_an_index_that_gets_an_ordinary_tag_too_holds_what_it_names(repo: workflow.Repo) -> None:
+    digest, manifest = await repo.push_image("v1")
+    found = await attach(repo, manifest, "x/sbom")
+    await repo.push_index(fallback(digest), manifests=[found])
+    await repo.push_index("kept", manifests=[found])
+    assert await repo.error("DELETE", f"/manifests/{found['digest']}") == (405, "UNSUPPORTED")

@@ -9,6 +9,7 @@ import pytest
 from covey import model, world
 from covey.client import oci
 from covey.registry import catalog, disk, journal
+from tests.conformance import workflow
 from tests.support import registry
 
 CONFIG, LAYER = b"{}", b"layer"
@@ -77,5 +78,44 @@ async def test_a_manifest_that_was_taken_has_its_blobs(tmp_path: Path, moment: s
     else:
         with pytest.raises(catalog.Missing):
             await store.manifest("a/b", "v1")
+    blobs.close()
+    logs.close()
+
+
+@pytest.mark.parametrize("first", ["index", "delete"])
+async def test_of_an_index_and_the_delete_of_its_manifest_one_is_refused(tmp_path: Path, first: str) -> None:
+    clock = world.System()
+    blobs, logs = disk.Disk(tmp_path, clock, fsync=False), Interrupted(tmp_path, clock, fsync=False)
+    store = catalog.Catalog(blobs, logs, clock)
+    await blobs.put(CONFIG)
+    await logs.grant("a/b", oci.digest_of(CONFIG))
+    manifest = registry.image_manifest(CONFIG)
+    child, _ = await store.push("a/b", oci.digest_of(manifest), manifest, oci.OCI_MANIFEST, force=False)
+    index = workflow.index(manifest)
+    refused: list[type[Exception]] = []
+
+    async def push() -> None:
+        try:
+            await store.push("a/b", "all", index, oci.OCI_INDEX, force=False)
+        except catalog.BlobMissing as error:
+            refused.append(type(error))
+
+    async def delete() -> None:
+        try:
+            await store.delete("a/b", child.digest)
+        except catalog.ManifestNeeded as error:
+            refused.append(type(error))
+
+    if first == "index":  # each is decided, and then the other one is entered before it
+        logs.before_append = push
+        await delete()
+        assert refused == [catalog.ManifestNeeded]
+        assert (await store.manifest("a/b", child.digest))[1] == manifest
+    else:
+        logs.before_append = delete
+        await push()
+        assert refused == [catalog.BlobMissing]
+        with pytest.raises(catalog.Missing):
+            await store.manifest("a/b", "all")
     blobs.close()
     logs.close()
