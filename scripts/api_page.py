@@ -13,7 +13,17 @@ from typing import NamedTuple
 import msgspec
 
 from covey.client import oci
-from covey.controller import api_events, api_explain, api_log, api_node, api_status, api_vm, start_request, views
+from covey.controller import (
+    api_events,
+    api_explain,
+    api_log,
+    api_node,
+    api_status,
+    api_upgrade,
+    api_vm,
+    start_request,
+    views,
+)
 from covey.decide import troubles
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +56,16 @@ CONTROLLER = {
         "whom and why. At most `?limit=` (500, up to 1000).",
         None,
         api_events.Event,
+    ),
+    ("GET", "/api/v1/upgrade"): Entry(
+        "May the format of the store be raised, and what blocks it (see [upgrades](../operate/upgrade.md)).",
+        None,
+        api_upgrade.Upgrade,
+    ),
+    ("POST", "/api/v1/upgrade"): Entry(
+        "Raise the format of the store, once every live controller knows it. Fails with what blocks it.",
+        api_upgrade.Finish,
+        api_upgrade.Upgrade,
     ),
     ("POST", "/api/v1/vm"): Entry(
         "Start `count` instances, all or none; gives a list of their ids. With the header `Idempotency-Key`, or with "

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+import covey
 from covey import errors, model, observe, wire, world
 from covey.agent import (
     adoption,
@@ -213,6 +214,7 @@ class Agent:
         name, ip = await self._place()
         return msgspec.structs.replace(
             facts,
+            agent_version=facts.agent_version or covey.__version__,
             name=self._config.name or name or facts.name,
             ip=self._config.ip or ip or self._joined_at.ip or facts.ip,
             slots=self._config.max_vms or facts.slots,

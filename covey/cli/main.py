@@ -13,7 +13,7 @@ from typer import exceptions
 
 import covey
 from covey import errors
-from covey.cli import dump, etcd, join, logs, nodes, out, registry, servers, status, templates, vms
+from covey.cli import dump, etcd, join, logs, nodes, out, registry, servers, status, templates, upgrade, vms
 
 app = typer.Typer(
     name="covey",
@@ -49,6 +49,7 @@ logs.add(vms.app)
 app.add_typer(vms.app, name="vm")
 app.add_typer(templates.app, name="template")
 app.add_typer(nodes.app, name="node")
+app.add_typer(upgrade.app, name="upgrade")
 app.add_typer(registry.app, name="registry")
 app.add_typer(etcd.app, name="etcd")
 

@@ -156,6 +156,26 @@ class Node(_View, frozen=True, kw_only=True):
     templates: list[NodeTemplate] | None = None
 
 
+class Program(_View, frozen=True, kw_only=True):
+    """A live controller. `format`: the newest of the store that it writes."""
+
+    id: str = ""
+    url: str = ""
+    version: str = ""
+    format: int = 0
+
+
+class Upgrade(_View, frozen=True, kw_only=True):
+    """May the store's format be raised to `target`?"""
+
+    format: int = 0
+    target: int = 0
+    may_finish: bool = False
+    blockers: list[str] = []
+    notes: list[str] = []
+    controllers: list[Program] = []
+
+
 class Template(_View, frozen=True, kw_only=True):
     """One line of the template list."""
 
@@ -283,6 +303,13 @@ class Controller:
         """Nothing waits for the node's word any more, after a restore of the store."""
         body = {"node_id": node_id}
         await self.endpoints.ask("POST", "/api/v1/node/release", type(None), body, repeatable=True)
+
+    async def upgrade(self) -> Upgrade:
+        return await self.endpoints.ask("GET", "/api/v1/upgrade", Upgrade)
+
+    async def finish_upgrade(self, format: int = 0) -> Upgrade:
+        """Raise the store's format (0: to the newest that any controller knows). Raises Refused with what blocks it."""
+        return await self.endpoints.ask("POST", "/api/v1/upgrade", Upgrade, {"format": format}, repeatable=True)
 
     async def templates(self) -> list[Template]:
         return await self.endpoints.ask("GET", "/api/v1/registry/vm", list[Template])

@@ -260,7 +260,7 @@ def cloud(parts: Parts) -> troubles.Health:
     broken = parts.mirror.broken
     return troubles.Health(
         version=covey.__version__,
-        format=schema.FORMAT,
+        format=snapshot.format or schema.FORMAT,
         why=parts.trouble(),
         controllers=sorted(
             (_controller(kept.noun, parts.me) for kept in snapshot.controllers()), key=lambda one: (one.url, one.id)

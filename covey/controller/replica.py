@@ -25,6 +25,7 @@ from covey.controller import (
     api_node,
     api_registry,
     api_status,
+    api_upgrade,
     api_vm,
     backups,
     display,
@@ -50,7 +51,8 @@ log = observe.log("controller")
 
 
 class Replica:
-    """start → (live by itself) → stop. `store` is etcd unless given; `exchange` carries what it asks of registries."""
+    """start → (live by itself) → stop. `store` is etcd unless given; `exchange` carries what it asks of registries.
+    `format`: the newest of the store that it writes."""
 
     def __init__(
         self,
@@ -58,6 +60,8 @@ class Replica:
         world: worlds.World,
         store: base.Store | None = None,
         exchange: http.Exchange | None = None,
+        *,
+        format: int = schema.FORMAT,
     ) -> None:
         self._chosen = chosen
         self._world = world
@@ -67,7 +71,7 @@ class Replica:
         self._parking = parking.Parking()
         self._tasks: list[asyncio.Task[None]] = []
         self._mirror = mirror.Mirror(self._store, world, self._prove, self._parking.changed)
-        self._writer = commit.Writer(self._store, world, who=f"controller {self._id}")
+        self._writer = commit.Writer(self._store, world, who=f"controller {self._id}", newest_format=format)
         self._homes = hosts.Homes(world)
         self._presence = presence.Presence(world)
         self._waiting = waiting.Waiting(world, self._homes.fleet, self._presence.silent_s)
@@ -124,6 +128,7 @@ class Replica:
             *api_log.LogApi(self._mirror, self._writer).routes(),
             *api_node.NodeApi(self._mirror, self._writer, shown).routes(),
             *api_registry.RegistryApi(self._templates).routes(),
+            *api_upgrade.UpgradeApi(self._mirror, self._writer).routes(),
         ]
         agents = api_agent.AgentApi(self._mirror, self._writer, self._renewals, terms, self._parking, self._trouble)
         return status, [
@@ -204,7 +209,8 @@ class Replica:
                 self._entering = ""
                 log.info("the controller takes part", cloud=cloud.id, id=self._id)
                 return
-            self._entering = f"the store holds data of format {cloud.found}; this program writes {schema.FORMAT}"
+            newest = self._writer.newest_format
+            self._entering = f"the store holds data of format {cloud.found}; this program writes {newest}"
             log.error(self._entering, remedy="run the version of Covey that wrote it, or give an empty etcd")
             await asyncio.Event().wait()
 
@@ -219,7 +225,7 @@ class Replica:
         noun = schema.Controller(
             id=self._id,
             version=covey.__version__,
-            format=schema.FORMAT,
+            format=self._writer.newest_format,
             url=self._chosen.advertise_url,
             started_ns=self._world.wall_ns(),
         )
@@ -245,7 +251,14 @@ class Replica:
 
     def _trouble(self) -> str:
         """Why this controller cannot serve now; "" when it can (safety S25)."""
-        return self._entering or self._mirror.trouble
+        return self._entering or self._mirror.trouble or self._unknown_format()
+
+    def _unknown_format(self) -> str:
+        """The store's format was raised while this program knows only older ones (safety S27)."""
+        found = self._mirror.format
+        if found == 0 or self._writer.knows(found):
+            return ""
+        return f"the store holds data of format {found}; this program writes {self._writer.newest_format}"
 
     def _trouble_of_polls(self) -> str:
         return "this controller is going down" if self.server.draining.is_set() else self._trouble()

@@ -130,6 +130,9 @@ class Reading:
     def adopted(self, node: str) -> codec.Kept[schema.Adopted] | None:
         return self._unchanged(schema.adopted(node), schema.Adopted, self.snapshot.adopted(node))
 
+    def controller(self, id: str) -> codec.Kept[schema.Controller] | None:
+        return self._unchanged(schema.controller(id), schema.Controller, self.snapshot.controller(id))
+
     def born(self, id: str) -> codec.Kept[schema.Born] | None:
         return self._unchanged(schema.born(id), schema.Born, None)
 
@@ -169,15 +172,30 @@ Rule = Callable[[Reading], Write[R] | R]
 class Writer:
     """The one way to the store for writes. One per process; holds nothing but leases shared by short-lived keys."""
 
-    def __init__(self, store: base.Store, world: worlds.World, *, who: str = "controller") -> None:
+    def __init__(
+        self,
+        store: base.Store,
+        world: worlds.World,
+        *,
+        who: str = "controller",
+        newest_format: int = schema.FORMAT,
+    ) -> None:
         self.store = store
         self.world = world
         self.who = who
-        self._format = schema.encode(schema.Format(format=schema.FORMAT))
-        self.format_guard = base.equals(schema.FORMAT_KEY, self._format)  # part of every transaction (safety S27)
+        self.newest_format = newest_format
+        self.format = newest_format  # of the store, as last seen: what is written (safety S27)
         self._leases: dict[int, tuple[int, int]] = {}  # span -> (lease id, boot_ns when granted)
         self._background: set[asyncio.Task[None]] = set()
         self.unsure: dict[object, int] = {}  # writes whose outcome is open, and since when on the boot clock
+
+    @property
+    def format_guard(self) -> base.Compare:
+        """Part of every transaction: the store has the format that is written."""
+        return base.equals(schema.FORMAT_KEY, schema.encode(schema.Format(format=self.format)))
+
+    def knows(self, format: int) -> bool:
+        return schema.OLDEST_FORMAT <= format <= self.newest_format
 
     async def run(self, snapshot: view.Snapshot, rule: Rule[R], *, until_ns: int = 0, sure: bool = False) -> R:
         """Decide and write until it is definite. Raises Unavailable (nothing was done), Unsure or Rejected.
@@ -304,17 +322,28 @@ class Writer:
         return known[0]
 
     def _fence(self, snapshot: view.Snapshot) -> base.Compare:
-        """Our format, written when the snapshot was taken: no break came since."""
-        if snapshot.fence and snapshot.format in (0, schema.FORMAT):
+        """The snapshot's format, written when the snapshot was taken: no break came since, and it was not raised."""
+        if snapshot.fence and (snapshot.format == 0 or self.knows(snapshot.format)):
             return base.unchanged(schema.FORMAT_KEY, snapshot.fence)
         return self.format_guard
 
     def _check_format(self, kv: base.Kv | None, snapshot: view.Snapshot) -> None:
-        if kv is None or kv.value != self._format:
-            found = "nothing" if kv is None else kv.value.decode("utf-8", "replace")
-            raise errors.Rejected(f"the store's format is {found}; this program writes {schema.FORMAT}")
+        found = format_of(kv)
+        if kv is None or not self.knows(found):
+            text = "nothing" if kv is None else kv.value.decode("utf-8", "replace")
+            raise errors.Rejected(f"the store's format is {text}; this program writes {self.newest_format}")
+        why = "the store was restored" if found == self.format else "the store's format was raised"
+        self.format = found
         if snapshot.fence not in (0, kv.mod_revision):
-            raise errors.Unavailable("the store was restored since this was decided; nothing was done")
+            raise errors.Unavailable(f"{why} since this was decided; nothing was done")
+
+
+def format_of(kv: base.Kv | None) -> int:
+    """What the format key says; 0 when it is missing or no format of ours."""
+    try:
+        return 0 if kv is None else codec.decode(kv, schema.Format).noun.format
+    except codec.Broken:
+        return 0
 
 
 class _Again(NamedTuple):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from covey import model, observe
-from covey.decide import permission
+from covey.decide import permission, upgrade
 from covey.store import base, codec, commit, schema, view
 
 _DELETES = 100  # per transaction
@@ -36,7 +36,7 @@ class WrongFormat(NamedTuple):
 
 async def start(writer: commit.Writer) -> Cloud | WrongFormat:
     """At each controller start, before anything else: writes format and cloud id once, and adds a history nonce."""
-    wanted = schema.encode(schema.Format(format=schema.FORMAT))
+    wanted = schema.encode(schema.Format(format=writer.newest_format))
     cloud = schema.encode(schema.Cloud(id=writer.world.uuid()))
     txn = base.Txn(
         (base.absent(schema.FORMAT_KEY), base.absent(schema.CLOUD)),
@@ -46,10 +46,12 @@ async def start(writer: commit.Writer) -> Cloud | WrongFormat:
     outcome = await writer.settle(txn, writer.world.boot_ns() + commit.LIMIT_NS)
     if not outcome.succeeded:
         found, named = outcome.got
-        if found is None or found.value != wanted or named is None:
+        if found is None or named is None or not writer.knows(commit.format_of(found)):
             return WrongFormat("none" if found is None else found.value.decode("utf-8", "replace"))
+        writer.format = commit.format_of(found)
         cloud = named.value
     else:
+        writer.format = writer.newest_format
         await _grow_log(writer)
     id = msgspec.json.decode(cloud, type=schema.Cloud).id
     return Cloud(id, await add_nonce(writer))
@@ -137,6 +139,50 @@ async def announce(writer: commit.Writer, controller: schema.Controller, lease: 
         return commit.Write((base.Put(schema.controller(controller.id), value, lease.id),), lambda revision: revision)
 
     await writer.run(view.Snapshot(), rule)
+
+
+def programs(snapshot: view.Snapshot) -> list[upgrade.Program]:
+    """The controllers that are there."""
+    return [_program(kept.noun) for kept in snapshot.controllers()]
+
+
+def _program(noun: schema.Controller) -> upgrade.Program:
+    return upgrade.Program(noun.id, noun.url, noun.version, noun.format)
+
+
+def upgradable(snapshot: view.Snapshot, target: int = 0) -> upgrade.Verdict:
+    """Whether the store's format may be raised to `target` (0: to the newest that any controller knows)."""
+    lives = (snapshot.session(kept.noun.id) for kept in snapshot.nodes())
+    agents = [life.noun.facts.agent_version for life in lives if life is not None]
+    return upgrade.verdict(snapshot.format, programs(snapshot), agents, _unsettled(snapshot), target)
+
+
+def _unsettled(snapshot: view.Snapshot) -> str:
+    count = len(snapshot.awaited())
+    return f"the store was restored, and {count} nodes have not told what they run" if count else ""
+
+
+async def raise_format(
+    writer: commit.Writer, snapshot: view.Snapshot, target: int, who: str, until_ns: int = 0
+) -> upgrade.Verdict:
+    """Raise the store's format, guarded on every controller that the snapshot lists: each is as it was, or gone. One
+    that starts just then and knows only the old format can write nothing: every transaction compares the format. The
+    verdict's `format` is `target` once it is so, also when it was so before."""
+
+    def rule(reading: commit.Reading) -> commit.Write[upgrade.Verdict] | upgrade.Verdict:
+        there = [reading.controller(kept.noun.id) for kept in snapshot.controllers()]
+        known = [_program(kept.noun) for kept in there if kept is not None]
+        verdict = upgrade.verdict(snapshot.format, known, (), _unsettled(snapshot), target)
+        if not verdict.may_finish:
+            return verdict
+        decision = model.Decision(who=who, why=f"from {snapshot.format} to {target}")
+        ops = (
+            base.Put(schema.FORMAT_KEY, schema.encode(schema.Format(format=target))),
+            reading.event("format raised", "store", decision),
+        )
+        return commit.Write(ops, lambda _: verdict._replace(format=target))
+
+    return await writer.run(snapshot, rule, until_ns=until_ns)
 
 
 async def sweep(writer: commit.Writer, leftovers: Iterable[base.Kv]) -> int:

@@ -94,6 +94,11 @@ class Mirror:
         return self._draft.waiting_count()
 
     @property
+    def format(self) -> int:
+        """Of the store; 0: not known yet."""
+        return self._draft.format
+
+    @property
     def broken(self) -> dict[str, str]:
         """Keys whose values are no nouns of ours."""
         return dict(self._draft.broken)

@@ -35,7 +35,8 @@ import msgspec
 
 from covey import model
 
-FORMAT = 1
+FORMAT = 1  # the newest that this program writes; it reads and writes the older ones too
+OLDEST_FORMAT = 1
 PREFIX = "/covey/"
 
 FORMAT_KEY = PREFIX + "format"

@@ -263,6 +263,9 @@ class Snapshot:
     def removed(self, node: str) -> codec.Kept[schema.Removed] | None:
         return self._removed.get(node)
 
+    def controller(self, id: str) -> codec.Kept[schema.Controller] | None:
+        return self._controllers.get(id)
+
     def controllers(self) -> Iterator[codec.Kept[schema.Controller]]:
         return self._controllers.values()
 
