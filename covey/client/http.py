@@ -96,6 +96,9 @@ class Sockets:
                 self.session.request(method, url + path, data=data, headers=headers) as answer,
             ):
                 return Reply(answer.status, answer.headers, await answer.read())
+        except aiohttp.ClientConnectorCertificateError as error:
+            reason = getattr(error.certificate_error, "verify_message", "") or error.certificate_error
+            raise NotSent(f"its certificate is not believed ({reason}); name its authority in CA_CERT") from error
         except aiohttp.ClientConnectorError as error:
             raise NotSent(f"cannot connect ({_reason(error.os_error)})") from error
         except aiohttp.ConnectionTimeoutError as error:

@@ -78,7 +78,7 @@ class Bucket:
             client["root_certificate"] = config.ca_cert.read_bytes()
         where: S3Config = {"virtual_hosted_style_request": not config.path_style}
         if endpoint:
-            where["aws_endpoint_url_s3"] = _spelled(endpoint, config)
+            where["aws_endpoint_url_s3"] = spelled(endpoint, config)
         if "AWS_ACCESS_KEY_ID" in environ:  # else: where the library finds some, the machine's role for one
             where["access_key_id"] = environ["AWS_ACCESS_KEY_ID"]
             where["secret_access_key"] = environ.get("AWS_SECRET_ACCESS_KEY", "")
@@ -268,7 +268,7 @@ def _found(meta: "obstore.ObjectMeta") -> Found:
     return Found(meta["path"], meta["size"], meta["last_modified"].timestamp(), meta["e_tag"] or "")
 
 
-def _spelled(endpoint: str, config: Config) -> str:
+def spelled(endpoint: str, config: Config) -> str:
     """The endpoint as the library wants it: with the bucket's name in the host, unless it is in the path."""
     if config.path_style:
         return endpoint.rstrip("/")

@@ -43,6 +43,7 @@ class Workers:
         self._environ = environ
         self._command = command
         self._socket = server.listen(config.host, config.port)
+        self.port: int = self._socket.getsockname()[1]
         self._counts = tally.Tally(config.workers)
         self._children: list[supervise.Child] = []
         self._storage = service.storage_of(config, environ, world)
@@ -52,11 +53,6 @@ class Workers:
         self.metrics: metrics.Metrics | None = None
         if config.metrics is not None:
             self.metrics = metrics.Metrics(config.metrics, self._counts, lambda: self._upkeep.figures, world)
-
-    @property
-    def port(self) -> int:
-        port: int = self._socket.getsockname()[1]
-        return port
 
     async def start(self) -> None:
         """Run all workers and wait until they serve. Raises SettingError when one cannot."""
@@ -97,6 +93,9 @@ class Workers:
         return tuple(child.pid for child in self._children)
 
     async def stop(self) -> None:
+        """Harmless when repeated."""
+        if self._socket.fileno() < 0:
+            return
         self._socket.close()
         await asyncio.gather(*(child.stop() for child in self._children))
         if self.metrics is not None:

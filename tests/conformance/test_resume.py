@@ -4,8 +4,6 @@ import itertools
 import signal
 from pathlib import Path
 
-import pytest
-
 from covey.client import oci
 from tests.conformance import conftest, workflow
 from tests.support import registry
@@ -14,12 +12,6 @@ LAYER = bytes(range(256)) * 1000
 DIGEST = oci.digest_of(LAYER)
 SIZE = len(LAYER)
 CUTS = (0, 1000, 1001, 100_000, SIZE)
-
-
-@pytest.fixture(params=list(conftest.BACKENDS))
-def start(request: pytest.FixtureRequest) -> conftest.Start:
-    """How a server of this kind of storage is started; those of one folder share theirs."""
-    return conftest.BACKENDS[request.param]
 
 
 async def send(repo: workflow.Repo, location: str, first: int, end: int) -> None:

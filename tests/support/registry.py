@@ -119,11 +119,11 @@ def template_config(arch: model.Arch = model.Arch.AMD64) -> bytes:
 
 @contextlib.asynccontextmanager
 async def serving(
-    base: Path, *, reserved_bytes: int = 0, grace_s: float = 2.0, deletes: bool = True
+    base: Path, *, reserved_bytes: int = 0, environ: Mapping[str, str] = {}, **more: Any
 ) -> AsyncIterator[Server]:
-    """A registry in this process."""
-    config = service.Config(base_path=base, port=0, reserved_bytes=reserved_bytes, grace_s=grace_s, deletes=deletes)
-    registry = service.Registry(config, world.System())
+    """A registry in this process; `more` are fields of its `Config`."""
+    config = service.Config(base_path=base, port=0, reserved_bytes=reserved_bytes, **{"grace_s": 2.0, **more})
+    registry = service.Registry(config, world.System(), environ)
     await registry.start()
     try:
         async with aiohttp.ClientSession() as session:

@@ -8,6 +8,7 @@ It keeps everything in memory. `call` speaks to it without a line of the library
 """
 
 import contextlib
+import hashlib
 import os
 import select
 import subprocess
@@ -43,13 +44,22 @@ class Server:
         self.call("PUT", f"/{name}")
         return name
 
+    def bucket_of(self, text: str) -> str:
+        """The same one for the same text."""
+        name = f"covey-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+        self.call("PUT", f"/{name}")
+        return name
+
     def config(self, bucket: str, **more: Any) -> s3_bucket.Config:
         return s3_bucket.Config(bucket=bucket, path_style=True, **{"part_size_bytes": 5 << 20, **more})
 
     def call(self, method: str, path: str, body: bytes = b"") -> bytes:
         """One bare request; moto looks at no signature."""
         request = urllib.request.Request(  # noqa: S310
-            self.url + path, data=body if method == "PUT" else None, method=method, headers={"Authorization": _SIGNED}
+            self.url + path,
+            data=body if method == "PUT" else None,
+            method=method,
+            headers={"Authorization": _SIGNED, "Content-Type": "application/octet-stream"},
         )
         with urllib.request.urlopen(request, timeout=READY_S) as answer:  # noqa: S310
             content: bytes = answer.read()
