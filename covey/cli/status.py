@@ -31,9 +31,10 @@ class Reached(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True):
-    """What --json shows. `reached`: each controller named, and how it is."""
+    """What --json shows. `reached`: each controller named, and how it is; `versions`: of those that told."""
 
     reached: dict[str, str]
+    versions: dict[str, str]
     health: troubles.Health
 
 
@@ -91,10 +92,15 @@ def told(reached: Sequence[Reached]) -> Told:
     telling = [one for one in reached if one.health is not None]
     best = next((one for one in telling if not one.ready), telling[0] if telling else None)
     if best is None or best.health is None:
-        raise errors.RemoteError("no controller answers: " + "; ".join(f"{one.url}: {one.ready}" for one in reached))
+        what = "no controller tells how it is" if any(one.answers for one in reached) else "no controller answers"
+        raise errors.RemoteError(f"{what}: " + "; ".join(f"{one.url}: {one.ready}" for one in reached))
     seen = [trouble for one in reached if one is not best for trouble in _from_here(one)]
     health = msgspec.structs.replace(best.health, troubles=[*seen, *best.health.troubles])
-    return Told(reached={one.url: one.ready or "ready" for one in reached}, health=health)
+    return Told(
+        reached={one.url: one.ready or "ready" for one in reached},
+        versions={one.url: one.health.version for one in reached if one.health is not None},
+        health=health,
+    )
 
 
 def _from_here(one: Reached) -> Iterator[troubles.Trouble]:
@@ -140,17 +146,15 @@ def lines(told: Told) -> Iterator[tuple[str, str]]:
 
 
 def _controllers(told: Told) -> Iterator[str]:
-    known = {one.url: one for one in told.health.controllers if one.url}
     for url, how in told.reached.items():
-        version = f"  {known[url].version}" if url in known else ""
-        yield f"{url}  {how}{version}"
+        yield "  ".join(filter(None, (url, how, told.versions.get(url, ""))))
     for one in told.health.controllers:
         if one.url not in told.reached and not (one.me and not one.url):
             yield f"{one.url or one.id}  announced  {one.version}"
 
 
 def _etcd(health: troubles.Health) -> str:
-    members = health.etcd
+    members = [one for one in health.etcd if not one.stranger]
     leader = next((one.name or one.address for one in members if one.leads), "")
     behind = max((one.revisions_behind for one in members if one.answers), default=0)
     largest = max(members, key=lambda one: one.size_bytes)

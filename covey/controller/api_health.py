@@ -7,9 +7,9 @@ means is judged elsewhere (`decide.troubles`).
 """
 
 import asyncio
-import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -18,13 +18,12 @@ import covey
 from covey import errors, gate, model, serve
 from covey import world as worlds
 from covey.client import http, oci
-from covey.controller import display, views, waiting
+from covey.controller import display, etcd_health, views, waiting
 from covey.decide import troubles
-from covey.store import commit, etcd_admin, mirror, schema, view
+from covey.store import commit, mirror, schema, view
 
 T = TypeVar("T")
 
-ASK_S = 1.5
 _AGAIN_NS = 1_000_000_000
 _AILING_MOST = 100
 _NS = 1e9
@@ -70,75 +69,13 @@ class Recent(Generic[T]):
         return told
 
 
-class Members:
-    """etcd's members one by one. `admin` None: this store has none."""
-
-    def __init__(self, admin: etcd_admin.Admin | None) -> None:
-        self._admin = admin
-        self._listed: list[etcd_admin.Member] = []  # as they were known last: without a majority nobody can say
-
-    async def look(self) -> tuple[list[troubles.Member], list[str]]:
-        """The members, and the names of raised alarms."""
-        if self._admin is None:
-            return [], []
-        addresses = self._admin.addresses
-        words, listed, alarms = await asyncio.gather(
-            asyncio.gather(*(_within(self._admin.status(address), None) for address in addresses)),
-            _within(self._admin.members(), None),
-            _within(self._admin.alarms(), []),
-        )
-        self._listed = listed or self._listed
-        found = dict(zip(addresses, words, strict=True))
-        return members(found, self._listed), sorted({alarm.name for alarm in alarms})
-
-
-def members(words: dict[str, etcd_admin.Status | None], listed: Sequence[etcd_admin.Member]) -> list[troubles.Member]:
-    """Each address that we know with what was said there, by the names that the cluster gives."""
-    said = [word for word in words.values() if word is not None]
-    newest = max((word.revision for word in said), default=0)
-    furthest = max((word.raft_index for word in said), default=0)
-    named = {one.id: one for one in listed}
-    return sorted(
-        (_member(address, word, named, listed, newest, furthest) for address, word in words.items()),
-        key=lambda one: (one.name, one.address),
-    )
-
-
-def _member(
-    address: str,
-    word: etcd_admin.Status | None,
-    named: dict[int, etcd_admin.Member],
-    listed: Sequence[etcd_admin.Member],
-    newest: int,
-    furthest: int,
-) -> troubles.Member:
-    if word is None:
-        urls = {url.partition("://")[2]: one.name for one in listed for url in one.client_urls}
-        return troubles.Member(name=urls.get(address, ""), address=address)
-    return troubles.Member(
-        name=named[word.member_id].name if word.member_id in named else "",
-        address=address,
-        answers=True,
-        leads=word.leader_id == word.member_id,
-        knows_leader=word.leader_id != 0,
-        learner=word.learner,
-        version=word.version,
-        revision=word.revision,
-        revisions_behind=newest - word.revision,
-        raft_index=word.raft_index,
-        raft_behind=furthest - word.raft_index,
-        size_bytes=word.size_bytes,
-        used_bytes=word.used_bytes,
-        troubles=list(word.troubles),
-    )
-
-
 class Registries:
     """Each of them by itself: that another one would answer in its place is no sign of its health."""
 
-    def __init__(self, urls: Sequence[str], exchange: http.Exchange | None = None) -> None:
+    def __init__(self, urls: Sequence[str], exchange: http.Exchange | None = None, ca_cert: Path | None = None) -> None:
+        limit_s = etcd_health.ASK_S
         self._each = {
-            url: http.Endpoints((url,), timeout_s=ASK_S, connect_s=ASK_S, exchange=exchange)
+            url: http.Endpoints((url,), timeout_s=limit_s, connect_s=limit_s, exchange=exchange, ca_cert=ca_cert)
             for url in dict.fromkeys(urls)
         }
 
@@ -152,10 +89,10 @@ class Registries:
 
 async def _registry(url: str, endpoints: http.Endpoints) -> troubles.Registry:
     try:
-        async with asyncio.timeout(ASK_S):
+        async with asyncio.timeout(etcd_health.ASK_S):
             said = await endpoints.ask("GET", "/registry/status", RegistryStatus)
     except TimeoutError:
-        return troubles.Registry(url=url, trouble=f"no answer within {ASK_S:g} s")
+        return troubles.Registry(url=url, trouble=f"no answer within {etcd_health.ASK_S:g} s")
     except errors.CoveyError as error:
         return troubles.Registry(url=url, trouble=str(error).removeprefix(f"{url}: "))
     return troubles.Registry(
@@ -166,14 +103,6 @@ async def _registry(url: str, endpoints: http.Endpoints) -> troubles.Registry:
         free_bytes=said.disk.free,
         trouble=said.trouble,
     )
-
-
-async def _within(work: Awaitable[T], otherwise: T) -> T:
-    """What comes in time; a fault is no answer."""
-    with contextlib.suppress(TimeoutError, errors.StoreError):
-        async with asyncio.timeout(ASK_S):
-            return await work
-    return otherwise
 
 
 class Parts(NamedTuple):
@@ -197,7 +126,7 @@ class HealthApi:
     def __init__(
         self,
         parts: Parts,
-        admin: etcd_admin.Admin | None,
+        members: etcd_health.Members,
         registries: Registries,
         settings: Mapping[str, object],
         backup: Callable[[], Awaitable[troubles.Backup | None]] | None = None,
@@ -206,7 +135,7 @@ class HealthApi:
         self._settings = settings
         self._registries = registries
         now_ns = parts.world.boot_ns
-        self._members = Recent(Members(admin).look, now_ns)
+        self._members = Recent(members.look, now_ns)
         self._storages = Recent(registries.look, now_ns)
         self._backup = Recent(backup or _none, now_ns)
         self._whole = Recent(self._look, now_ns)
@@ -230,7 +159,7 @@ class HealthApi:
 
     async def _look(self) -> troubles.Health:
         (etcd, alarms), registries, backup = await asyncio.gather(
-            self._members.get(), self._storages.get(), _within(self._backup.get(), None)
+            self._members.get(), self._storages.get(), etcd_health.within(self._backup.get(), None)
         )
         health = msgspec.structs.replace(
             cloud(self._parts), etcd=etcd, alarms=alarms, registries=registries, backup=backup

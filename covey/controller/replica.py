@@ -29,6 +29,7 @@ from covey.controller import (
     api_vm,
     backups,
     display,
+    etcd_health,
     hosts,
     loop,
     members,
@@ -102,9 +103,17 @@ class Replica:
             trouble=self._trouble,
             silent_s=self._presence.silent_s,
         )
+        chosen = self._chosen
         admin = self._store.admin if isinstance(self._store, etcd.Etcd) else None
-        registries = api_health.Registries(self._chosen.local_registries, exchange)
-        return api_health.HealthApi(parts, admin, registries, settings_reader.shown(self._chosen))
+        tls = etcd_connect.ssl_context(chosen) if chosen.etcd_tls else None
+        interval_s = chosen.etcd_backup_interval_s if self._backups is not None else 0.0
+        return api_health.HealthApi(
+            parts,
+            etcd_health.Members(admin, self._world.boot_ns, tls),
+            api_health.Registries(chosen.local_registries, exchange, chosen.ca_cert),
+            settings_reader.shown(chosen),
+            functools.partial(etcd_health.last_backup, self._store, self._world, interval_s),
+        )
 
     def _scheduled(self) -> backups.Backups | None:
         """Backups, if the settings ask for any and the store is one that can be backed up."""

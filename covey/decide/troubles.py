@@ -65,11 +65,13 @@ class Controller(_Part, frozen=True, kw_only=True):
 
 
 class Member(_Part, frozen=True, kw_only=True):
-    """Of etcd. What it says of itself is 0 when it does not answer; `behind` counts against the furthest member."""
+    """Of etcd. What it says of itself is 0 when it does not answer; `behind` counts against the furthest member.
+    `stranger`: an address that we were given, and no member is there."""
 
     name: str = ""
     address: str = ""
     answers: bool = False
+    stranger: bool = False
     leads: bool = False
     knows_leader: bool = False
     learner: bool = False
@@ -199,14 +201,17 @@ def _alarms(alarms: Sequence[str]) -> Iterator[Trouble]:
         if name == "NOSPACE":
             text, remedy = "etcd is full: nothing can be started or changed, reads go on", _FULL
         elif name == "CORRUPT":
-            text, remedy = "an etcd member holds other data than the rest", "replace it: covey etcd replace"
+            text, remedy = (
+                "an etcd member holds other data than the rest",
+                "covey etcd status says which; covey etcd replace",
+            )
         else:
             text, remedy = f"etcd has raised the alarm {name}", "see etcd's log, then covey etcd alarms --disarm"
         yield Trouble(kind=Kind.ETCD_ALARM, about="etcd", text=text, remedy=remedy)
 
 
 def _members(members: Sequence[Member]) -> Iterator[Trouble]:
-    voters = [one for one in members if not one.learner]
+    voters = [one for one in members if not one.learner and not one.stranger]
     well = sum(one.answers and one.knows_leader for one in voters)
     spare = well - (len(voters) // 2 + 1)
     if spare < 0:
@@ -215,12 +220,20 @@ def _members(members: Sequence[Member]) -> Iterator[Trouble]:
         rest = "one more lost, and nothing is served" if spare == 0 else f"{spare} more may be lost"
     for one in members:
         name = one.name or one.address
+        if one.stranger:
+            yield Trouble(
+                kind=Kind.ETCD_MEMBER,
+                about=name,
+                text=f"this controller looks for etcd at {one.address}, and no member is there",
+                remedy="correct ETCD_ENDPOINTS of the controller and restart it, at leisure",
+            )
+            continue
         if not one.answers:
             yield Trouble(
                 kind=Kind.ETCD_MEMBER,
                 about=name,
                 text=f"etcd member {_label(one)} does not answer; {well} of {len(voters)} are well: {rest}",
-                remedy=f"start it on its host; if that is lost: covey etcd replace {name}",
+                remedy=f"start it on its host; if that is lost: covey etcd replace {name} --peer-url NEW",
             )
             continue
         if not one.knows_leader:

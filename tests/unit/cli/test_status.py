@@ -36,7 +36,7 @@ def test_all_is_well(cloud: Cloud, covey: Covey) -> None:
     ran = covey("status")
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.splitlines() == [
-        f"controller  {cloud.url}  ready",
+        f"controller  {cloud.url}  ready  0.2.0",
         "controller  http://10.0.0.1:8090  announced  0.2.0",
         "etcd        2 of 2 members answer, m1 leads, at most 3 revisions behind, 3.0 MiB on disk, 1.0 MiB in use, "
         "3.5.16",
@@ -74,7 +74,7 @@ def test_a_red_controller_tells_what_it_knows(cloud: Cloud, covey: Covey) -> Non
     cloud.ok("GET", "/api/v1/health", health(why="the store does not answer", troubles=[red]))
     ran = covey("status")
     assert ran.code == 1
-    assert f"controller  {cloud.url}  the store does not answer\n" in ran.out
+    assert f"controller  {cloud.url}  the store does not answer  0.2.0\n" in ran.out
     assert ran.out.endswith("TROUBLE     this controller cannot serve  ->  mend etcd\n")
 
 

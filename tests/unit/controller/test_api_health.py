@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from covey import errors, settings, world
-from covey.controller import api_events, api_health, replica
+from covey.controller import api_events, api_health, etcd_health, replica
 from covey.decide import troubles
 from covey.store import base, etcd_admin, memory, schema
 from tests.support import flaky
@@ -152,20 +152,46 @@ def listed(id: int, name: str, address: str) -> etcd_admin.Member:
 def test_members_are_named_and_compared_with_the_furthest() -> None:
     words = {"b:2379": status("b:2379", 2, revision=90, raft_index=480), "a:2379": status("a:2379", 1), "c:2379": None}
     names = [listed(1, "m1", "a:2379"), listed(2, "m2", "b:2379"), listed(3, "m3", "c:2379")]
-    one, two, three = api_health.members(words, names)
+    one, two, three = etcd_health.members(words, names)
     assert (one.name, one.leads, one.revisions_behind, one.raft_behind) == ("m1", True, 0, 0)
     assert (two.name, two.leads, two.revisions_behind, two.raft_behind) == ("m2", False, 10, 20)
     assert (three.name, three.address, three.answers) == ("m3", "c:2379", False)
-    assert [member.name for member in api_health.members(words, [])] == ["", "", ""]
+    assert [member.name for member in etcd_health.members(words, [])] == ["", "", ""]
+
+
+def test_a_member_that_was_never_reached_is_listed_and_an_address_without_a_member_is_a_stranger() -> None:
+    names = [listed(1, "m1", "a:2379"), listed(2, "m2", "b:2379")]
+    one, two = etcd_health.members({"a:2379": status("a:2379", 1)}, names)
+    assert (one.answers, two.name, two.address, two.answers) == (True, "m2", "b:2379", False)
+    through_a_proxy = etcd_health.members({"a:2379": status("a:2379", 1), "proxy:1": None}, names)
+    assert [(member.name, member.stranger) for member in through_a_proxy] == [("m1", False), ("m2", False)]
+    everybody = {"a:2379": status("a:2379", 1), "b:2379": status("b:2379", 2), "old:2379": None}
+    assert [member.address for member in etcd_health.members(everybody, names) if member.stranger] == ["old:2379"]
+    again = {"a:2379": status("a:2379", 1), "alias:2379": status("alias:2379", 1), "b:2379": status("b:2379", 2)}
+    assert [member.name for member in etcd_health.members(again, names)] == ["m1", "m2"]
+
+
+async def test_the_last_backup_is_told_if_there_is_one_or_should_be() -> None:
+    clock = world.System()
+    store = memory.Memory(clock).client()
+    assert await etcd_health.last_backup(store, clock, 0.0) is None
+    assert await etcd_health.last_backup(store, clock, 60.0) == troubles.Backup(interval_s=60)
+    at_ns = clock.wall_ns() - 5_000_000_000
+    record = schema.Backup(at_ns=at_ns, file="/b/x.db", size_bytes=7)
+    await store.commit(base.Txn((), (base.Put(schema.BACKUP, schema.encode(record)),)))
+    told = await etcd_health.last_backup(store, clock, 0.0)
+    assert told is not None
+    assert (told.file, told.size_bytes, told.trouble, told.age_s >= 5) == ("/b/x.db", 7, "", True)
+    await store.close()
 
 
 class Admin:
     """etcd with a member that hangs, and no majority to list the members."""
 
-    addresses = ("a:2379", "b:2379")
+    addresses = ("127.0.0.1:1", "127.0.0.1:2")
 
     async def status(self, address: str) -> etcd_admin.Status:
-        if address == "b:2379":
+        if address == self.addresses[1]:
             await asyncio.sleep(60)
         return status(address, 1)
 
@@ -179,7 +205,7 @@ class Admin:
 
 async def test_a_member_that_hangs_costs_a_bounded_time_and_nothing_fails() -> None:
     began = time.monotonic()
-    found, alarms = await api_health.Members(Admin()).look()  # type: ignore[arg-type]
+    found, alarms = await etcd_health.Members(Admin(), lambda: 0).look()  # type: ignore[arg-type]
     assert [one.answers for one in found] == [True, False]
     assert alarms == []
     assert time.monotonic() - began < 30
