@@ -27,6 +27,7 @@ from dataclasses import dataclass
 PAUSE_S = 1.0  # after the first failure; doubled with each one in a row
 PAUSE_LIMIT_S = 15.0
 SETTLE_LIMIT_S = 15.0  # a recovered server is used again within so long, by each client at a time of its own
+COMPARE_S = 60.0  # between two comparisons: slow answers mean much to do, and looks of a whole fleet add to it
 FORGIVEN_S = 60.0  # well for so long: earlier failures no longer count
 BUSY_LIMIT_S = 3.0  # no wish of a server to be left alone counts for longer
 _SLOW_S = 0.25  # answers that take longer on average are worth comparing
@@ -199,7 +200,7 @@ class Balance:
         """Answers got slow: look at all of them, the one in use too, but not again and again."""
         if now_s < self._compare_s:
             return
-        self._compare_s = now_s + PAUSE_LIMIT_S
+        self._compare_s = now_s + COMPARE_S * (1 + _fraction(self._salt, "compares")) / 2
         for one in self._servers.values():
             if one.well and one.look_s == 0.0:
                 one.look_s, one.glance_s = now_s, 0.0

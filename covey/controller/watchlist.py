@@ -103,4 +103,4 @@ def hopeless(snapshot: view.Snapshot) -> Iterator[codec.Kept[model.Instance]]:
 
 def unfinished_removals(snapshot: view.Snapshot) -> list[str]:
     """Removed nodes whose claims are not all dealt with: a crash came between (safety S12)."""
-    return [ledger.noun.node for ledger in snapshot.ledgers() if snapshot.removed(ledger.noun.node) is not None]
+    return [node for node in snapshot.removed_nodes() if snapshot.ledger(node) is not None]

@@ -263,6 +263,9 @@ class Snapshot:
     def removed(self, node: str) -> codec.Kept[schema.Removed] | None:
         return self._removed.get(node)
 
+    def removed_nodes(self) -> Iterator[str]:
+        return self._removed.keys()
+
     def controller(self, id: str) -> codec.Kept[schema.Controller] | None:
         return self._controllers.get(id)
 

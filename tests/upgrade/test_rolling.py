@@ -19,11 +19,12 @@ from tests.support import wheels
 from tests.upgrade import users
 
 STANDING = 4  # instances that stand all the while
+PATIENCE_S = 120.0
 PROGRESS = 4  # instances that users see through in each step
 NEW = conftest.COVEY
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(550)
 @pytest.mark.parametrize("wheel", wheels.kept(), ids=wheels.version_of)
 def test_controllers_and_agents_go_up_and_down_again_under_load(wheel: Path, tmp_path: Path) -> None:
     old = (str(wheels.covey_of(wheel, tmp_path / "env")),)
@@ -39,7 +40,7 @@ def test_controllers_and_agents_go_up_and_down_again_under_load(wheel: Path, tmp
             for covey in (NEW, old):
                 for controller in cloud.controllers:
                     exchange(controller, covey)
-                    conftest.eventually(controller.ready)
+                    conftest.eventually(controller.ready, PATIENCE_S)
                     goes_on(cloud, load)
                 for node in cloud.nodes.values():
                     quieten(cloud, node)
@@ -71,7 +72,7 @@ def quieten(cloud: fleet.Fleet, node: fleet.Node) -> None:
     """Nothing new is placed on the node, and what was placed there runs or has ended; its VMs stay. An agent that ends
     between the leave to launch and the start would fail that instance (safety S4)."""
     drain(cloud, node, True)
-    conftest.eventually(lambda: set(of_node(cloud, node).values()) <= {"Started"})
+    conftest.eventually(lambda: set(of_node(cloud, node).values()) <= {"Started"}, PATIENCE_S)
 
 
 def drain(cloud: fleet.Fleet, node: fleet.Node, wish: bool) -> None:
@@ -93,8 +94,10 @@ def goes_on(cloud: fleet.Fleet, load: users.Users) -> None:
     """Users see some more instances through, and each node has run some of them."""
     ended = len(load.ended)
     before = {name: len(journal(node)) for name, node in cloud.nodes.items()}
-    conftest.eventually(lambda: len(load.ended) >= ended + PROGRESS or load.faults)
-    conftest.eventually(lambda: all(len(journal(node)) > before[name] for name, node in cloud.nodes.items()))
+    conftest.eventually(lambda: len(load.ended) >= ended + PROGRESS or load.faults, PATIENCE_S)
+    conftest.eventually(
+        lambda: all(len(journal(node)) > before[name] for name, node in cloud.nodes.items()), PATIENCE_S
+    )
     assert load.faults == []
 
 

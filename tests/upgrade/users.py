@@ -17,7 +17,8 @@ from covey.client import controller
 USERS = 4
 LOOKERS = 2
 LOOK_S = 0.15  # between two looks of one user
-PATIENCE_S = 60.0
+PATIENCE_S = 150.0
+CLIENT_S = 30.0  # for one answer: the machine may be busy
 FINAL = ("Error", "Terminated", "")
 
 
@@ -51,7 +52,7 @@ class Users:
 
     async def _use(self) -> None:
         """Start, wait until it runs, terminate, wait until it is gone; again and again."""
-        async with controller.Controller(self.urls, world.System(), timeout_s=10) as cloud:
+        async with controller.Controller(self.urls, world.System(), timeout_s=CLIENT_S) as cloud:
             while not self._ending.is_set():
                 try:
                     await self._one_life(cloud)
@@ -88,7 +89,7 @@ class Users:
 
     async def _look(self) -> None:
         """Lists, as a dashboard asks for them."""
-        async with controller.Controller(self.urls, world.System(), timeout_s=10) as cloud:
+        async with controller.Controller(self.urls, world.System(), timeout_s=CLIENT_S) as cloud:
             while not self._ending.is_set():
                 self.asked += 3
                 try:
