@@ -467,7 +467,7 @@ def show(found: Found) -> None:
         print(found.names.told())
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench registry", description=__doc__.partition("\n")[0])
     parser.add_argument("--size", type=int, default=1024, help="of each file, in MiB")
     parser.add_argument("--rounds", type=int, default=5)
@@ -480,7 +480,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs=3, type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     if given.serve:
         serve(given.serve, tuple(given.worker) if given.worker else None)
         return 0

@@ -148,6 +148,7 @@ class Standalone(_Settings, frozen=True, kw_only=True):
     listen: settings_reader.Address
     registry_listen: settings_reader.Address
     registry_base_path: Path
+    registry_workers: int
     registries: tuple[str, ...]
     data_dir: Path
     nodes: int
@@ -363,6 +364,7 @@ def standalone(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Standalon
     return Standalone(
         listen=read.listen("LISTEN_ADDR"),
         registry_listen=read.listen("REGISTRY_LISTEN_ADDRESS"),
+        registry_workers=read.number("REGISTRY_WORKERS") if read.find("REGISTRY_WORKERS") else 1,  # a small cloud
         registry_base_path=read.path("REGISTRY_BASE_PATH") or data_dir / "registry",
         registries=read.urls("ANKA_REGISTRY"),
         data_dir=data_dir,

@@ -288,10 +288,11 @@ _TIMES = (
 _REGISTRY = (
     Setting(
         "REGISTRY_WORKERS",
-        _R,
+        _RS,
         _K.NUMBER,
         "0",
-        "How many processes serve one listener; 0 takes one for each processor, four at most.",
+        "How many processes serve one listener; 0 takes one for each processor, four at most. The all-in-one service"
+        " runs one unless this is set.",
     ),
     Setting("USE_HTTPS", _R, _K.SWITCH, "false", "Speak TLS, with SERVER_CERT and SERVER_KEY."),
     Setting("SERVER_CERT", _R, _K.PATH, "", "The registry's certificate and what leads to its authority, PEM."),

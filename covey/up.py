@@ -110,7 +110,11 @@ def _programs(
         yield _etcd(chosen, where, binary, environ)
         common["COVEY_ETCD_ENDPOINTS"] = where.etcd_client
     if where.registry is not None:
-        env = {"COVEY_LISTEN_ADDR": str(where.registry), "COVEY_BASE_PATH": str(chosen.registry_base_path)}
+        env = {
+            "COVEY_LISTEN_ADDR": str(where.registry),
+            "COVEY_BASE_PATH": str(chosen.registry_base_path),
+            "COVEY_REGISTRY_WORKERS": str(chosen.registry_workers),
+        }
         yield supervise.Program(
             "registry", (*covey, "registry"), {**common, **env}, _readyz(where.registry), stop_s=patience_s
         )
