@@ -46,11 +46,12 @@ class Journal:
         return await self._run(lambda: {log: self._entries(log, number) for log, number in positions.items()})
 
     def _entries(self, log: str, number: int) -> list[bytes]:
-        folder = self._repositories / log / _LOG
+        folder = f"{self._repositories}/{log}/{_LOG}"  # as text: a list of all templates looks into each
         found: list[bytes] = []
         while True:
             try:
-                found.append((folder / _entry_name(number + len(found))).read_bytes())
+                with open(f"{folder}/{_entry_name(number + len(found))}", "rb", buffering=0) as stream:
+                    found.append(stream.read())
             except (FileNotFoundError, NotADirectoryError):
                 return found
 
@@ -166,7 +167,7 @@ class Journal:
 
     def _pulled_s(self, repository: str) -> int:
         try:
-            return int((self._repositories / repository / _PULLED).stat().st_mtime)
+            return int(os.stat(f"{self._repositories}/{repository}/{_PULLED}").st_mtime)
         except FileNotFoundError:
             return 0
 

@@ -33,6 +33,7 @@ class TemplateApi:
     def __init__(self, catalog: catalog.Catalog, upkeep: upkeep.Upkeep) -> None:
         self._catalog = catalog
         self._upkeep = upkeep
+        self._items: dict[str, tuple[views.Repository, oci.TemplateItem]] = {}  # of the last list
 
     def routes(self) -> Sequence[serve.Route]:
         return [
@@ -71,7 +72,15 @@ class TemplateApi:
             return await self.one(call)
         templates = await self._catalog.templates()
         pulled = await self._catalog.logs.pulled_s([template.name for template in templates])
-        return [_item(template, pulled[template.name]) for template in templates]
+        self._items = {template.name: self._item(template, pulled[template.name]) for template in templates}
+        return [item for _, item in self._items.values()]
+
+    def _item(self, template: views.Repository, pulled_s: int) -> tuple[views.Repository, oci.TemplateItem]:
+        """What a list shows of a template: its sizes are added up once for each state that it is in."""
+        known = self._items.get(template.name)
+        if known is not None and known[0] is template and known[1].last_pull == pulled_s:
+            return known
+        return template, _item(template, pulled_s)
 
     async def one(self, call: serve.Call) -> oci.TemplateView:
         template = await self._catalog.template(call.query["id"])
