@@ -3,8 +3,8 @@
 A layer travels and is stored packed (media type ``…+zstd``) when packing takes a tenth off it at least, as a few
 samples of it say beforehand and the whole says afterwards. The packed bytes depend on the content alone, not on the
 machine or on how it was read, so that a repeated push finds them in the registry. The other way, a layer is unpacked
-into a file with holes, never to more bytes than its template says (a small blob may claim to hold petabytes), and is
-what its template says or does not appear.
+while it arrives, into a file with holes, never to more bytes than its template says (a small blob may claim to hold
+petabytes), and is what its template says or does not appear.
 
 Blocking: used in worker threads. Memory is constant.
 """
@@ -89,37 +89,70 @@ def _then(pieces: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview |
     yield None
 
 
-def unpack(source: Path, target: Path, digest: str, size_bytes: int, moved: long_work.Moved = _ignore) -> None:
-    """Unpack a file into another one, with holes, durable when this returns. Raises Damaged, and then leaves none."""
-    try:
-        found = _unpack(source, target, size_bytes, oci.algorithm_of(digest), moved)
-        if found != digest:
-            raise Damaged(f"the packed layer holds {found}, but its template says {digest}; {_REMEDY}")
-    except (zstd.ZstdError, EOFError) as error:
-        target.unlink(missing_ok=True)
-        raise Damaged(f"layer {digest} cannot be unpacked ({error}); {_REMEDY}") from error
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
+class Unpacker:
+    """Unpacks a blob into a file while it arrives, piece by piece from its beginning."""
+
+    def __init__(self, target: Path, digest: str, size_bytes: int) -> None:
+        self.target = target
+        self.done_bytes = 0
+        self._digest, self._size_bytes = digest, size_bytes
+        self._hash = hashlib.new(oci.algorithm_of(digest))
+        self._frame, self._inside = _frame(), False
+        self._fault: Damaged | None = None
+        self._handle = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes of the blob. What is wrong with them is kept for `finish`: it may be the blob that is."""
+        if self._fault is not None or self._handle < 0:
+            return
+        try:
+            self._feed(chunk)
+        except zstd.ZstdError as error:
+            self._fault = Damaged(f"layer {self._digest} cannot be unpacked ({error}); {_REMEDY}")
+        except Damaged as error:
+            self._fault = error
+
+    def _feed(self, chunk: bytes) -> None:
+        while chunk or not self._frame.needs_input:
+            self._inside = True
+            self._put(self._frame.decompress(chunk, _READ))
+            chunk = b""
+            if self._frame.eof:
+                chunk = self._frame.unused_data
+                self._frame, self._inside = _frame(), False
+
+    def _put(self, piece: bytes) -> None:
+        if self.done_bytes + len(piece) > self._size_bytes:
+            raise Damaged(
+                f"a packed layer is longer than the {self._size_bytes} bytes that its template says; {_REMEDY}"
+            )
+        self._hash.update(piece)
+        sparse.write(self._handle, self.done_bytes, piece)
+        self.done_bytes += len(piece)
+
+    def finish(self) -> None:
+        """The blob has ended, and is what its digest says: make the file whole and durable. Raises Damaged."""
+        if self._fault is not None:
+            raise self._fault
+        if self._inside or self.done_bytes != self._size_bytes:
+            raise Damaged(
+                f"a packed layer ends at {self.done_bytes} of the {self._size_bytes} bytes its template says; {_REMEDY}"
+            )
+        found = f"{self._hash.name}:{self._hash.hexdigest()}"
+        if found != self._digest:
+            raise Damaged(f"the packed layer holds {found}, but its template says {self._digest}; {_REMEDY}")
+        os.ftruncate(self._handle, self._size_bytes)
+        os.fsync(self._handle)
+
+    def close(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
 
 
-def _unpack(source: Path, target: Path, size_bytes: int, algorithm: str, moved: long_work.Moved) -> str:
-    digest = hashlib.new(algorithm)
-    offset = 0
+def _frame() -> zstd.ZstdDecompressor:
     options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _WINDOW_LOG}
-    with zstd.ZstdFile(source, "rb", options=options) as stream, target.open("wb", buffering=0) as out:
-        while piece := stream.read(_READ):
-            if offset + len(piece) > size_bytes:
-                raise Damaged(f"a packed layer is longer than the {size_bytes} bytes that its template says; {_REMEDY}")
-            digest.update(piece)
-            sparse.write(out.fileno(), offset, piece)
-            offset += len(piece)
-            moved(offset)
-        out.truncate(offset)
-        os.fsync(out.fileno())
-    if offset != size_bytes:
-        raise Damaged(f"a packed layer ends at {offset} of the {size_bytes} bytes its template says; {_REMEDY}")
-    return f"{algorithm}:{digest.hexdigest()}"
+    return zstd.ZstdDecompressor(options=options)
 
 
 def hash_file(path: Path, algorithm: str = oci.SHA256, moved: long_work.Moved = _ignore) -> tuple[str, int]:

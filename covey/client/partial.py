@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from covey import durable
@@ -68,11 +68,21 @@ class Partial:
     """One partial file. `close` waits for a `write` whose caller was cancelled, so that the next one to open this file
     finds it at rest."""
 
-    def __init__(self, path: Path, digest: str, size_bytes: int, *, sync_bytes: int = SYNC_BYTES) -> None:
+    def __init__(
+        self,
+        path: Path,
+        digest: str,
+        size_bytes: int,
+        *,
+        sync_bytes: int = SYNC_BYTES,
+        pass_on: Callable[[bytes], None] = lambda chunk: None,
+    ) -> None:
+        """`pass_on` is given all bytes, in their order, by the thread that hashes them."""
         self.path = path
         self.size_bytes = size_bytes
         self.digest = digest
         self._sync_bytes = sync_bytes
+        self._pass_on = pass_on
         self._record = record_of(path)
         self._head = f"covey 1 {digest} {size_bytes}\n"
         self._lock, self._hash_lock = threading.Lock(), threading.Lock()
@@ -150,11 +160,12 @@ class Partial:
     # ---- what it is ------------------------------------------------------------------------------------------------
 
     def hash_on(self) -> None:
-        """Hash what has become readable from the beginning on."""
+        """Hash what has become readable from the beginning on, and pass it on."""
         with self._hash_lock:
             while self._hashed < self._here.prefix and not self._closing:
                 chunk = os.pread(self._file, min(_READ, self._here.prefix - self._hashed), self._hashed)
                 self._hash.update(chunk)
+                self._pass_on(chunk)
                 self._hashed += len(chunk)
 
     def found(self) -> str:

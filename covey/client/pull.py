@@ -1,7 +1,7 @@
 """One blob comes down: several ranges at once, each going on where it stood, at another server if need be.
 
 The bytes gather in a partial file (`partial`), and are hashed in order while they arrive. Only what is whole and has
-the right digest is given its name; a packed layer is unpacked before that, and what is inside is verified as well
+the right digest is given its name; a packed layer is unpacked meanwhile, and what is inside is verified as well
 (promise I8). What an earlier call left is continued; should the whole be wrong then, it is fetched anew once, since the
 fault may have been on this disk. Memory: one piece per range.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from covey import errors
 from covey.client import line, long_work, oci, packing, partial
 
-Progress = Callable[[int], None]  # called with the bytes of the blob that are here, then also with those unpacked
+Progress = Callable[[int], None]  # called with the bytes of the blob that are here, and those unpacked
 
 STREAMS = 4
 RANGE_BYTES = 32 << 20  # of one request: bounds what waits behind a slow one at the end
@@ -55,61 +55,57 @@ class Pull:
         if await long_work.run(lambda moved: _is_right(target, *(plain or (digest, size_bytes)), moved)):
             await asyncio.to_thread(partial.discard, path)  # a kill may have left it
             return False
-        while not await self._whole(repository, digest, size_bytes, path, progress):
+        into = None if plain is None else target.with_name(target.name + ".unpacked")
+        coming = _Coming(digest, size_bytes, path, into, plain or ("", 0), progress)
+        while not await self._whole(repository, coming):
             pass
-        if plain is None:
-            await asyncio.to_thread(partial.reveal, path, target)
-        else:
-            told = progress or (lambda done: None)
-            await long_work.run(
-                lambda moved: _unpack(path, target, *plain, moved), lambda done: told(size_bytes + done)
-            )
+        await asyncio.to_thread(partial.reveal, into or path, target)
+        await asyncio.to_thread(partial.discard, path)
         return True
 
-    async def _whole(
-        self, repository: str, digest: str, size_bytes: int, path: Path, progress: Progress | None
-    ) -> bool:
-        """Whether the partial file is whole and right now; else it is gone. Raises RemoteError when it was fetched from
-        the beginning and is wrong."""
-        coming = await asyncio.to_thread(partial.Partial, path, digest, size_bytes, sync_bytes=self._sync_bytes)
+    async def _whole(self, repository: str, coming: "_Coming") -> bool:
+        """Whether everything is whole and right now; else it is gone. Raises RemoteError when it was fetched from the
+        beginning and is wrong, and Damaged."""
+        await asyncio.to_thread(coming.open, self._sync_bytes)
         try:
-            await self._all_ranges(f"/v2/{repository}/blobs/{digest}", coming, progress)
-            found = await asyncio.to_thread(coming.found)
+            await self._all_ranges(f"/v2/{repository}/blobs/{coming.digest}", coming)
+            found = await long_work.run(lambda moved: coming.finish(), coming.progress)
+        except packing.Damaged:
+            await asyncio.to_thread(coming.discard)
+            raise
         finally:
             await asyncio.shield(asyncio.to_thread(coming.close))
-        if found == digest:
+        if found == coming.digest:
             return True
         await asyncio.to_thread(coming.discard)
-        if coming.resumed_bytes:
+        if coming.part.resumed_bytes:
             return False
-        raise errors.RemoteError(f"the registry sent {found} for {digest}")
+        raise errors.RemoteError(f"the registry sent {found} for {coming.digest}")
 
-    async def _all_ranges(self, path: str, coming: partial.Partial, progress: Progress | None) -> None:
+    async def _all_ranges(self, path: str, coming: "_Coming") -> None:
         """Fetch what is missing. The first fault that is not repaired ends all of it."""
         streams = min(self._streams, -(-coming.size_bytes // self._range_bytes))
         hashing = asyncio.create_task(_hash_along(coming))
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(streams):
-                    group.create_task(self._ranges(path, coming, progress))
+                    group.create_task(self._ranges(path, coming))
         except ExceptionGroup as faults:
             raise faults.exceptions[0] from None
         finally:
             hashing.cancel()
             await asyncio.gather(hashing, return_exceptions=True)
 
-    async def _ranges(self, path: str, coming: partial.Partial, progress: Progress | None) -> None:
-        while (span := coming.take(self._range_bytes)) is not None:
+    async def _ranges(self, path: str, coming: "_Coming") -> None:
+        while (span := coming.part.take(self._range_bytes)) is not None:
             standing = _Standing(*span)
 
             async def once(standing: _Standing = standing) -> None:
-                await self._one_range(path, coming, standing, progress)
+                await self._one_range(path, coming, standing)
 
-            await self._line.persist(once, lambda: coming.here_bytes)
+            await self._line.persist(once, lambda: coming.part.here_bytes)
 
-    async def _one_range(
-        self, path: str, coming: partial.Partial, standing: "_Standing", progress: Progress | None
-    ) -> None:
+    async def _one_range(self, path: str, coming: "_Coming", standing: "_Standing") -> None:
         """Go on with one range to its end, or raise."""
         whole = standing.start == 0 and standing.end == coming.size_bytes
         headers = {} if whole else {"Range": f"bytes={standing.start}-{standing.end - 1}"}
@@ -123,11 +119,11 @@ class Pull:
                             raise errors.RemoteError(_longer(coming))
                         batch += chunk
                         if len(batch) >= _BATCH:
-                            await _write(coming, standing, bytes(batch), progress)
+                            await _write(coming, standing, bytes(batch))
                             batch.clear()
                 finally:
                     if batch:
-                        await asyncio.shield(_write(coming, standing, bytes(batch), progress))
+                        await asyncio.shield(_write(coming, standing, bytes(batch)))
         if standing.start != standing.end:
             raise errors.RemoteError(f"{coming.digest} ended at {standing.start} of {standing.end} bytes")
 
@@ -142,21 +138,73 @@ class _Standing:
         self.end = end
 
 
-async def _write(coming: partial.Partial, standing: _Standing, batch: bytes, progress: Progress | None) -> None:
-    await asyncio.to_thread(coming.write, standing.start, batch)
+class _Coming:
+    """A blob on its way: the partial file, and what it is unpacked to, if it is packed. Blocking."""
+
+    def __init__(
+        self,
+        digest: str,
+        size_bytes: int,
+        path: Path,
+        into: Path | None,
+        plain: tuple[str, int],
+        progress: Progress | None,
+    ) -> None:
+        self.digest, self.size_bytes = digest, size_bytes
+        self._path, self._into, self._plain = path, into, plain
+        self._told = progress
+        self._unpacker: packing.Unpacker | None = None
+        self.part: partial.Partial
+
+    def open(self, sync_bytes: int) -> None:
+        if self._into is not None:
+            self._unpacker = packing.Unpacker(self._into, *self._plain)
+        feed = (lambda chunk: None) if self._unpacker is None else self._unpacker.feed
+        try:
+            self.part = partial.Partial(self._path, self.digest, self.size_bytes, sync_bytes=sync_bytes, pass_on=feed)
+        except BaseException:
+            self.close()
+            raise
+
+    def progress(self, _: int = 0) -> None:
+        if self._told is not None:
+            self._told(self.part.here_bytes + (self._unpacker.done_bytes if self._unpacker else 0))
+
+    def finish(self) -> str:
+        """The blob's digest; when it is the right one, what is in it is right and durable too. Raises Damaged."""
+        found = self.part.found()
+        if found == self.digest and self._unpacker is not None:
+            self._unpacker.finish()
+        return found
+
+    def close(self) -> None:
+        if hasattr(self, "part"):
+            self.part.close()
+        if self._unpacker is not None:
+            self._unpacker.close()
+
+    def discard(self) -> None:
+        self.close()
+        partial.discard(self._path)
+        if self._into is not None:
+            partial.discard(self._into)
+
+
+async def _write(coming: _Coming, standing: _Standing, batch: bytes) -> None:
+    await asyncio.to_thread(coming.part.write, standing.start, batch)
     standing.start += len(batch)
-    if progress is not None:
-        progress(coming.here_bytes)
+    coming.progress()
 
 
-async def _hash_along(coming: partial.Partial) -> None:
-    """Hash while the rest comes, so that little is left to do at the end."""
+async def _hash_along(coming: _Coming) -> None:
+    """Hash and unpack while the rest comes, so that little is left to do at the end."""
     while True:
-        await asyncio.to_thread(coming.hash_on)
-        await asyncio.sleep(0.1)
+        await asyncio.to_thread(coming.part.hash_on)
+        coming.progress()
+        await asyncio.sleep(0.05)
 
 
-def _check_size(status: int, said: str, length: int | None, coming: partial.Partial, standing: _Standing) -> None:
+def _check_size(status: int, said: str, length: int | None, coming: _Coming, standing: _Standing) -> None:
     """The server sends the range that was asked for, of a blob of the right size. Raises RemoteError."""
     if status == 206:
         found = _TOTAL.fullmatch(said)
@@ -173,7 +221,7 @@ def _check_size(status: int, said: str, length: int | None, coming: partial.Part
         raise errors.RemoteError(f"{coming.digest} has {total} bytes, its manifest says {coming.size_bytes}")
 
 
-def _longer(coming: partial.Partial) -> str:
+def _longer(coming: _Coming) -> str:
     return f"{coming.digest} is longer than the {coming.size_bytes} bytes of its manifest"
 
 
@@ -182,14 +230,3 @@ def _is_right(path: Path, digest: str, size_bytes: int, moved: long_work.Moved) 
     if not path.is_file() or path.stat().st_size != size_bytes:
         return False
     return packing.hash_file(path, oci.algorithm_of(digest), moved)[0] == digest
-
-
-def _unpack(path: Path, target: Path, digest: str, size_bytes: int, moved: long_work.Moved) -> None:
-    aside = target.with_name(target.name + ".unpacked")
-    try:
-        packing.unpack(path, aside, digest, size_bytes, moved)
-    except packing.Damaged:
-        partial.discard(path)  # it is what it should be, and of no use
-        raise
-    partial.reveal(aside, target)
-    partial.discard(path)

@@ -363,16 +363,19 @@ async def _download(
     """Download one layer unless the file is there and right; the bytes moved."""
 
     def report(done: int) -> None:
-        if progress is not None and done <= layer.blob_size:
-            progress(Title(target.name), done, layer.blob_size)
-        elif progress is not None:
-            progress(Title(f"unpacking {target.name}"), done - layer.blob_size, layer.size)
+        """As bytes that travel: what a packed one becomes counts too."""
+        if progress is not None:
+            whole = layer.blob_size + (layer.size if layer.packed else 0)
+            progress(Title(target.name), done * layer.blob_size // (whole or 1), layer.blob_size)
 
     plain = (layer.digest, layer.size) if layer.packed else None
     if await registry.fetch(repository, layer.blob, layer.blob_size, target, plain=plain, progress=report):
-        return layer.blob_size
-    report(layer.blob_size)
-    return 0
+        moved = layer.blob_size
+    else:
+        moved = 0
+    if progress is not None:
+        progress(Title(target.name), layer.blob_size, layer.blob_size)
+    return moved
 
 
 def file_names(layers: Sequence[oci.Layer]) -> list[str]:

@@ -26,6 +26,17 @@ def packed(tmp_path: Path, content: bytes) -> tuple[Path, packing.Packed]:
     return tmp_path / "packed", form
 
 
+def unpack(source: Path, target: Path, digest: str, size_bytes: int, at_once: int = 1000) -> None:
+    unpacker = packing.Unpacker(target, digest, size_bytes)
+    content = source.read_bytes()
+    try:
+        for start in range(0, len(content), at_once):
+            unpacker.feed(content[start : start + at_once])
+        unpacker.finish()
+    finally:
+        unpacker.close()
+
+
 # ---- packing
 
 
@@ -33,7 +44,7 @@ def test_what_was_packed_comes_back(tmp_path: Path) -> None:
     source, form = packed(tmp_path, TEXT)
     assert (form.digest, form.size_bytes) == (oci.digest_of(source.read_bytes()), source.stat().st_size)
     assert form.size_bytes < len(TEXT) / 4
-    packing.unpack(source, tmp_path / "out", oci.digest_of(TEXT), len(TEXT))
+    unpack(source, tmp_path / "out", oci.digest_of(TEXT), len(TEXT))
     assert (tmp_path / "out").read_bytes() == TEXT
 
 
@@ -69,23 +80,24 @@ def test_a_file_that_is_mostly_hole_pays(tmp_path: Path) -> None:
         (zstd.compress(TEXT + b"more"), "longer than the"),
         (zstd.compress(TEXT[:-1]), "ends at"),
         (zstd.compress(TEXT[:-1] + b"x"), "but its template says"),
-        (zstd.compress(TEXT)[:-9], "cannot be unpacked"),
+        (zstd.compress(TEXT)[:-9], "ends at"),
         (TEXT, "cannot be unpacked"),
-        (b"", "cannot be unpacked"),
+        (b"", "ends at 0"),
         (zstd.compress(bytes(1 << 30)), "longer than the"),
     ],
 )
-def test_what_is_not_what_it_should_be_leaves_no_file(tmp_path: Path, blob: bytes, said: str) -> None:
+def test_what_is_not_what_it_should_be_is_never_finished(tmp_path: Path, blob: bytes, said: str) -> None:
     (tmp_path / "blob").write_bytes(blob)
     with pytest.raises(packing.Damaged, match=said):
-        packing.unpack(tmp_path / "blob", tmp_path / "out", oci.digest_of(TEXT), len(TEXT))
-    assert not (tmp_path / "out").exists()
+        unpack(tmp_path / "blob", tmp_path / "out", oci.digest_of(TEXT), len(TEXT))
+    assert (tmp_path / "out").stat().st_size <= len(TEXT)
 
 
 def test_a_blob_of_several_frames_is_unpacked(tmp_path: Path) -> None:
     """As other tools write them."""
     (tmp_path / "blob").write_bytes(zstd.compress(TEXT[:1000]) + zstd.compress(TEXT[1000:]))
-    packing.unpack(tmp_path / "blob", tmp_path / "out", oci.digest_of(TEXT), len(TEXT))
+    for at_once in (1, 1000, 1 << 20):
+        unpack(tmp_path / "blob", tmp_path / "out", oci.digest_of(TEXT), len(TEXT), at_once)
     assert (tmp_path / "out").read_bytes() == TEXT
 
 
