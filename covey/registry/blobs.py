@@ -4,7 +4,8 @@
     ├── format                                   the number of this layout: a server refuses a newer one
     ├── blobs/<algorithm>/<2 hex>/<hex>          a finished blob or manifest, read-only, named by its content;
     │                                            the algorithm is sha256 (64 digits) or sha512 (128 digits)
-    ├── trash/<algorithm>-<hex>                  one that nothing refers to; whoever asks for it links it back
+    ├── trash/<algorithm>-<hex>/<token>          one that nothing refers to, under a new token each time it comes here;
+    │                                            whoever asks for it links it back
     ├── quarantine/<algorithm>-<hex>             one whose bytes are not what its name says; never served
     ├── repositories/<name>/
     │   ├── _log/<10 digits>                     numbered entries: push, tag, delete, revert; dense, never rewritten
@@ -192,11 +193,13 @@ class Place(StrEnum):
 
 
 class Held(model.Noun, frozen=True, kw_only=True):
-    """A blob in one place. `since_s`: when it came there, or was last stored again; by the storage's clock."""
+    """A blob in one place. `since_s`: when it came there, or was last stored again; by the storage's clock. `mark`:
+    which time it came there, where that matters."""
 
     digest: model.Digest
     size_bytes: int
     since_s: float
+    mark: str = ""
 
 
 class Leftover(model.Noun, frozen=True, kw_only=True):
@@ -231,9 +234,10 @@ class Care(Protocol):
         that had found it on the shelf began before. A crash leaves it in one place or in both."""
         ...
 
-    async def destroy(self, digest: model.Digest, place: Place) -> int:
-        """Delete a blob from the trash or from quarantine, never from the shelf: how many bytes went. Of this and a
-        `Blobs.stat` that takes it back, one is first and the other sees it."""
+    async def destroy(self, held: Held, place: Place) -> int:
+        """Delete what was found in the trash or in quarantine, never from the shelf: how many bytes went. If it was
+        taken back meanwhile and has come there again, it is another one and stays: whoever moved it will look at what
+        is needed since. Of this and a `Blobs.stat` that takes it back, one is first and the other sees it."""
         ...
 
     def read(

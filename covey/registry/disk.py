@@ -11,6 +11,7 @@ the interpreter lock) while the next one is received. The file system is only to
 """
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import re
@@ -44,11 +45,19 @@ class _Part(model.Noun, frozen=True, kw_only=True):
 
 
 def locate(base: Path, digest: str, place: blobs.Place = blobs.Place.SHELF) -> Path:
-    """Where a blob lies, if it lies there."""
+    """Where a blob lies, if it lies there; in the trash: the folder of all its names there."""
     algorithm, _, name = digest.partition(":")
     if place is blobs.Place.SHELF:
         return base / place / algorithm / name[:2] / name
     return base / place / f"{algorithm}-{name}"
+
+
+def trashed_as(base: Path, digest: str) -> list[Path]:
+    """The names under which a blob lies in the trash."""
+    try:
+        return sorted(locate(base, digest, blobs.Place.TRASH).iterdir())
+    except FileNotFoundError:
+        return []
 
 
 class Disk:
@@ -104,39 +113,34 @@ class Disk:
 
     def _stat(self, digest: model.Digest) -> blobs.Blob | None:
         path = self._path(digest)
-        try:
-            return blobs.Blob(digest=digest, size_bytes=path.stat().st_size, path=path)
-        except FileNotFoundError:
-            if not self._take_back(digest):
-                return None
-        return blobs.Blob(digest=digest, size_bytes=path.stat().st_size, path=path)
+        while True:  # a collector may move it between two looks, and no more often than it runs
+            try:
+                return blobs.Blob(digest=digest, size_bytes=path.stat().st_size, path=path)
+            except FileNotFoundError:
+                if not self._take_back(digest):
+                    return None
 
     def _take_back(self, digest: model.Digest) -> bool:
         """Link a blob out of the trash, where the collector has put it: whoever asks for it may be about to need it."""
-        trashed = locate(self._base, digest, blobs.Place.TRASH)
-        if not trashed.exists():
-            return False
         path = self._path(digest)
-        try:
-            durable.make_dirs(path.parent, fsync=self._fsync)
-            os.utime(trashed)
-            durable.link_new(trashed, path, fsync=self._fsync)
-        except FileNotFoundError:  # the collector was first
-            return path.exists()
-        durable.discard(trashed)
-        return True
+        for trashed in trashed_as(self._base, digest):
+            with contextlib.suppress(FileNotFoundError):  # the collector was first
+                durable.make_dirs(path.parent, fsync=self._fsync)
+                os.utime(trashed)
+                durable.link_new(trashed, path, fsync=self._fsync)
+                durable.discard(trashed)
+        return path.exists()
 
     async def get(self, digest: model.Digest) -> bytes:
         return await self._run(self._get, digest)
 
     def _get(self, digest: model.Digest) -> bytes:
-        path = self._path(digest)
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
-            if not self._take_back(digest):
-                raise
-        return path.read_bytes()
+        while True:
+            try:
+                return self._path(digest).read_bytes()
+            except FileNotFoundError:
+                if not self._take_back(digest):
+                    raise
 
     async def read(self, blob: blobs.Blob, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
         stream = await self._run(lambda: self._path(blob.digest).open("rb", buffering=0))
@@ -168,6 +172,8 @@ class Disk:
             durable.write_new(aside, content, fsync=self._fsync)
             failpoint.reach("registry.put.written")
             return self._publish(aside, digest, len(content))
+        except FileNotFoundError:  # it was so long on its way that it was swept away
+            return self._put(content, wanted)
         except OSError as error:
             raise _full_or(error) from error
         finally:
@@ -178,8 +184,10 @@ class Disk:
         path = self._path(digest)
         durable.make_dirs(path.parent, fsync=self._fsync)
         os.utime(source)  # its bytes may have waited for long; the collector must not think that the blob has
-        if not durable.link_new(source, path, fsync=self._fsync):
-            os.utime(path)  # the collector must see that somebody counts on it again (safety S32)
+        while not durable.link_new(source, path, fsync=self._fsync):
+            with contextlib.suppress(FileNotFoundError):  # collected just now: it takes our link
+                os.utime(path)  # the collector must see that somebody counts on it again (safety S32)
+                break
         failpoint.reach("registry.blob.linked")
         durable.discard(locate(self._base, digest, blobs.Place.QUARANTINE))  # healed
         return blobs.Blob(digest=digest, size_bytes=size_bytes, path=path)

@@ -1,9 +1,9 @@
 """Care of a storage on a file system: `blobs.Care` and `blobs.LogCare` below one folder.
 
-Each step is one operation that the file system decides: a blob leaves the shelf by rename(), comes back by link(), and
-is gone by unlink(). So of a collector that deletes from the trash and a request that takes the blob back, one is first
-and the other sees it, on whatever servers they run. Times are of the file server: the present time is what it writes
-on a file that was touched just now.
+Each step is one operation that the file system decides: a blob leaves the shelf by rename() to a name that is new each
+time, comes back by link(), and is gone by unlink(). So of a collector that deletes from the trash and a request that
+takes the blob back, one is first and the other sees it, on whatever servers they run. Times are of the file server: the
+present time is what it writes on a file that was touched just now.
 """
 
 import asyncio
@@ -67,62 +67,85 @@ class DiskCare:
                 yield held
 
     def _held(self, place: blobs.Place) -> Iterator[blobs.Held]:
-        for path, digest in self._files(place):
+        for path, digest, mark in self._files(place):
             with contextlib.suppress(FileNotFoundError):
                 stat = path.stat()
-                yield blobs.Held(digest=digest, size_bytes=stat.st_size, since_s=stat.st_mtime)
+                yield blobs.Held(digest=digest, size_bytes=stat.st_size, since_s=stat.st_mtime, mark=mark)
 
-    def _files(self, place: blobs.Place) -> Iterator[tuple[Path, model.Digest]]:
+    def _files(self, place: blobs.Place) -> Iterator[tuple[Path, model.Digest, str]]:
         root = self._base / place
-        if place is blobs.Place.SHELF:
-            folders = (folder for algorithm in sorted(root.iterdir()) for folder in sorted(algorithm.iterdir()))
-            named = (
-                (path, f"{folder.parent.name}:{path.name}") for folder in folders for path in sorted(folder.iterdir())
-            )
+        if place is blobs.Place.QUARANTINE:
+            named = ((path, path.name.replace("-", ":", 1), "") for path in sorted(root.iterdir()))
+        elif place is blobs.Place.TRASH:
+            folders = ((folder, folder.name.replace("-", ":", 1)) for folder in sorted(root.iterdir()))
+            named = ((path, text, path.name) for folder, text in folders for path in _inside(folder))
         else:
-            named = ((path, path.name.replace("-", ":", 1)) for path in sorted(root.iterdir()))
-        for path, text in named:
+            shelves = (folder for algorithm in sorted(root.iterdir()) for folder in sorted(algorithm.iterdir()))
+            named = ((path, f"{folder.parent.name}:{path.name}", "") for folder in shelves for path in _inside(folder))
+        for path, text, mark in named:
             if _DIGEST.fullmatch(text):
-                yield path, model.Digest(text)
+                yield path, model.Digest(text), mark
 
     async def move(self, digest: model.Digest, source: blobs.Place, target: blobs.Place) -> bool:
         return await self._run(lambda: self._move(digest, source, target))
 
     def _move(self, digest: model.Digest, source: blobs.Place, target: blobs.Place) -> bool:
         old, new = (disk.locate(self._base, digest, place) for place in (source, target))
-        try:
-            durable.make_dirs(new.parent, fsync=self._fsync)
-            os.utime(old)  # the time at which it came to its new place
-            if target is blobs.Place.SHELF:
-                durable.link_new(old, new, fsync=self._fsync)  # one that is there is as good
-                failpoint.reach("registry.care.restored")
-            else:
+        if source is blobs.Place.TRASH:
+            names = disk.trashed_as(self._base, digest)
+            return sum(self._put_back(name, new) for name in names) > 0  # all of them
+        if target is blobs.Place.TRASH:
+            new = new / self._world.token()
+        while True:
+            try:
+                durable.make_dirs(new.parent, fsync=self._fsync)
+                os.utime(old)  # the time at which it came to its new place
                 old.rename(new)
-                failpoint.reach("registry.care.moved")
+            except FileNotFoundError:  # of the two, it may have been the folder: an empty one is removed
+                if old.exists():
+                    continue
+                return False
+            failpoint.reach("registry.care.moved")
+            durable.sync_dir(old.parent, fsync=self._fsync)
+            durable.sync_dir(new.parent, fsync=self._fsync)
+            return True
+
+    def _put_back(self, trashed: Path, path: Path) -> bool:
+        try:
+            durable.make_dirs(path.parent, fsync=self._fsync)
+            os.utime(trashed)
+            durable.link_new(trashed, path, fsync=self._fsync)  # one that is there is as good
         except FileNotFoundError:
             return False
-        durable.discard(old)  # also after a rename: that of two names of one file does nothing
-        durable.sync_dir(old.parent, fsync=self._fsync)
-        durable.sync_dir(new.parent, fsync=self._fsync)
+        failpoint.reach("registry.care.restored")
+        durable.discard(trashed)
         return True
 
-    async def destroy(self, digest: model.Digest, place: blobs.Place) -> int:
+    async def destroy(self, held: blobs.Held, place: blobs.Place) -> int:
         assert place is not blobs.Place.SHELF  # noqa: S101  nothing is ever deleted from there
-        return await self._run(lambda: self._destroy(disk.locate(self._base, digest, place)))
+        return await self._run(lambda: self._destroy(disk.locate(self._base, held.digest, place) / held.mark))
 
     def _destroy(self, path: Path) -> int:
         try:
-            size = path.stat().st_size
+            stat = path.stat()
             path.unlink()
         except FileNotFoundError:
             return 0
         failpoint.reach("registry.care.destroyed")
-        return size
+        return stat.st_size if stat.st_nlink == 1 else 0
+
+    def _tidy_trash(self) -> None:
+        """Folders of blobs of which none is left there."""
+        for folder in (self._base / blobs.Place.TRASH).iterdir():
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
 
     async def read(
         self, digest: model.Digest, place: blobs.Place = blobs.Place.SHELF, *, past_cache: bool = False
     ) -> AsyncIterator[bytes]:
         path = disk.locate(self._base, digest, place)
+        if place is blobs.Place.TRASH:
+            path = next(iter(disk.trashed_as(self._base, digest)), path)
         stream = await self._run(lambda: path.open("rb", buffering=0))
         try:
             while batch := await self._run(lambda: _read(stream.fileno(), past_cache=past_cache)):
@@ -149,6 +172,8 @@ class DiskCare:
                 found.append(leftover)
                 if not dry_run:
                     durable.discard(path)
+        if not dry_run:
+            self._tidy_trash()
         return found
 
     def _remove_session(self, folder: Path) -> None:
@@ -232,6 +257,14 @@ class DiskCare:
                     algorithm = _LENGTHS.get(len(item.name), "")
                     found[model.Digest(f"{algorithm}:{item.name}")] = item.stat().st_mtime
         return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What lies in a folder; nothing when somebody has removed it."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def _read(handle: int, *, past_cache: bool) -> bytes:

@@ -35,15 +35,11 @@ class S3Care:
     # ---- blobs -----------------------------------------------------------------------------------------------------
 
     async def held(self, place: blobs.Place) -> AsyncIterator[blobs.Held]:
-        latest: dict[model.Digest, blobs.Held] = {}
         for item in await self._bucket.below(place):
             digest = _digest(item.key)
             if oci.valid_digest(digest):
-                held = blobs.Held(digest=digest, size_bytes=item.size_bytes, since_s=item.changed_s)
-                known = latest.get(digest, held)
-                latest[digest] = max(held, known, key=lambda one: one.since_s)
-        for held in latest.values():
-            yield held
+                mark = "" if place is blobs.Place.SHELF else item.key.rpartition("/")[2]
+                yield blobs.Held(digest=digest, size_bytes=item.size_bytes, since_s=item.changed_s, mark=mark)
 
     async def move(self, digest: model.Digest, source: blobs.Place, target: blobs.Place) -> bool:
         old = await self._keys(digest, source)
@@ -58,14 +54,15 @@ class S3Care:
             return True
         return False
 
-    async def destroy(self, digest: model.Digest, place: blobs.Place) -> int:
+    async def destroy(self, held: blobs.Held, place: blobs.Place) -> int:
         """What lies on the shelf as well is not gone, and counts nothing."""
         assert place is not blobs.Place.SHELF  # noqa: S101  nothing is ever deleted from there
-        found = await self._bucket.below(s3.folder(digest, place))
-        await self._bucket.delete([item.key for item in found])
+        key = f"{s3.folder(held.digest, place)}{held.mark}"
+        found = await self._bucket.find(key)
+        await self._bucket.delete([key])
         failpoint.reach("registry.care.destroyed")
-        kept = await self._bucket.find(s3.key(digest)) is not None
-        return 0 if kept else max((item.size_bytes for item in found), default=0)
+        kept = found is None or await self._bucket.find(s3.key(held.digest)) is not None
+        return 0 if kept else held.size_bytes
 
     async def read(
         self, digest: model.Digest, place: blobs.Place = blobs.Place.SHELF, *, past_cache: bool = False

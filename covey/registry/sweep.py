@@ -12,7 +12,9 @@ lose a blob to it:
 * The collector reads what is needed, the pending entries first and then the logs, *after* it moved a blob away.
 * So either the push looked before the move: then its entry was pending before it too, and the collector sees it there
   or in the log, and puts the blob back. Or it looked after the move: then its look took the blob back from the trash.
-* A blob is deleted by its name in the trash, and taken back by a link from that name: one of the two is first.
+* A blob is deleted by its name in the trash, and taken back by a link from that name: one of the two is first. The name
+  is new each time a blob comes there, and a collector deletes only what was there before it read what is needed: what
+  another collector moved since then is that one's to judge.
 * A pending entry that is swept away for its age can get no number any more.
 
 A collector that dies leaves a blob on the shelf, in the trash or in both; the next run rules on it again, and a request
@@ -200,7 +202,7 @@ class Collector:
             if ruling.fate is Fate.RESTORE:
                 await self._care.move(held.digest, Place.TRASH, Place.SHELF)
             elif ruling.fate is Fate.DELETE:
-                await self._care.destroy(held.digest, Place.TRASH)
+                await self._care.destroy(held, Place.TRASH)
         return rulings
 
     async def _sweep_quarantine(
@@ -217,7 +219,7 @@ class Collector:
             )
             rulings.append(ruling)
             if ruling.fate is Fate.DELETE and not dry_run:
-                await self._care.destroy(held.digest, Place.QUARANTINE)
+                await self._care.destroy(held, Place.QUARANTINE)
         return rulings
 
     async def _note(self, report: Report) -> None:

@@ -350,6 +350,11 @@ async def held(storage: Storage, place: blobs.Place) -> list[model.Digest]:
     return [blob.digest async for blob in storage.care.held(place)]
 
 
+async def destroy(storage: Storage, place: blobs.Place) -> int:
+    """All that lies there."""
+    return sum([await storage.care.destroy(blob, place) async for blob in storage.care.held(place)])
+
+
 async def test_what_lies_where(storage: Storage) -> None:
     for place in (SHELF, TRASH, QUARANTINE):
         assert await held(storage, place) == []
@@ -370,15 +375,16 @@ async def test_who_asks_for_a_blob_in_the_trash_gets_it_back(storage: Storage, a
         assert blob is not None
         assert blob.size_bytes == len(CONTENT)
     assert await storage.other_blobs.get(DIGEST) == CONTENT
-    assert await storage.care.destroy(DIGEST, TRASH) == 0
+    assert await destroy(storage, TRASH) == 0
     assert await held(storage, SHELF) == [DIGEST]
 
 
 async def test_what_was_deleted_from_the_trash_is_gone(storage: Storage) -> None:
     await storage.blobs.put(CONTENT)
     await storage.care.move(DIGEST, SHELF, TRASH)
-    assert await storage.care.destroy(DIGEST, TRASH) == len(CONTENT)
-    assert await storage.care.destroy(DIGEST, TRASH) == 0
+    (found,) = [blob async for blob in storage.care.held(TRASH)]
+    assert await storage.care.destroy(found, TRASH) == len(CONTENT)
+    assert await storage.care.destroy(found, TRASH) == 0
     assert not await storage.care.move(DIGEST, TRASH, SHELF)
     assert await storage.blobs.stat(DIGEST) is None
     with pytest.raises(FileNotFoundError):
@@ -396,11 +402,22 @@ async def test_to_the_trash_and_back_any_number_of_times(storage: Storage) -> No
         assert (await held(storage, SHELF), await held(storage, TRASH)) == ([DIGEST], [])
 
 
+async def test_what_came_to_the_trash_again_is_not_what_was_found_there(storage: Storage) -> None:
+    """The first collector has decided to delete; a push takes the blob back; the second collector moves it again."""
+    await storage.blobs.put(CONTENT)
+    await storage.care.move(DIGEST, SHELF, TRASH)
+    (found,) = [blob async for blob in storage.care.held(TRASH)]
+    assert await storage.other_blobs.stat(DIGEST) is not None
+    await storage.care.move(DIGEST, SHELF, TRASH)
+    await storage.care.destroy(found, TRASH)
+    assert await storage.other_blobs.stat(DIGEST) is not None
+
+
 async def test_of_taking_back_and_deleting_one_is_first(storage: Storage) -> None:
     for _ in range(20):
         await storage.blobs.put(CONTENT)
         await storage.care.move(DIGEST, SHELF, TRASH)
-        found, _ = await asyncio.gather(storage.other_blobs.stat(DIGEST), storage.care.destroy(DIGEST, TRASH))
+        found, _ = await asyncio.gather(storage.other_blobs.stat(DIGEST), destroy(storage, TRASH))
         there = await storage.blobs.stat(DIGEST)
         assert (found is None) == (there is None)
 
