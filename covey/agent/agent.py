@@ -11,6 +11,7 @@ process, so nothing is global.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -42,6 +43,7 @@ _REFUSED_PAUSE_S = 5.0
 _POLL_GRACE_S = 5.0
 _LOOK_LEAST_S = 0.1
 _FACTS_S = 60.0
+_SETTLE_LOOK_S = 0.02
 
 _log = observe.log("agent")
 
@@ -141,6 +143,15 @@ class Agent:
                     group.create_task(self._keeping(loop))
         finally:
             self._group = None
+
+    async def settle(self, limit_s: float) -> None:
+        """Before an end in good order: ask for no launch any more, and use those that were asked for. One that is
+        granted to a process which ends is lost, and its instance fails (safety S4)."""
+        self.session.ending = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                while any(one.launches for one in self._workers.values()):
+                    await asyncio.sleep(_SETTLE_LOOK_S)
 
     async def _keeping(self, loop: Callable[[], Awaitable[None]]) -> None:
         """A loop that stumbles over a fault of ours is logged and begins again: the node must not fall silent."""

@@ -17,6 +17,7 @@ from covey import errors, settings, world
 from covey.agent import agent, contact, host, hypervisor, identity, images, qemu, synthetic
 from covey.client import http, registry
 
+_SETTLE_S = 5.0
 _JOINS = 32  # at once, of thousands of nodes in one process: more would only wait for it, and run out of time
 
 
@@ -35,12 +36,14 @@ class Program:
         self._contact = contact.Contact()
         self._door = asyncio.Semaphore(_JOINS)
         self._tasks: list[asyncio.Task[None]] = []
+        self._running: list[agent.Agent] = []
         self._ip = ""
 
     async def start(self) -> None:
         """Begin. Raises SettingError for a directory that cannot be used."""
         self._ip = (await self._place()).ip
         for one in self._agents():
+            self._running.append(one)
             self._tasks.append(asyncio.create_task(one.run()))
 
     async def ended(self) -> None:
@@ -55,6 +58,7 @@ class Program:
             raise error
 
     async def stop(self) -> None:
+        await asyncio.gather(*(one.settle(_SETTLE_S) for one in self._running))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -57,6 +57,7 @@ class Session:
         self._clock = clock
         self.standing = Standing.OUTSIDE
         self.hold = False
+        self.ending = False  # this process is about to end: no launch is asked for that nobody would use
         self.seen = file.now.seen
         self.heartbeat_s = wire.HEARTBEAT_S
         self.lease_until_ns = 0

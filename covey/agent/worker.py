@@ -109,8 +109,11 @@ class Worker:
         return next((step for step in steps if step.do is not Do.NOTHING and not self._too_soon(step)), None)
 
     def _too_soon(self, step: convergence.Step) -> bool:
-        """A launch is not asked for twice in a row; one that was not granted says nothing about a newer epoch's."""
-        return step.do is Do.ASK_LAUNCH and self._parts.clock.boot_ns() < self._ask_after_ns.get(step.epoch, 0)
+        """A launch is not asked for twice in a row; one that was not granted says nothing about a newer epoch's. Nor is
+        one asked for that this process would not live to use."""
+        if step.do is not Do.ASK_LAUNCH:
+            return False
+        return self._parts.session.ending or self._parts.clock.boot_ns() < self._ask_after_ns.get(step.epoch, 0)
 
     def _locals(self, bodies: Mapping[int, hypervisor.Vm]) -> list[convergence.Local]:
         """Every epoch that is on record, here or named in the answer: of the last too it counts what was said."""

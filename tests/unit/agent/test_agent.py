@@ -484,6 +484,32 @@ async def test_heartbeats_go_on_while_nothing_happens_and_carry_no_word(
     assert cloud.messages == sorted(set(cloud.messages)), "each message has a number of its own"
 
 
+async def test_an_end_in_good_order_waits_for_a_launch_in_hand_and_asks_for_no_other(
+    cloud: fake.Controller, make_node: MakeNode
+) -> None:
+    """Safety S4: a launch that was granted to a process which ends is lost, and its instance fails."""
+    node, vm, late = make_node(), name(), name()
+    await node.start()
+    ending: list[asyncio.Task[None]] = []
+
+    def end_now() -> None:
+        if not ending:
+            ending.append(asyncio.create_task(node.agent.settle(20.0)))
+            cloud.want(RUN, late)
+
+    cloud.before_launch_answer = end_now
+    cloud.want(RUN, vm)
+    await fake.until(lambda: ending and ending[0].done(), "it is settled")
+    await node.stop()
+    assert (vm, 1) in await node.phases()
+    assert [ask.instance for ask in cloud.launches] == [vm]
+    cloud.before_launch_answer = lambda: None
+    again = make_node()
+    await again.start()
+    await fake.until(lambda: {Said.BOOTED} <= {*cloud.said(vm)} & {*cloud.said(late)}, "both run")
+    assert Said.FAILED not in (*cloud.said(vm), *cloud.said(late))
+
+
 async def test_the_word_follows_the_vms(cloud: fake.Controller, make_node: MakeNode) -> None:
     node, vm = make_node(), name()
     await node.start()
