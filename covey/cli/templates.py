@@ -142,9 +142,10 @@ def pull(
     async def run(client: "registry_client.Registry", moved: "templates.Progress") -> "templates.Pulled":
         return await templates.pull_template(client, template, directory, tag=tag, version=version, progress=moved)
 
-    pulled = _with_progress(registry, run)
+    pulled = _with_progress(registry, run, template)
     if json:
-        out.as_json(pulled)
+        shown = {name: getattr(pulled, name) for name in pulled.__struct_fields__}
+        out.as_json({**shown, "files": [str(file) for file in pulled.files]})
         return
     for file in pulled.files:
         out.say(str(file))
@@ -301,11 +302,12 @@ def _ask(
 def _with_progress(
     registry: str | None,
     work: "Callable[[registry_client.Registry, templates.Progress], Awaitable[T]]",
+    template: str = "",
     *,
     notes: "remembered.Notes | None" = None,
 ) -> T:
     with out.transfers() as moved:
-        return _ask(registry, lambda client: work(client, moved), notes=notes)
+        return _ask(registry, lambda client: work(client, moved), template, notes=notes)
 
 
 def _notes() -> "remembered.Notes":
