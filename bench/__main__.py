@@ -4,6 +4,7 @@
     idle       what a fleet with nothing to do costs
     registry   pushing and pulling templates
     failover   seconds until a node is served again when its controller dies or freezes
+    lists      what lists cost with thousands of instances
     flood      what others notice of a client that asks without end
     outages    what clients notice of the outages of single parts
 
@@ -13,7 +14,7 @@ Without a name: `starts`.
 import importlib
 import sys
 
-NAMES = ("starts", "idle", "registry", "failover", "flood", "outages")
+NAMES = ("starts", "idle", "registry", "failover", "lists", "flood", "outages")
 
 
 def main() -> int:

@@ -132,6 +132,8 @@ def lines(told: Told) -> Iterator[tuple[str, str]]:
         room = f"{out.size(one.free_bytes)} of {out.size(one.total_bytes)} free"
         yield "registry", f"{one.url}  {f'{one.version}, {room}' if one.answers else 'does not answer'}"
     yield "nodes", _counted(health.nodes)
+    if health.tightest:
+        yield "disks", "least room: " + ", ".join(map(_room, health.tightest))
     yield "instances", _counted(health.instances)
     yield "queue", _queue(health.queue)
     behind = f"{health.copy.lag_s:.1f} s behind" if health.copy.lag_s else "up to date"
@@ -170,6 +172,10 @@ def _etcd(health: troubles.Health) -> str:
             *([versions] if versions else []),
         ]
     )
+
+
+def _room(node: troubles.Node) -> str:
+    return f"{node.name} {out.size(node.free_disk_bytes)} of {out.size(node.disk_bytes)} free"
 
 
 def _queue(queue: troubles.Queue) -> str:

@@ -7,6 +7,8 @@ means is judged elsewhere (`decide.troubles`).
 """
 
 import asyncio
+import heapq
+import itertools
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ T = TypeVar("T")
 
 _AGAIN_NS = 1_000_000_000
 _AILING_MOST = 100
+_TIGHTEST = 3
 _NS = 1e9
 
 
@@ -176,15 +179,15 @@ def cloud(parts: Parts) -> troubles.Health:
     snapshot, shown = parts.mirror.snapshot(), parts.display.of(parts.mirror.snapshot())
     states = Counter[str](dict.fromkeys(model.NodeState, 0))
     agents = Counter[str]()
-    ailing: list[troubles.Node] = []
+    nodes: list[troubles.Node] = []
     for kept in snapshot.nodes():
         state = views.node_state(kept.noun, shown)
         session = snapshot.session(kept.noun.id)
         states[state] += 1
         agents[session.noun.facts.agent_version if session else ""] += 1
-        node = _node(snapshot, kept.noun, parts, offline=state == model.NodeState.OFFLINE)
-        if len(ailing) < _AILING_MOST and troubles.ails(node):
-            ailing.append(node)
+        nodes.append(_node(snapshot, kept.noun, parts, offline=state == model.NodeState.OFFLINE))
+    ailing = itertools.islice(filter(troubles.ails, nodes), _AILING_MOST)
+    told = [node for node in nodes if node.disk_bytes and node.free_disk_bytes]
     counts = {state: snapshot.instance_count(state) for state in model.State}
     broken = parts.mirror.broken
     return troubles.Health(
@@ -197,6 +200,7 @@ def cloud(parts: Parts) -> troubles.Health:
         nodes={state: number for state, number in states.items() if number},
         agents={version or "unknown": number for version, number in agents.items()},
         ailing=sorted(ailing, key=lambda one: one.name),
+        tightest=heapq.nsmallest(_TIGHTEST, told, key=lambda one: (one.free_disk_bytes / one.disk_bytes, one.name)),
         instances={state: number for state, number in counts.items() if number},
         queue=_queue(snapshot, parts),
         unsure=_unsure(parts),

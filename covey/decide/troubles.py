@@ -148,7 +148,8 @@ class Backup(_Part, frozen=True, kw_only=True):
 
 class Health(_Part, frozen=True, kw_only=True):
     """`why` says why this controller cannot serve now ("" when it can); what it tells of the cloud is then what it knew
-    last. `etcd` is empty when the store has no members; `disks` are the nodes with the least room."""
+    last. `etcd` is empty when the store has no members; `tightest` are the nodes with the smallest part of their disk
+    left."""
 
     version: str = ""
     format: int = 0
@@ -160,6 +161,7 @@ class Health(_Part, frozen=True, kw_only=True):
     nodes: dict[str, int] = {}
     agents: dict[str, int] = {}  # version → nodes
     ailing: list[Node] = []
+    tightest: list[Node] = []
     instances: dict[str, int] = {}
     queue: Queue = Queue()
     unsure: Unsure = Unsure()
@@ -412,7 +414,7 @@ def _versions(controllers: Sequence[Controller]) -> Iterator[Trouble]:
             kind=Kind.VERSIONS,
             about="controllers",
             text=f"controllers of versions {' and '.join(versions)} serve side by side",
-            remedy=f"well for the time of an upgrade: bring all to {versions[-1]}",
+            remedy=f"well for the time of an upgrade: bring all to {versions[-1]}, then covey upgrade check",
         )
 
 

@@ -40,17 +40,25 @@ def troubles(cloud: fleet.Fleet) -> dict[str, dict[str, Any]]:
     return {one["kind"]: one for one in found if one["kind"] not in ROOM}
 
 
+def kinds(cloud: fleet.Fleet) -> set[str]:
+    """As the first controller tells them: to wait for, which by commands would take the machine's time."""
+    found = cloud.ask("GET", "/api/v1/health")["body"]["troubles"]
+    return {one["kind"] for one in found} - ROOM
+
+
 def unpacked(path: Path) -> dict[str, bytes]:
     with tarfile.open(path) as archive:
         files = {entry.name.partition("/")[2]: archive.extractfile(entry) for entry in archive}
         return {name: stream.read() for name, stream in files.items() if stream is not None}
 
 
+@pytest.mark.timeout(400)  # the lease of the node that dies takes half a minute of it
 def test_each_trouble_is_shown_with_its_remedy_and_a_dump_has_no_secret(cloud: fleet.Fleet, tmp_path: Path) -> None:
     node = cloud.node("alpha", COVEY_MAX_VMS="1")
     script = base64.b64encode(SCRIPT.encode()).decode()
     (runs,) = cloud.start(vnc_password=VNC, startup_script=script, metadata={"job": "a-word-of-metadata"})
     cloud.wait_until(runs, "Started")
+    eventually(lambda: kinds(cloud) == set())
     eventually(lambda: troubles(cloud) == {})
     (waits,) = cloud.start()
     follower = next(member for member in cloud.etcd.members if member is not cloud.etcd.leader())
@@ -58,10 +66,11 @@ def test_each_trouble_is_shown_with_its_remedy_and_a_dump_has_no_secret(cloud: f
     follower.kill()
     cloud.registry.kill()
     cloud.controllers[1].kill()
-    wanted = {"etcd-member", "registry", "node-offline", "waiting", "controller-silent"}
-    eventually(lambda: set(troubles(cloud)) == wanted, 90)
+    wanted = {"etcd-member", "registry", "node-offline", "waiting"}
+    eventually(lambda: kinds(cloud) >= wanted, 120)
 
     told = troubles(cloud)
+    assert set(told) >= wanted | {"controller-silent"}
     assert f"etcd member {follower.name} (" in told["etcd-member"]["text"]
     assert "2 of 3 are well: one more lost, and nothing is served" in told["etcd-member"]["text"]
     assert f"covey etcd replace {follower.name}" in told["etcd-member"]["remedy"]
@@ -81,10 +90,9 @@ def test_each_trouble_is_shown_with_its_remedy_and_a_dump_has_no_secret(cloud: f
 
     second = next(member for member in cloud.etcd.members if member.process is not None)
     second.kill()
-    eventually(lambda: "controller-red" in troubles(cloud))
-    red = status(cloud)
-    assert "there is no majority, so nothing is served" in red.out
-    assert "1 Started" in red.out, "what it knew last"
+    eventually(lambda: "controller-red" in kinds(cloud))
+    eventually(lambda: "there is no majority, so nothing is served" in status(cloud).out)
+    assert "1 Started" in status(cloud).out, "what it knew last"
 
     cloud.controllers[0].kill()
     gone = status(cloud)
@@ -94,6 +102,7 @@ def test_each_trouble_is_shown_with_its_remedy_and_a_dump_has_no_secret(cloud: f
 
     cloud.heal()
     cloud.terminate(waits)
+    eventually(lambda: kinds(cloud) == set(), 90)
     eventually(lambda: troubles(cloud) == {})
 
 

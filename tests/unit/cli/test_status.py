@@ -24,6 +24,7 @@ def health(**changes: Any) -> dict[str, Any]:
         ],
         "nodes": {"Active": 2, "Offline": 1},
         "agents": {"0.2.0": 3},
+        "tightest": [{"id": "n", "name": "mac-1", "disk_bytes": 4 << 30, "free_disk_bytes": 1 << 30}],
         "instances": {"Started": 3},
         "copy": {"revision": 1234567},
     }
@@ -42,6 +43,7 @@ def test_all_is_well(cloud: Cloud, covey: Covey) -> None:
         "3.5.16",
         "registry    http://r  0.2.0, 1.0 GiB of 4.0 GiB free",
         "nodes       2 Active, 1 Offline",
+        "disks       least room: mac-1 1.0 GiB of 4.0 GiB free",
         "instances   3 Started",
         "queue       empty",
         "store       revision 1,234,567, copy up to date, 0 unsure writes",

@@ -61,6 +61,8 @@ async def test_a_node_with_a_trouble_and_little_room(house: cloud.Cloud) -> None
     await agent.report(word=agent.word(free_disk_bytes=1 << 30, trouble="no /dev/kvm"))
     assert (await until_told(house, troubles.Kind.NODE_TROUBLE))["text"].endswith("no /dev/kvm")
     assert (await until_told(house, troubles.Kind.NODE_SPACE))["about"] == "host-1"
+    (tightest,) = (await health(house))["tightest"]
+    assert (tightest["name"], tightest["free_disk_bytes"], tightest["disk_bytes"]) == ("host-1", 1 << 30, 1 << 40)
 
 
 async def test_a_red_controller_answers_at_once_and_says_what_it_knew() -> None:
