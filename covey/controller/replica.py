@@ -208,9 +208,10 @@ class Replica:
             try:
                 cloud = await commit_cloud.start(self._writer)
             except errors.StoreError as error:
-                self._entering = f"etcd at {where} cannot be used: {error}"
+                why = await etcd_connect.explain(self._chosen, error)
+                self._entering = f"etcd at {where} cannot be used: {why}"
                 if not said:
-                    log.error("etcd cannot be used; trying on until it can", endpoints=where, why=str(error))
+                    log.error("etcd cannot be used; trying on until it can", endpoints=where, why=why)
                 said = True
                 await asyncio.sleep(_RETRY_S)
                 continue

@@ -87,8 +87,8 @@ _LOGINS = (
     ),
     (
         "permission denied",
-        "etcd's user {user!r} may not do this: a controller needs readwrite on /covey/, and the care of members"
-        " (status, backup, members, alarms) the role root",
+        "etcd's user {user!r} may not do this: a controller needs readwrite on all keys (--from-key ''), and backups"
+        " and the care of members the role root",
     ),
 )
 

@@ -266,10 +266,16 @@ class Fleet:
 
 @contextlib.contextmanager
 def running(
-    folder: Path, controllers: int = 3, members: int = 3, covey: Sequence[str] = conftest.COVEY, **env: str
+    folder: Path,
+    controllers: int = 3,
+    members: int = 3,
+    covey: Sequence[str] = conftest.COVEY,
+    *,
+    etcd_flags: Sequence[str] = (),
+    **env: str,
 ) -> Iterator[Fleet]:
     """A fleet without nodes, ready, with one template in its registry. `covey`: the controllers' version."""
-    with etcd.running(members) as store:
+    with etcd.running(members, extra=etcd_flags) as store:
         registry_port = etcd.free_port()
         registry = Part(
             ("registry", "--listen-addr", f"127.0.0.1:{registry_port}", "--data-dir", folder / "registry"), {}
