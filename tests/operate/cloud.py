@@ -16,6 +16,14 @@ from tests.support import etcd
 eventually = conftest.eventually
 
 
+def lesser_troubles(url: str) -> list[str]:
+    """What a controller that is green says in the body of /readyz. Raises ValueError while it is red."""
+    status, said = conftest.ask(f"{url}/readyz")
+    if status != 200:
+        raise ValueError(said)
+    return list(said["body"]["troubles"])
+
+
 @dataclasses.dataclass
 class Cloud(fleet.Fleet):
     """`store` are the hosts of etcd's members."""

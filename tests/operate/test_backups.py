@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import conftest, fleet
+from tests.operate import cloud as clouds
 from tests.support import etcd
 
 KEEP = 3
@@ -23,13 +24,8 @@ def test_one_of_several_controllers_makes_each_and_the_oldest_go(tmp_path: Path)
     }
     with fleet.running(tmp_path, controllers=2, members=1, **settings) as cloud:
         nonces = len(cloud.keys("history"))
-        conftest.eventually(
-            lambda: [
-                trouble
-                for trouble in conftest.ask(f"{cloud.urls[0]}/readyz")[1]["body"]["troubles"]
-                if f"the backup of etcd to {folder} failed" in trouble
-            ]
-        )
+        failed = f"the backup of etcd to {folder} failed"
+        conftest.eventually(lambda: failed in "; ".join(clouds.lesser_troubles(cloud.urls[0])))
         folder.unlink()
         made: set[str] = set()
 
