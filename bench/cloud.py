@@ -41,12 +41,14 @@ class Cloud:
 
     def start(self, name: str, *arguments: str, **environ: str) -> None:
         """Run `covey …` with its log beside the data; settings of the caller's environment are not seen."""
+        # Synthetic nodes in numbers keep nothing: each would have a disk of its own, which is not measured here.
+        kept = {} if arguments[0] == "agent" else {"COVEY_DATA_DIR": str(self.directory / name)}
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("COVEY_", "ANKA_"))}
         guard = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
         with (self.directory / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [*guard, *COVEY, *arguments],
-                env={**clean, "COVEY_DATA_DIR": str(self.directory / name), **environ},
+                env={**clean, **kept, **environ},
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -171,6 +173,23 @@ def body(url: str) -> Any:
     """The envelope's body of a GET."""
     with urllib.request.urlopen(url, timeout=10) as answer:
         return json.load(answer)["body"]
+
+
+def asked_of_etcd(endpoints: list[str]) -> dict[str, float]:
+    """What etcd has done so far by its own count: raft proposals, and calls of each kind over all members."""
+    found: dict[str, float] = {}
+    for number, endpoint in enumerate(endpoints):
+        with urllib.request.urlopen(f"http://{endpoint}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        for line in lines:
+            name, _, value = line.rpartition(" ")
+            if name == "etcd_server_proposals_committed_total" and not number:
+                found["proposals"] = float(value)
+            elif name.startswith(("grpc_server_started_total", "grpc_server_msg_received_total")):
+                kind = name.partition('grpc_method="')[2].partition('"')[0]
+                if ("msg_received" in name) == (kind == "LeaseKeepAlive"):
+                    found[kind] = found.get(kind, 0.0) + float(value)
+    return found
 
 
 def memory_mb(pid: int) -> tuple[float, float]:

@@ -36,6 +36,7 @@ class Row:
     failed: int = 0
     of: str = "POST → Started"
     cpu_ms: dict[str, float] = field(default_factory=dict)  # of each kind of process, per life-cycle
+    etcd: dict[str, float] = field(default_factory=dict)  # raft proposals and calls of each kind, per life-cycle
 
     @property
     def total_ms(self) -> float:

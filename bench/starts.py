@@ -34,6 +34,7 @@ from covey.store import base, etcd, schema
 SHAPES = ("isolated", "back-to-back", "steady", "burst", "flat-out", "standing", "full-fleet")
 WRITERS = 128
 _SETTLE_S = 20.0
+_CALLS = ("Txn", "Range", "LeaseKeepAlive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +122,18 @@ class Bench:
         """The row with the processor time of each kind of process per life-cycle."""
         lives = shapes.Lives(self._api, self._watcher)
         before, there = self._spent(), len(self._watcher.lives)
+        asked = cloud.asked_of_etcd(self._running.members.endpoints)
         row = await work(lives)
         deadline = time.perf_counter() + _SETTLE_S
         while len(self._watcher.lives) > there and time.perf_counter() < deadline:
             await asyncio.sleep(0.1)
-        after = self._spent()
-        whole = max(lives.whole, 1)
+        after, whole = self._spent(), max(lives.whole, 1)
+        asked_since = cloud.asked_of_etcd(self._running.members.endpoints)
         return dataclasses.replace(
-            row, lives=lives.whole, cpu_ms={kind: (after[kind] - before[kind]) * 1000 / whole for kind in after}
+            row,
+            lives=lives.whole,
+            cpu_ms={kind: (after[kind] - before[kind]) * 1000 / whole for kind in after},
+            etcd={kind: (asked_since[kind] - asked.get(kind, 0.0)) / whole for kind in ("proposals", *_CALLS)},
         )
 
     def _spent(self) -> dict[str, float]:
@@ -180,10 +185,12 @@ def show(one: Result) -> None:
             + ("" if row.of == "POST → Started" else f"   ({row.of})")
         )
     print("\nProcessor milliseconds per life-cycle")
-    kinds = list(one.rows[0].cpu_ms) if one.rows else []
-    print(f"{'':<32}" + "".join(f"{kind:>13}" for kind in kinds) + f"{'in all':>9}")
+    for row in one.rows[:1]:
+        print(f"{'':<32}" + "".join(f"{kind:>12}" for kind in row.cpu_ms) + f"{'in all':>8}{'etcd: proposals':>18}")
     for row in one.rows:
-        print(f"{row.shape:<32}" + "".join(f"{row.cpu_ms[kind]:>13.2f}" for kind in kinds) + f"{row.total_ms:>9.2f}")
+        spent = "".join(f"{row.cpu_ms[kind]:>12.2f}" for kind in row.cpu_ms)
+        calls = ", ".join(f"{count:.2f} {kind}" for kind, count in row.etcd.items() if kind != "proposals")
+        print(f"{row.shape:<32}{spent}{row.total_ms:>8.2f}{row.etcd['proposals']:>18.2f}, calls: {calls}")
 
 
 def picture(results: list[Result]) -> str:

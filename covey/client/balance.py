@@ -21,6 +21,7 @@ Servers that the cloud names (`learn`) come before those that were given: these 
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -73,6 +74,8 @@ class Balance:
         self._servers: dict[str, _Server] = {}
         self._copies = _COPIES
         self._compare_s = 0.0  # when servers may be compared again
+        self._order: list[str] | None = None  # as worked out last, while nothing has changed …
+        self._order_until_s = 0.0  # … and nobody has settled
         self._learn(learnt, proven=True)
 
     @property
@@ -85,6 +88,7 @@ class Balance:
 
     def _learn(self, urls: Iterable[str], *, proven: bool) -> None:
         before, learnt = self._servers, tuple(dict.fromkeys(urls))
+        self._order = None
         self._servers = {}
         for index, url in enumerate(dict.fromkeys((*learnt, *self._given))):
             known = before.get(url) or _Server(liked=0.0, proven=proven or url in self._given)
@@ -95,7 +99,10 @@ class Balance:
     # ---- choosing --------------------------------------------------------------------------------------------------
 
     def order(self, now_s: float) -> list[str]:
-        """All servers, the one to use now first."""
+        """All servers, the one to use now first. Not to be written to."""
+
+        if self._order is not None and now_s < self._order_until_s:
+            return self._order
 
         def key(url: str) -> tuple[float, ...]:
             one = self._servers[url]
@@ -103,7 +110,9 @@ class Balance:
                 return (2.0, one.failures, one.last_resort, one.liked)
             return (float(one.slow or one.settled_s > now_s), 0.0, one.last_resort, one.liked)
 
-        return sorted(self._servers, key=key)
+        later = [one.settled_s for one in self._servers.values() if one.settled_s > now_s]
+        self._order, self._order_until_s = sorted(self._servers, key=key), min(later, default=math.inf)
+        return self._order
 
     def well(self, url: str) -> bool:
         """Whether a call may go there without need."""
@@ -151,6 +160,7 @@ class Balance:
         if one.well and now_s - one.well_s > FORGIVEN_S:
             one.failures = 0
         one.failed, one.failures = True, one.failures + 1
+        self._order = None
         pause_s = min(PAUSE_LIMIT_S, PAUSE_S * 2 ** min(one.failures - 1, 10))
         one.paused_s = one.look_s = now_s + pause_s * (1 + _fraction(self._salt, url, one.failures)) / 2
 
@@ -189,6 +199,7 @@ class Balance:
     def _recover(self, url: str, one: _Server, now_s: float) -> None:
         if one.well:
             return
+        self._order = None
         needed = not any(other.well for other in self._servers.values())
         one.failed, one.proven, one.look_s, one.well_s = False, True, 0.0, now_s
         one.settled_s = now_s if needed else self._settles_s(url, now_s)
@@ -211,6 +222,7 @@ class Balance:
         best_s = min((other.glance_s for other in others if other.well and other.glance_s), default=0.0)
         if best_s == 0.0:
             return
+        self._order = None
         if one.slow and one.glance_s < _ABOUT_AS_QUICK * best_s + _LITTLE_S / 2:
             one.slow, one.usual_s, one.look_s = False, 0.0, 0.0
             one.settled_s = self._settles_s(url, now_s)

@@ -34,7 +34,7 @@ import aiohttp
 import msgspec
 
 from covey import errors, wire
-from covey.client import balance
+from covey.client import balance, plain
 
 T = TypeVar("T")
 
@@ -71,13 +71,14 @@ class Exchange(Protocol):
 
 
 class Sockets:
-    """Exchange over real sockets: a pool of connections, opened at first use inside the running loop. `ca_cert`:
-    authorities that are believed beside the system's own."""
+    """Exchange over real sockets: pools of connections, opened at first use inside the running loop. Plain HTTP goes
+    over `plain`, everything else by aiohttp. `ca_cert`: authorities that are believed beside the system's own."""
 
     def __init__(self, connect_s: float = 2.0, ca_cert: Path | None = None) -> None:
         self._connect_s = connect_s
         self._trust = trusting(ca_cert)
         self._session: aiohttp.ClientSession | None = None
+        self._lines = plain.Lines(connect_s)
 
     @property
     def session(self) -> aiohttp.ClientSession:
@@ -88,6 +89,24 @@ class Sockets:
         return self._session
 
     async def send(
+        self, url: str, method: str, path: str, data: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> Reply:
+        if not self._lines.takes(url, path, headers):
+            return await self._send(url, method, path, data, headers, timeout_s)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return Reply(*await self._lines.send(url, method, path, data, headers))
+        except plain.Unreachable as error:
+            if isinstance(error.__cause__, TimeoutError):
+                raise NotSent(f"cannot connect within {self._connect_s:g} s") from error
+            why = _reason(error.__cause__) if isinstance(error.__cause__, OSError) else str(error)
+            raise NotSent(f"cannot connect ({why})") from error
+        except TimeoutError as error:
+            raise Lost(f"no answer within {timeout_s:g} s") from error
+        except plain.Broken as error:
+            raise Lost(str(error)) from error
+
+    async def _send(
         self, url: str, method: str, path: str, data: bytes | None, headers: Mapping[str, str], timeout_s: float
     ) -> Reply:
         try:
@@ -109,6 +128,7 @@ class Sockets:
             raise Lost(f"{type(error).__name__}{f' {error}' if str(error) else ''}") from error
 
     async def close(self) -> None:
+        await self._lines.close()
         if self._session is not None:
             await self._session.close()
             self._session = None

@@ -13,12 +13,15 @@ What keeps it right:
 2. Nothing overtakes an earlier transaction that it conflicts with: neither one in the queue nor one under way.
 3. A lost reply of the batch is `Unsure` for each; `Unavailable` is so for each.
 4. A refused batch (a lost lease, a full store) is split and resent until the guilty one is alone.
-5. The queue is bounded, in transactions and in bytes: when a store falls behind, what comes then is Unavailable at
+5. When many come, but so that they make small batches (a proposal's price is shared by few then), the next batch waits
+   a few milliseconds for company. How many come is seen from what left lately; a lonely one still goes at once.
+6. The queue is bounded, in transactions and in bytes: when a store falls behind, what comes then is Unavailable at
    once, and nothing of it was done.
 """
 
 import asyncio
 import functools
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -27,6 +30,9 @@ from covey.store import base, limits
 
 QUEUE_LIMIT = 4096  # transactions: some seconds of the fastest store measured
 QUEUE_BYTES = 64 << 20
+COMPANY = 16  # transactions in a batch that need no more company
+LINGER_S = 0.012  # the longest that a batch waits for it
+_MEMORY_S = 0.1  # how far back "lately" goes
 LOOK_AHEAD = 1024  # how far down a queue of conflicting transactions a batch looks for members
 
 Send = Callable[[Sequence[base.Txn], float], Awaitable[Sequence[base.Outcome]]]
@@ -89,7 +95,14 @@ class Batcher:
     """The queue before a store. `send` applies some transactions in one proposal within the seconds it is given."""
 
     def __init__(
-        self, send: Send, *, now_ns: Callable[[], int], timeout_s: float, attempt_s: float, in_flight: int = 3
+        self,
+        send: Send,
+        *,
+        now_ns: Callable[[], int],
+        timeout_s: float,
+        attempt_s: float,
+        in_flight: int = 3,
+        linger_s: float = LINGER_S,
     ) -> None:
         self._send = send
         self._now_ns = now_ns
@@ -99,32 +112,37 @@ class Batcher:
         self._queue: list[_Waiting] = []
         self._queued_bytes = 0
         self._flying: dict[asyncio.Task[None], Footprint] = {}
-        self._pumping = False
+        self._linger_s = linger_s
+        self._left_s = 0.0  # when the last batch left, on the loop's clock
+        self._left = 0.0  # how many have left lately
+        self._pumping: asyncio.Handle | None = None  # the next take-off
+        self._lingers = False  # it waits for company
         self._closed = False
 
     async def commit(self, txn: base.Txn, within_s: float | None = None) -> base.Outcome:
         """Apply `txn`, in whatever company. Nothing is sent after `within_s` (at most `timeout_s`); ends one attempt
         later at the latest."""
-        limits.check(txn)
+        weight = limits.check(txn)
         if self._closed:
             raise errors.Unavailable("the store is closed")
         loop = asyncio.get_running_loop()
-        ops, size = limits.ops(txn), limits.size_bytes(txn)
-        if self._is_full(size):
+        if self._is_full(weight.size_bytes):
             self._forget_ended()
-        if self._is_full(size):
+        if self._is_full(weight.size_bytes):
             raise errors.Unavailable("the store is behind with what it was given; nothing was done")
         limit_s = self._timeout_s if within_s is None else min(within_s, self._timeout_s)
         deadline_ns = self._now_ns() + int(limit_s * 1e9)
-        waiting = _Waiting(txn, Footprint.of(txn), ops, size, deadline_ns, loop.create_future())
+        waiting = _Waiting(txn, Footprint.of(txn), *weight, deadline_ns, loop.create_future())
         self._queue.append(waiting)
-        self._queued_bytes += size
+        self._queued_bytes += weight.size_bytes
         self._pump_soon()
         return await waiting.done
 
     async def close(self) -> None:
         """Nothing more is sent. What waits fails as Unavailable, what is under way as Unsure."""
         self._closed = True
+        if self._pumping is not None:
+            self._pumping.cancel()
         _fail(self._queue, errors.Unavailable("the store is closed"))
         self._queue = []
         flying = list(self._flying)
@@ -133,20 +151,43 @@ class Batcher:
         await asyncio.gather(*flying, return_exceptions=True)
 
     def _pump_soon(self) -> None:
-        """Take off in the loop's next round: what is committed in this one comes along."""
-        if not self._pumping and self._queue and len(self._flying) < self._in_flight:
-            self._pumping = True
-            asyncio.get_running_loop().call_soon(self._pump)
+        """Take off in the loop's next round: what is committed in this one comes along; or when there is company."""
+        if not self._queue or len(self._flying) >= self._in_flight or self._closed:
+            return
+        loop = asyncio.get_running_loop()
+        if self._pumping is None:
+            wait_s = self._patience_s(loop.time())
+            self._lingers = wait_s > 0
+            self._pumping = loop.call_later(wait_s, self._pump) if self._lingers else loop.call_soon(self._pump)
+        elif self._lingers and len(self._queue) >= COMPANY:
+            self._lingers = False
+            self._pumping.cancel()
+            self._pumping = loop.call_soon(self._pump)
+
+    def _patience_s(self, now_s: float) -> float:
+        """How long the next batch may wait for company: as long as it takes `COMPANY` to come at the rate of lately,
+        counted from the last take-off; not at all when that would bring nobody."""
+        per_s = self._left * math.exp((self._left_s - now_s) / _MEMORY_S) / _MEMORY_S
+        if len(self._queue) >= COMPANY or per_s * self._linger_s < 2:
+            return 0.0
+        return self._left_s + min(COMPANY / per_s, self._linger_s) - now_s
 
     def _pump(self) -> None:
-        self._pumping = False
+        self._pumping = None
         while not self._closed and len(self._flying) < self._in_flight and (taken := self._take()):
+            self._note(len(taken))
             footprint = Footprint()
             for waiting in taken:
                 footprint.add(waiting.footprint)
             task = asyncio.get_running_loop().create_task(self._fly(taken))
             self._flying[task] = footprint
             task.add_done_callback(functools.partial(self._landed, taken))
+
+    def _note(self, count: int) -> None:
+        """So many leave now."""
+        now_s = asyncio.get_running_loop().time()
+        self._left = self._left * math.exp((self._left_s - now_s) / _MEMORY_S) + count
+        self._left_s = now_s
 
     def _landed(self, taken: Sequence[_Waiting], task: asyncio.Task[None]) -> None:
         del self._flying[task]

@@ -115,11 +115,10 @@ class Etcd:
 
     async def _send(self, txns: Sequence[base.Txn], timeout_s: float) -> Sequence[base.Outcome]:
         """Apply independent transactions in one proposal."""
-        requests = [etcd_codec.txn(txn) for txn in txns]
-        request = requests[0] if len(requests) == 1 else etcd_codec.batch(requests)
+        alone = len(txns) == 1
+        request = etcd_codec.txn(txns[0]) if alone else etcd_codec.batch(txns)
         answer = await self._pool.call(etcd_endpoints.TXN, request, repeatable=False, timeout_s=timeout_s)
-        answers = [answer] if len(requests) == 1 else [response.response_txn for response in answer.responses]
-        return [etcd_codec.outcome(one, answer.header.revision) for one in answers]
+        return [etcd_codec.outcome(answer, answer.header.revision)] if alone else etcd_codec.outcomes(answer, len(txns))
 
     async def _page(self, request: pb.RangeRequest) -> base.Page:
         try:

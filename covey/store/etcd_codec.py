@@ -5,7 +5,9 @@ A transaction has three shapes on the wire:
     plain     compares → then | otherwise
     chunked   compares → [chunk, chunk, …] | […]        more operations than one level takes; a chunk is a nested
                                                         transaction without compares, so it always runs
-    batch     () → [transaction, transaction, …]        group commit (safety S23); each keeps its own outcome
+    batch     shared → [transaction, transaction, …]    group commit (safety S23); each keeps its own outcome. What all
+                                                        compare first is compared once for all: when it does not hold,
+                                                        none of them happens
 
 etcd evaluates the compares of all levels before the first write, and everything gets one revision.
 """
@@ -16,19 +18,37 @@ from covey.store import base, limits
 from covey.store.etcdpb import etcd_pb2 as pb
 
 
-def txn(txn: base.Txn) -> pb.TxnRequest:
-    """Plain or chunked."""
+def txn(txn: base.Txn, skipped: int = 0) -> pb.TxnRequest:
+    """Plain or chunked, without the first `skipped` compares."""
     chunk = limits.chunk_size(txn)
     return pb.TxnRequest(
-        compare=[_compare(compare) for compare in txn.compares],
+        compare=[_compare(compare) for compare in txn.compares[skipped:]],
         success=_branch(txn.then, chunk),
         failure=_branch(txn.otherwise, chunk),
     )
 
 
-def batch(requests: Sequence[pb.TxnRequest]) -> pb.TxnRequest:
+def batch(txns: Sequence[base.Txn]) -> pb.TxnRequest:
     """Independent transactions as one."""
-    return pb.TxnRequest(success=[pb.RequestOp(request_txn=request) for request in requests])
+    shared = _shared(txns)
+    return pb.TxnRequest(
+        compare=[_compare(compare) for compare in shared],
+        success=[pb.RequestOp(request_txn=txn(one, len(shared))) for one in txns],
+    )
+
+
+def _shared(txns: Sequence[base.Txn]) -> tuple[base.Compare, ...]:
+    """What all of them compare first; nothing when one of them has something to do should it not hold."""
+    first = txns[0].compares[:1]
+    return () if any(one.otherwise or one.compares[:1] != first for one in txns) else first
+
+
+def outcomes(answer: pb.TxnResponse, count: int) -> list[base.Outcome]:
+    """What each of a batch's `count` transactions gave."""
+    revision = answer.header.revision
+    if not answer.succeeded:
+        return [base.Outcome(False, revision)] * count
+    return [outcome(response.response_txn, revision) for response in answer.responses]
 
 
 def outcome(answer: pb.TxnResponse, revision: int) -> base.Outcome:

@@ -8,6 +8,7 @@ outside and guard all of them. That makes room for some 120 compares and about a
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from covey import errors
 from covey.store import base
@@ -16,21 +17,37 @@ MAX_OPS = 128  # etcd's default of --max-txn-ops
 MAX_BYTES = 1_500_000  # etcd's default of --max-request-bytes is 1,572,864; the rest is for its own envelope
 
 
-def check(txn: base.Txn) -> None:
-    """Raise Rejected when no store takes `txn`."""
-    if any(not item.key for item in (*txn.compares, *txn.then, *txn.otherwise)):
-        raise errors.Rejected("a key is empty")
+class Weight(NamedTuple):
+    """What a transaction takes of a batch: operations of its level (more than there are when it needs chunks), and an
+    upper estimate of its bytes on the wire."""
+
+    ops: int
+    size_bytes: int
+
+
+def check(txn: base.Txn) -> Weight:
+    """What `txn` weighs. Raises Rejected when no store takes it."""
     if len(txn.compares) > MAX_OPS:
         raise errors.Rejected(f"{len(txn.compares)} compares in one transaction; {MAX_OPS} are the limit")
+    size = 64
     try:
-        size = size_bytes(txn)
+        for compare in txn.compares:
+            size += _key_size(compare.key) + len(compare.value)
+        for op in (*txn.then, *txn.otherwise):
+            size += _key_size(op.key)
+            if isinstance(op, base.Put):
+                size += len(op.value)
+            elif isinstance(op, base.Delete) and op.end:
+                size += len(base.to_bytes(op.end))
     except UnicodeEncodeError as fault:
         raise errors.Rejected(f"a key cannot be written as bytes: {fault}") from None
     if size > MAX_BYTES:
         raise errors.Rejected(f"the transaction has {size} bytes; {MAX_BYTES} are the limit")
     chunk_size(txn)
     for branch in (txn.then, txn.otherwise):
-        _check_written_once(branch)
+        if len(branch) > 1:
+            _check_written_once(branch)
+    return Weight(max(len(txn.compares), len(txn.then), len(txn.otherwise)), size)
 
 
 def chunk_size(txn: base.Txn) -> int:
@@ -48,23 +65,10 @@ def chunk_size(txn: base.Txn) -> int:
     raise errors.Rejected(f"{largest} operations beside {beside} others are too many for one transaction")
 
 
-def ops(txn: base.Txn) -> int:
-    """What `txn` takes of a level's operations as part of a batch; more than there are when it needs chunks."""
-    return max(len(txn.compares), len(txn.then), len(txn.otherwise))
-
-
-def size_bytes(txn: base.Txn) -> int:
-    """An upper estimate of the transaction's size on the wire."""
-    return sum(_size(item) for item in (*txn.compares, *txn.then, *txn.otherwise)) + 64
-
-
-def _size(item: base.Compare | base.Op) -> int:
-    size = len(item.key) + 48 if item.key.isascii() else len(base.to_bytes(item.key)) + 48
-    if isinstance(item, base.Put | base.Compare):
-        size += len(item.value)
-    elif isinstance(item, base.Delete):
-        size += len(base.to_bytes(item.end))
-    return size
+def _key_size(key: str) -> int:
+    if not key:
+        raise errors.Rejected("a key is empty")
+    return len(key) + 48 if key.isascii() else len(base.to_bytes(key)) + 48
 
 
 def _check_written_once(branch: Sequence[base.Op]) -> None:

@@ -481,7 +481,7 @@ async def test_heartbeats_go_on_while_nothing_happens_and_carry_no_word(
     await node.start()
     await fake.until(lambda: len(cloud.reports) >= 5, "five reports")
     assert len(cloud.words) == 1
-    assert cloud.messages == sorted(set(cloud.messages)), "each message has a number of its own"
+    assert len(cloud.messages) == len(set(cloud.messages)), "each message has a number of its own"
 
 
 async def test_an_end_in_good_order_waits_for_a_launch_in_hand_and_asks_for_no_other(

@@ -7,6 +7,7 @@ import pytest
 
 from covey import errors
 from covey.store import base, batch, limits
+from tests.support import virtual
 
 
 class Recorder:
@@ -98,6 +99,37 @@ async def test_conflicting_ones_do_not(
 async def test_two_may_read_the_same(batcher: batch.Batcher, recorder: Recorder) -> None:
     await commit_all(batcher, write("a", reads=["format"]), write("b", reads=["format"]))
     assert recorder.sent == [["a", "b"]]
+
+
+def test_small_batches_wait_for_company_when_many_come(recorder: Recorder, clock: Clock) -> None:
+    """A steady stream makes batches of several, although the store would take each at once; a lonely one just goes."""
+
+    async def story() -> None:
+        many = batch.Batcher(recorder, now_ns=clock.now_ns, timeout_s=10, attempt_s=2)
+        tasks: list[asyncio.Task[base.Outcome]] = []
+
+        async def come(*names: str) -> None:
+            tasks.extend(asyncio.create_task(many.commit(write(name))) for name in names)
+            await settle()
+
+        await come("lonely")
+        assert len(recorder.sent) == 1
+        await come(*(f"{n}" for n in range(2 * batch.COMPANY)))
+        assert len(recorder.sent) == 2, "they were many enough already"
+        await come("a")
+        await come("b")
+        assert len(recorder.sent) == 2, "more are to be expected"
+        await come(*(f"later {n}" for n in range(batch.COMPANY)))
+        assert len(recorder.sent) == 3 and recorder.sent[2][:2] == ["a", "b"], "they have come"
+        await come("c")
+        await asyncio.sleep(batch.LINGER_S)
+        assert recorder.sent[3:] == [["c"]], "nobody came"
+        await asyncio.sleep(1)
+        await come("d")
+        assert recorder.sent[4:] == [["d"]], "that was long ago"
+        await asyncio.gather(*tasks)
+
+    virtual.run(story())
 
 
 async def test_nothing_overtakes_what_it_conflicts_with(batcher: batch.Batcher, recorder: Recorder) -> None:
