@@ -37,6 +37,7 @@ class Pull:
         self._streams = streams
         self._range_bytes = range_bytes
         self._sync_bytes = sync_bytes
+        self._batch_bytes = min(_BATCH, sync_bytes)
 
     async def fetch(
         self,
@@ -118,7 +119,7 @@ class Pull:
                         if standing.start + len(batch) + len(chunk) > standing.end:
                             raise errors.RemoteError(_longer(coming))
                         batch += chunk
-                        if len(batch) >= _BATCH:
+                        if len(batch) >= self._batch_bytes:
                             await _write(coming, standing, bytes(batch))
                             batch.clear()
                 finally:

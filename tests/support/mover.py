@@ -22,7 +22,7 @@ from covey import model, world
 from covey.client import http, registry, remembered, templates
 
 RANGE_BYTES = 512 << 10
-SYNC_BYTES = 256 << 10
+SYNC_BYTES = 64 << 10
 _WAIT_S = 60.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
