@@ -7,6 +7,9 @@ are started beside the idle fleet:
 1. seconds until every node has joined, and how many of their sessions ended since (0: no lease ran out);
 2. raft proposals a second, of the member that counts most; processor time and memory of each process;
 3. from POST to Started, of single instances.
+
+With `--standing` so many more nodes stand in the store, with a lease of their own and nobody who asks for them: what
+the controllers spend on nodes as such, apart from their messages, on a machine that could not play them all.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from bench import cloud, shapes, starts
 from covey.store import base, etcd, schema
 
 LOOK_S = 0.5
+BATCH = 20  # standing nodes in one transaction
 GAP_S = 0.5  # between two starts, on average
 SETTLE_S = 25.0  # what joining has started is over: words are said, polls are spread
 _PROPOSALS = "etcd_server_proposals_applied_total"
@@ -65,6 +69,26 @@ async def joined(running: cloud.Cloud, store: etcd.Etcd, nodes: int, limit_s: fl
     return time.monotonic() - begun
 
 
+async def stand(store: etcd.Etcd, count: int) -> None:
+    """Put so many copies of a node that is there into the store."""
+    lease = await store.grant(3600)
+    values: dict[str, bytes] = {}
+    for prefix in (schema.NODES, schema.SESSIONS, schema.LEDGERS, schema.WORDS):
+        page = await store.range(prefix, base.prefix_end(prefix), limit=1)
+        values[prefix] = page.kvs[0].value
+    old = schema.tail(page.kvs[0].key)
+    alive = schema.encode(schema.Alive(session=1))
+    for begin in range(0, count, BATCH):
+        puts: list[base.Op] = []
+        for number in range(begin, min(begin + BATCH, count)):
+            id = f"00000000-0000-4000-8000-{number:012d}"
+            puts += [
+                base.Put(prefix + id, value.replace(old.encode(), id.encode())) for prefix, value in values.items()
+            ]
+            puts.append(base.Put(schema.alive(id), alive, lease.id))
+        await store.commit(base.Txn((), tuple(puts)))
+
+
 def proposals(running: cloud.Cloud) -> float:
     """Raft proposals applied so far."""
     counts: list[float] = []
@@ -81,7 +105,7 @@ def joins(running: cloud.Cloud) -> int:
     return sum((running.directory / f"{name}.log").read_text(errors="replace").count("a node joined") for name in names)
 
 
-async def still(running: cloud.Cloud, store: etcd.Etcd, found: Found, seconds: float) -> None:
+async def still(running: cloud.Cloud, store: etcd.Etcd, found: Found, seconds: float, standing: int) -> None:
     """Nothing is asked of the cloud."""
     pids, sessions, applied = running.pids(), joins(running), proposals(running)
     before = {name: cloud.cpu_s(pid) for name, pid in pids.items()}
@@ -89,7 +113,7 @@ async def still(running: cloud.Cloud, store: etcd.Etcd, found: Found, seconds: f
     found.fewest_alive = found.nodes
     while time.monotonic() - begun < seconds:
         await asyncio.sleep(5)
-        found.fewest_alive = min(found.fewest_alive, await alive(store))
+        found.fewest_alive = min(found.fewest_alive, await alive(store) - standing)
     took_s = time.monotonic() - begun
     found.proposals_per_s = (proposals(running) - applied) / took_s
     found.processes = [
@@ -107,10 +131,12 @@ async def measure(options: argparse.Namespace) -> Found:
             for number in range(options.processes):
                 cloud.start_nodes(running, f"nodes {number + 1}", share + (number < more))
             found.joined_s = await joined(running, store, options.nodes, options.limit)
+            await stand(store, options.standing)
             print(f"{options.nodes} nodes have joined after {found.joined_s:.1f} s", flush=True)
             await asyncio.sleep(SETTLE_S)
-            await still(running, store, found, options.seconds)
-            found.started = await shapes.isolated(shapes.Lives(api, watcher), options.singles, GAP_S)
+            await still(running, store, found, options.seconds, options.standing)
+            if not options.standing:  # nobody would start anything there
+                found.started = await shapes.isolated(shapes.Lives(api, watcher), options.singles, GAP_S)
         for name in running.processes:
             if options.keep_logs and not name.startswith("etcd"):
                 print(f"---- {name}\n{running.tail(name)}")
@@ -118,7 +144,8 @@ async def measure(options: argparse.Namespace) -> Found:
 
 
 def show(options: argparse.Namespace, found: Found) -> None:
-    print(f"\nIdle, {found.nodes} nodes, {options.controllers} controller(s), {options.members} etcd member(s)")
+    servers = f"{options.controllers} controller(s), {options.members} etcd member(s)"
+    print(f"\nIdle, {found.nodes} nodes and {options.standing} standing, {servers}")
     print(f"joined in {found.joined_s:.1f} s; sessions that ended since: {found.lost_sessions}")
     print(f"fewest leases at once: {found.fewest_alive}; raft proposals a second: {found.proposals_per_s:.1f}")
     print(f"{'process':<16}{'RSS MiB':>9}{'PSS MiB':>9}{'% core':>8}")
@@ -131,6 +158,7 @@ def show(options: argparse.Namespace, found: Found) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--nodes", type=int, default=5000)
+    parser.add_argument("--standing", type=int, default=0, help="more nodes, that send nothing")
     parser.add_argument("--controllers", type=int, default=3)
     parser.add_argument("--members", type=int, default=1, choices=(1, 3), help="of etcd")
     parser.add_argument("--processes", type=int, default=2, help="that play the nodes")
