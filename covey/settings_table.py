@@ -323,7 +323,7 @@ _REGISTRY = (
         "BACKEND_S3_UPLOAD_PART_SIZE",
         _R,
         _K.NUMBER,
-        "16",
+        "8",
         "Size of one part of an upload to S3, in MiB (a number above 5000 counts bytes); at least 5 MiB.",
     ),
     Setting(

@@ -44,7 +44,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Which bucket, and how to use it. `redirect_s`: how long an address that clients are sent to holds; 0: none."""
 
     bucket: str
-    part_size_bytes: int = 16 << 20
+    part_size_bytes: int = 8 << 20
     concurrency: int = 4
     path_style: bool = False
     skip_tls_verification: bool = False

@@ -214,13 +214,13 @@ def test_a_registry_in_a_bucket() -> None:
     s3 = {"ANKA_BACKEND_TYPE": "s3", "ANKA_BACKEND_S3_BUCKET": "b"}
     assert registry(s3).s3 == settings.S3(
         bucket="b",
-        part_size_bytes=16 << 20,
+        part_size_bytes=8 << 20,
         concurrency=4,
         path_style=False,
         skip_tls_verification=False,
         redirect_s=0.0,
     )
-    for text, size in (("8", 8 << 20), ("8388608", 8 << 20)):
+    for text, size in (("32", 32 << 20), ("8388608", 8 << 20)):
         found = registry({**s3, "COVEY_BACKEND_S3_UPLOAD_PART_SIZE": text}).s3
         assert found is not None
         assert found.part_size_bytes == size
