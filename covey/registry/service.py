@@ -6,6 +6,7 @@ time (cpython issue 152074). Several processes of one server are `workers`' busi
 """
 
 import asyncio
+import contextlib
 import os
 import socket
 import ssl
@@ -129,6 +130,7 @@ class Registry:
             on_served=self._counts.served,
         )
         self._counting: asyncio.TimerHandle | None = None
+        self._warming: asyncio.Task[None] | None = None
         self.metrics: metrics.Metrics | None = None
         if config.metrics is not None and shared is None:
             self.metrics = metrics.Metrics(config.metrics, self._counts, lambda: self.upkeep.figures, world)
@@ -148,9 +150,15 @@ class Registry:
             await self.metrics.start(config.host)
         self._counts.put(tally.Count.SERVING, os.getpid())
         self._count_connections()
+        self._warming = asyncio.create_task(self._warm())
         log.info(
             "the registry listens", host=config.host, port=self.port, tls=tls is not None, base=self._storage.shown
         )
+
+    async def _warm(self) -> None:
+        """Read all templates' logs before somebody asks for the list; what stands in the way, the list will tell."""
+        with contextlib.suppress(OSError, errors.CoveyError):
+            await self.catalog.templates()
 
     @property
     def port(self) -> int:
@@ -162,9 +170,12 @@ class Registry:
         if self.metrics is not None:
             await self.metrics.stop()
         await self.upkeep.stop()
-        self._storage.close()
         if self._counting is not None:
             self._counting.cancel()
+        if self._warming is not None:
+            self._warming.cancel()
+            await asyncio.gather(self._warming, return_exceptions=True)
+        self._storage.close()
         self._counts.put(tally.Count.SERVING, 0)
         self._counts.put(tally.Count.CONNECTIONS, 0)
         self._counts.close()
