@@ -6,6 +6,7 @@
 So an old agent talks to a new controller, a new one to an old controller, and controllers of both versions decide side
 by side. Users (`users`) start and end instances all the while through the client's fail-over; some instances stand from
 the first to the last step. No request may fail, no instance may be lost, and no guest may run twice.
+One of them carries a field that no version knows yet: each controller changes it, and keeps that.
 """
 
 import signal
@@ -22,6 +23,7 @@ STANDING = 4  # instances that stand all the while
 PATIENCE_S = 120.0
 PROGRESS = 4  # instances that users see through in each step
 NEW = conftest.COVEY
+FUTURE = {"future": {"of": ["a newer program"]}}
 
 
 @pytest.mark.timeout(550)
@@ -33,6 +35,8 @@ def test_controllers_and_agents_go_up_and_down_again_under_load(wheel: Path, tmp
             cloud.node(name, covey=old)
         standing = cloud.start(STANDING)
         cloud.wait_until_all(standing, "Started")
+        newer = standing[0]
+        cloud.put(f"instance/{newer}", {**cloud.value(f"instance/{newer}"), **FUTURE})
         load = users.Users(cloud.urls, cloud.template)
         load.begin()
         try:
@@ -41,6 +45,7 @@ def test_controllers_and_agents_go_up_and_down_again_under_load(wheel: Path, tmp
                 for controller in cloud.controllers:
                     exchange(controller, covey)
                     conftest.eventually(controller.ready, PATIENCE_S)
+                    rewrite(cloud, newer, via=cloud.controllers.index(controller))
                     goes_on(cloud, load)
                 for node in cloud.nodes.values():
                     quieten(cloud, node)
@@ -59,6 +64,16 @@ def test_controllers_and_agents_go_up_and_down_again_under_load(wheel: Path, tmp
         assert users.doubled(starts) == {}
         assert starts.keys() == {*standing, *load.started}
         cloud.clear()
+
+
+def rewrite(cloud: fleet.Fleet, id: str, via: int) -> None:
+    """Whatever its version, a controller that changes an instance keeps what only a newer one knows."""
+    before = cloud.value(f"instance/{id}")["tx"]
+    answer = cloud.ask("PUT", f"/api/v1/vm?id={id}", {"name": f"by-{before}"}, via)
+    assert answer["status"] == "OK", answer
+    value = cloud.value(f"instance/{id}")
+    assert value["tx"] != before
+    assert {name: value.get(name) for name in FUTURE} == FUTURE
 
 
 def exchange(part: fleet.Part, covey: tuple[str, ...]) -> None:
