@@ -129,27 +129,23 @@ def verify(
 
 
 class _Care:
-    """What the verbs work with, on an opened storage."""
+    """What the verbs work with: a storage, and who takes care of it."""
 
     def __init__(self, chosen: "settings.Registry") -> None:
         from covey import world
-        from covey.registry import catalog, disk, disk_care, journal, upkeep, verify
+        from covey.registry import catalog, service, upkeep, verify
 
-        if not (chosen.base_path / "format").exists():
+        config = service.configured(chosen)
+        if config.bucket is None and not (chosen.base_path / "format").exists():
             raise errors.SettingError(f"BASE_PATH {chosen.base_path} holds no registry")
         system = world.System()
-        blobs = disk.Disk(chosen.base_path, system, reserved_bytes=chosen.reserved_mib << 20)
-        logs = journal.Journal(chosen.base_path, system)
-        care = disk_care.DiskCare(chosen.base_path, system)
-        self._closing = (blobs, logs, care)
-        known = catalog.Catalog(blobs, logs, system, deletes=chosen.registry_deletes)
-        working = upkeep.Upkeep(known, care, care, system, upkeep.of(chosen))
+        self._storage = service.storage_of(config, os.environ, system)
+        self.open, self.close = self._storage.open, self._storage.close
+        care, log_care = self._storage.care, self._storage.log_care
+        known = catalog.Catalog(self._storage.content, self._storage.logs, system, deletes=chosen.registry_deletes)
+        working = upkeep.Upkeep(known, care, log_care, system, upkeep.of(chosen))
         self.collector, self.scrub = working.collector, working.scrub
-        self.verification = functools.partial(verify.Verification, known, care, care)
-
-    def close(self) -> None:
-        for part in self._closing:
-            part.close()
+        self.verification = functools.partial(verify.Verification, known, care, log_care)
 
 
 def _work(context: typer.Context, more: Mapping[str, object], work: Callable[[_Care], Awaitable[T]]) -> T:
@@ -163,6 +159,7 @@ def _work(context: typer.Context, more: Mapping[str, object], work: Callable[[_C
     async def run() -> T:
         care = _Care(chosen)
         try:
+            await care.open()
             return await work(care)
         finally:
             care.close()

@@ -26,7 +26,7 @@ import msgspec
 
 from covey import durable, errors, failpoint, model, world
 from covey.client import oci
-from covey.registry import blobs
+from covey.registry import blobs, mounts
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -72,6 +72,7 @@ class Disk:
         self._blobs = base / "blobs"
         self._uploads = base / "uploads"
         self._aside = base / "aside"
+        mounts.check(base)
         try:
             for folder in (self._blobs, self._uploads, self._aside):
                 durable.make_dirs(folder, fsync=fsync)

@@ -16,7 +16,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from covey.client import http, oci
 from covey.client import registry as client
 from covey.registry import service
 
-READY_S = 30.0
+READY_S = 90.0
 
 
 class Server:
@@ -162,11 +162,20 @@ class Process(Server):
 
 
 @contextlib.asynccontextmanager
-async def process(base: Path, *, failpoints: str = "", grace_s: float = 2.0, port: int = 0) -> AsyncIterator[Process]:
-    """A registry process, killed at the end if it still runs."""
+async def process(
+    base: Path,
+    *,
+    failpoints: str = "",
+    grace_s: float = 2.0,
+    port: int = 0,
+    within: Sequence[str] = (),
+    fsync: bool = True,
+    reserved_bytes: int = 0,
+) -> AsyncIterator[Process]:
+    """A registry process, killed at the end if it still runs. `within`: words before its command, which become it."""
     child = await asyncio.create_subprocess_exec(
-        *("setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "tests.support.registry"),
-        *(str(base), str(port), str(grace_s)),
+        *("setpriv", "--pdeathsig", "KILL", *within, sys.executable, "-m", "tests.support.registry"),
+        *(str(base), str(port), str(grace_s), str(int(fsync)), str(reserved_bytes)),
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "COVEY_FAILPOINTS": failpoints},
     )
@@ -181,10 +190,10 @@ async def process(base: Path, *, failpoints: str = "", grace_s: float = 2.0, por
         await child.communicate()  # also closes the pipe
 
 
-async def _main(base: Path, port: int, grace_s: float) -> None:
+async def _main(config: service.Config) -> None:
     """What `process` runs: says its port, serves until SIGTERM."""
     observe.configure(level="warning")
-    registry = service.Registry(service.Config(base_path=base, port=port, grace_s=grace_s), world.System())
+    registry = service.Registry(config, world.System())
     await registry.start()
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
@@ -196,4 +205,15 @@ async def _main(base: Path, port: int, grace_s: float) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))
+    _base, _port, _grace, _fsync, _reserved = sys.argv[1:]
+    asyncio.run(
+        _main(
+            service.Config(
+                base_path=Path(_base),
+                port=int(_port),
+                grace_s=float(_grace),
+                fsync=_fsync == "1",
+                reserved_bytes=int(_reserved),
+            )
+        )
+    )
