@@ -1,4 +1,4 @@
-"""The registry without HTTP: what a manifest must satisfy, who holds a template name, and what the repositories hold.
+"""The registry without HTTP: taking manifests, who holds a template name, and what the repositories hold.
 
 Everything known of repositories is a fold of their logs, kept from one look to the next and brought up to date by
 reading on from the last entry seen; so every answer contains all that any server on the same storage has acknowledged.
@@ -12,9 +12,8 @@ import msgspec
 
 from covey import errors, failpoint, model, world
 from covey.client import oci
-from covey.registry import blobs, views
+from covey.registry import blobs, manifests, views
 
-_FIGURE_LIMIT = 16 << 20  # processors, or MiB of memory
 _EMPTY = views.Repository(name="")
 
 
@@ -32,10 +31,6 @@ class BlobNeeded(errors.Refused):
 
 class ManifestNeeded(errors.Refused):
     """A manifest that an index of its repository names cannot be deleted."""
-
-
-class BadManifest(errors.Refused):
-    """A manifest that this registry will not take; the text names the flaw."""
 
 
 class Changed(errors.Refused):
@@ -162,7 +157,7 @@ class Catalog:
         digest = oci.digest_of(content, oci.algorithm_of(wanted) if wanted else oci.SHA256)
         if wanted not in (None, digest):
             raise blobs.WrongDigest(f"the manifest's digest is {digest}, not {wanted}")
-        manifest, known = self._examine(content, digest, media_type)
+        manifest, known = manifests.examine(content, digest, media_type)
         absent = await self._check_references(repository, manifest)
         release = await self._release(repository, manifest, tag)
         refers = () if oci.is_referrers_tag(tag) else tuple(item for item in known.refers if item not in absent)
@@ -182,33 +177,11 @@ class Catalog:
         number = entry.version if entry is not None else _number_of(fold, tag)
         return known, None if number < 0 else number
 
-    def _examine(self, content: bytes, digest: model.Digest, media_type: str) -> tuple[oci.Manifest, views.Known]:
-        try:
-            manifest = oci.parse_manifest(content)
-        except errors.Refused as error:
-            raise BadManifest(str(error)) from error
-        claimed = media_type or manifest.media_type or (oci.OCI_INDEX if manifest.manifests else oci.OCI_MANIFEST)
-        if manifest.media_type and claimed != manifest.media_type:
-            raise BadManifest(f"mediaType is {manifest.media_type!r}, but the Content-Type is {claimed!r}")
-        if claimed not in oci.MANIFEST_TYPES:
-            raise BadManifest(f"media type {claimed!r} is not one of {', '.join(oci.MANIFEST_TYPES)}")
-        _check_form(manifest, claimed)
-        references = (*_blobs_of(manifest), *manifest.manifests)
-        return manifest, views.Known(
-            digest=digest,
-            media_type=claimed,
-            size_bytes=len(content),
-            refers=tuple(dict.fromkeys(model.Digest(reference.digest) for reference in references)),
-            subject=manifest.subject.digest if manifest.subject else "",
-            artifact_type=manifest.artifact_type or (manifest.config.media_type if manifest.config else ""),
-            annotations=manifest.annotations if manifest.subject else {},
-        )
-
     async def _check_references(self, repository: str, manifest: oci.Manifest) -> frozenset[str]:
         """Every blob that a manifest needs is here, whole, and readable in this repository. Those that it names and
         does not need: foreign layers, which come from elsewhere."""
         absent = set()
-        wanted = _blobs_of(manifest)
+        wanted = manifests.blobs_of(manifest)
         granted = await self._granted(repository, [reference.digest for reference in wanted])
         for reference in wanted:
             digest = model.Digest(reference.digest)
@@ -219,7 +192,9 @@ class Catalog:
             if blob is None:
                 raise BlobMissing(f"the manifest names blob {digest}, which repository {repository} does not have")
             if blob.size_bytes != reference.size:
-                raise BadManifest(f"blob {digest} has {blob.size_bytes} bytes, the manifest says {reference.size}")
+                raise manifests.BadManifest(
+                    f"blob {digest} has {blob.size_bytes} bytes, the manifest says {reference.size}"
+                )
         return frozenset(absent)
 
     async def _check_stored(self, repository: str, manifest: oci.Manifest, digest: model.Digest) -> None:
@@ -232,9 +207,9 @@ class Catalog:
         """A blob may have been taken away between the check and the entry: who takes one away looks at the entries
         before and after, and this looks after its own, so one of the two sees the other (`withdraw`)."""
         granted = await self.logs.granted(repository, known.refers)
-        manifests = (await self.repository(repository)).manifests
+        pushed = (await self.repository(repository)).manifests
         for digest in known.refers:
-            if digest not in granted and digest not in manifests:
+            if digest not in granted and digest not in pushed:
                 await self.logs.grant(repository, digest)
 
     async def withdraw(self, repository: str, digest: model.Digest) -> None:
@@ -258,43 +233,10 @@ class Catalog:
 
     async def _release(self, repository: str, manifest: oci.Manifest, tag: str) -> views.Release | None:
         """What the manifest says of a template; None when it is something else. Raises BadManifest."""
-        if manifest.artifact_type != oci.TEMPLATE:
+        config = manifests.template_config(repository, manifest, tag)
+        if config is None:
             return None
-        if oci.template_of(repository) is None:
-            raise BadManifest(f"a template's repository is templates/<uuid>, not {repository}")
-        name, text = manifest.annotations.get(oci.NAME, ""), manifest.annotations.get(oci.TAG, "")
-        if not name or not text:
-            raise BadManifest(f"a template's manifest needs the annotations {oci.NAME} and {oci.TAG}")
-        check_template_name(name)
-        try:
-            oci.check_tag(text)
-        except errors.Refused as error:
-            raise BadManifest(str(error)) from error
-        if tag and tag != oci.escape_tag(text):
-            raise BadManifest(f"tag {text!r} is spelled {oci.escape_tag(text)!r} in OCI, not {tag!r}")
-        assert manifest.config is not None  # noqa: S101  checked by _examine: only an index has none
-        config = await self._config(manifest.config)
-        return views.Release(
-            name=name,
-            tag=text,
-            arch=config.arch,
-            config=_file(manifest.config),
-            files=tuple(_file(layer) for layer in manifest.layers),
-            description=manifest.annotations.get(oci.DESCRIPTION, ""),
-            vcpu=_figure(config, "vcpu"),
-            ram_mb=_figure(config, "ram_mb"),
-        )
-
-    async def _config(self, reference: oci.Descriptor) -> oci.TemplateConfig:
-        if reference.media_type != oci.TEMPLATE_CONFIG:
-            raise BadManifest(f"a template's config is {oci.TEMPLATE_CONFIG}, not {reference.media_type}")
-        if reference.size > oci.CONFIG_LIMIT:
-            raise BadManifest(f"a template's config has at most {oci.CONFIG_LIMIT} bytes, not {reference.size}")
-        try:
-            content = await self.blobs.get(model.Digest(reference.digest))
-            return oci.parse_config(content)
-        except errors.Refused as error:
-            raise BadManifest(str(error)) from error
+        return manifests.release(manifest, config, await self.blobs.get(model.Digest(config.digest)))
 
     async def delete(self, repository: str, reference: str) -> None:
         """Delete a tag, or a manifest with all its tags; one that an index names stays. Raises Missing, ManifestNeeded
@@ -423,21 +365,6 @@ class Catalog:
         return self._world.wall_ns() // 10**9
 
 
-def _check_form(manifest: oci.Manifest, media_type: str) -> None:
-    """A document that could be read as an image by one client and as an index by another is neither."""
-    is_index = media_type in oci.INDEX_TYPES
-    if is_index and (manifest.config is not None or manifest.layers):
-        raise BadManifest("an index has neither config nor layers")
-    if not is_index and manifest.manifests:
-        raise BadManifest(f"{media_type} has no manifests; an index is {oci.OCI_INDEX}")
-    if not is_index and media_type != oci.OCI_ARTIFACT and manifest.config is None:
-        raise BadManifest("the manifest has no config")
-
-
-def _blobs_of(manifest: oci.Manifest) -> list[oci.Descriptor]:
-    return [*manifest.layers, *manifest.blobs, *filter(None, (manifest.config,))]
-
-
 def _check_state(fold: views.Repository, known: views.Known, tag: str, allowed: Callable[[str | None], bool]) -> None:
     """What a push needs of the repository it is entered into. Raises BlobMissing and Changed."""
     for digest in known.refers if known.is_index else ():
@@ -450,27 +377,6 @@ def _check_state(fold: views.Repository, known: views.Known, tag: str, allowed: 
 
 def _number_of(repository: views.Repository, tag: str) -> int:
     return next((version.number for version in repository.versions if version.tag == tag), -1)
-
-
-def _figure(config: oci.TemplateConfig, name: str) -> int:
-    """A size that the configuration gives; 0 when it gives none that makes sense: the hypervisor says what is wrong."""
-    value = config.vm.get(name, 0)
-    return value if type(value) is int and 0 < value <= _FIGURE_LIMIT else 0
-
-
-def check_template_name(name: str) -> None:
-    """Raises BadManifest for a name that nobody could tell from an id, or see."""
-    if not name.strip() or not name.isprintable() or len(name) > 255 or oci.valid_uuid(name):
-        raise BadManifest("a template's name has 1 to 255 printable characters and is not a UUID")
-
-
-def _file(reference: oci.Descriptor) -> views.File:
-    return views.File(
-        digest=model.Digest(reference.digest),
-        size_bytes=reference.size,
-        media_type=reference.media_type,
-        title=reference.title,
-    )
 
 
 def _name_log(name: str) -> str:

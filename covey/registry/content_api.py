@@ -119,9 +119,11 @@ class ContentApi:
         return web.Response(body=answer.ascii_json({"repositories": names}), headers=headers)
 
     async def list_referrers(self, call: serve.Call) -> web.Response:
-        """The manifests about one manifest, as an index; an empty one when there are none."""
-        fold = await self._catalog.repository(call.params["name"])
-        wanted = call.query.get("artifactType") or None
+        """The manifests about one manifest, as an index; an empty one when there are none. In the order of their
+        digests, so that a page can tell where the next one begins."""
+        name, digest = call.params["name"], call.params["digest"]
+        fold = await self._catalog.repository(name)
+        wanted, last = call.query.get("artifactType") or None, call.query.get("last", "")
         found = [
             oci.Descriptor(
                 media_type=known.media_type,
@@ -130,11 +132,15 @@ class ContentApi:
                 artifact_type=known.artifact_type,
                 annotations=known.annotations,
             )
-            for known in fold.manifests.values()
-            if known.subject == call.params["digest"] and wanted in (None, known.artifact_type)
+            for known in sorted(fold.manifests.values(), key=lambda known: known.digest)
+            if known.subject == digest and known.digest > last and wanted in (None, known.artifact_type)
         ]
-        index = {"schemaVersion": 2, "mediaType": oci.OCI_INDEX, "manifests": found}
+        page = _fitting(found)
+        index = {"schemaVersion": 2, "mediaType": oci.OCI_INDEX, "manifests": page}
         headers = {"Content-Type": oci.OCI_INDEX, "Server": "covey"}
+        if len(page) < len(found):
+            query = {"last": page[-1].digest, **({"artifactType": wanted} if wanted else {})}
+            headers["Link"] = f'</v2/{name}/referrers/{digest}?{urllib.parse.urlencode(query)}>; rel="next"'
         if wanted is not None:
             headers["OCI-Filters-Applied"] = "artifactType"
         return web.Response(body=answer.ascii_json(index), headers=headers)
@@ -162,6 +168,16 @@ def _page(call: serve.Call, path: str, names: Iterable[str]) -> tuple[list[str],
         if found:
             headers["Link"] = f'<{path}?{urllib.parse.urlencode({"n": limit, "last": found[-1]})}>; rel="next"'
     return found, headers
+
+
+def _fitting(found: Sequence[oci.Descriptor]) -> Sequence[oci.Descriptor]:
+    """As many as make an index that clients take, which read no larger manifests than they may push; one at least."""
+    size_bytes = 0
+    for count, descriptor in enumerate(found):
+        size_bytes += len(answer.ascii_json(descriptor)) + 1
+        if size_bytes > oci.MANIFEST_LIMIT - 1024 and count:
+            return found[:count]
+    return found
 
 
 def _page_size(call: serve.Call) -> int | None:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from covey import answer, errors, serve
 from covey.client import oci
-from covey.registry import blobs, catalog
+from covey.registry import blobs, catalog, manifests
 
 
 def error_body(fault: answer.Fault) -> bytes:
@@ -34,7 +34,7 @@ def as_oci_fault(error: Exception) -> answer.Fault | None:
             return answer.Fault(405, str(error), code="UNSUPPORTED")
         case catalog.Changed():
             return answer.Fault(412, str(error), code="DENIED")
-        case catalog.BadManifest():
+        case manifests.BadManifest():
             return answer.Fault(400, str(error), code="MANIFEST_INVALID")
         case errors.Refused():
             return answer.Fault(409, str(error), code="DENIED")

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import covey
 from covey import errors, model, serve
 from covey.client import oci
-from covey.registry import catalog, upkeep, views
+from covey.registry import catalog, manifests, upkeep, views
 
 _KEY_LIMIT = 255
 
@@ -89,7 +89,7 @@ class TemplateApi:
 
     async def hold_name(self, call: serve.Call) -> oci.NameHeld:
         name = (await call.json(oci.NameAsk)).name
-        catalog.check_template_name(name)
+        manifests.check_template_name(name)
         return oci.NameHeld(id=await self._catalog.claim(name))
 
     async def info(self, call: serve.Call) -> oci.Resolved:

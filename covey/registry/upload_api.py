@@ -32,6 +32,7 @@ class UploadApi:
         guard = oci_faults.oci_path
         return [
             _stream("POST", sessions, guard(self.begin)),
+            _stream("POST", sessions.rstrip("/"), guard(self.begin)),
             serve.Route("GET", session, guard(self.status)),
             _stream("PATCH", session, guard(self.write)),
             _stream("PUT", session, guard(self.finish)),
@@ -82,10 +83,10 @@ class UploadApi:
     async def _write(self, call: serve.Call, session: blobs.SessionId) -> int:
         """Append the request's body; the new durable offset. Raises the faults of a wrong range and of a cut."""
         name = call.params["name"]
-        start = _start(call)
+        start, size_bytes = _range(call)
         try:
             standing = await self._blobs.offset(session)
-            return await self._blobs.write(session, standing if start is None else start, _chunks(call))
+            return await self._blobs.write(session, standing if start is None else start, _chunks(call, size_bytes))
         except blobs.WrongOffset as error:
             headers = _position(name, session, error.offset)
             raise answer.Fault(416, str(error), code="BLOB_UPLOAD_INVALID", headers=headers) from error
@@ -127,11 +128,11 @@ def _stream(method: str, path: str, handler: serve.Handler) -> serve.Route:
     return serve.Route(method, path, handler, body_limit_bytes=sys.maxsize, time_limit_s=None, lane=gate.Lane.OPEN)
 
 
-def _start(call: serve.Call) -> int | None:
-    """Where the request says that its bytes begin; None when it does not say."""
+def _range(call: serve.Call) -> tuple[int | None, int | None]:
+    """Where the request says that its bytes begin, and how many they are; None when it does not say."""
     text = call.headers.get("Content-Range")
     if text is None:
-        return None
+        return None, None
     found = _CONTENT_RANGE.fullmatch(text.strip())
     if found is None:
         raise answer.Fault(400, f"Content-Range {text!r} is not <first>-<last>", code="BLOB_UPLOAD_INVALID")
@@ -139,16 +140,23 @@ def _start(call: serve.Call) -> int | None:
     length = call.request.size_bytes
     if length is not None and length != last - first + 1:
         raise answer.Fault(400, f"Content-Range {text} does not fit {length} bytes", code="SIZE_INVALID")
-    return first
+    return first, last - first + 1
 
 
-async def _chunks(call: serve.Call) -> AsyncIterator[bytes]:
-    """The body, its premature end in the words of `blobs`."""
+async def _chunks(call: serve.Call, size_bytes: int | None = None) -> AsyncIterator[bytes]:
+    """The body, its premature end in the words of `blobs`. One that is not as long as its range says is not taken."""
+    found = 0
     try:
         async for chunk in call.chunks():
+            found += len(chunk)
+            if size_bytes is not None and found > size_bytes:
+                break
             yield chunk
     except (answer.Cut, ConnectionError) as error:
         raise blobs.Cut(str(error)) from error
+    if size_bytes not in (None, found):
+        text = f"Content-Range promises {size_bytes} bytes, the body has {'more' if found > size_bytes else found}"
+        raise answer.Fault(400, text, code="SIZE_INVALID")
 
 
 def _position(name: str, session: blobs.SessionId, offset: int) -> dict[str, str]:

@@ -327,6 +327,16 @@ async def test_a_document_that_is_image_and_index_at_once(server: registry.Serve
         assert (status, json.loads(body)["errors"][0]["code"]) == (400, "MANIFEST_INVALID")
 
 
+async def test_a_template_that_is_no_image(server: registry.Server) -> None:
+    repository = "templates/12345678-1234-1234-1234-123456789abc"
+    annotations = {oci.NAME: "x", oci.TAG: "v1"}
+    for media_type in (oci.OCI_INDEX, oci.OCI_ARTIFACT):
+        document = {"mediaType": media_type, "artifactType": oci.TEMPLATE, "annotations": annotations}
+        body = json.dumps({"schemaVersion": 2, **document}).encode()
+        status, _, answer = await server.put_manifest(repository, "v1", body, Content_Type=media_type)
+        assert (status, json.loads(answer)["errors"][0]["code"]) == (400, "MANIFEST_INVALID")
+
+
 async def test_text_that_no_encoding_has_is_refused_or_kept(server: registry.Server) -> None:
     manifest = (await server.manifest("a", LAYER))[:-1] + b', "annotations": {"k": "\\ud800"}}'
     status, _, body = await server.put_manifest("a", "v1", manifest)

@@ -124,6 +124,24 @@ async def test_referrers_are_an_image_index_of_descriptors(repo: workflow.Repo) 
     assert by_digest(await repo.referrers(digest)) == by_digest(expected)
 
 
+async def test_many_referrers_come_in_pages_that_clients_can_read(repo: workflow.Repo) -> None:
+    digest, manifest = await repo.push_image("v1")
+    about = registry.descriptor(oci.OCI_MANIFEST, manifest)
+    for number in range(5):
+        await repo.push_image("", subject=about, artifactType="x/y+z", annotations={str(number): "a" * 2_000_000})
+    for query in ("", "?artifactType=x/y%2Bz"):
+        seen: list[str] = []
+        path, pages = f"/referrers/{digest}{query}", 0
+        while path:
+            _, headers, body = await repo.call("GET", path)
+            assert len(body) <= oci.MANIFEST_LIMIT
+            seen += [item["digest"] for item in json.loads(body)["manifests"]]
+            link = NEXT.fullmatch(headers.get("Link", ""))
+            path, pages = (link[1] if link else ""), pages + 1
+            assert headers.get("OCI-Filters-Applied", "") == ("artifactType" if query else "")
+        assert (len(seen), len(set(seen)), pages) == (5, 5, 3)
+
+
 async def test_referrers_pushed_before_their_subject_are_listed(repo: workflow.Repo) -> None:
     await repo.push_blob(workflow.EMPTY)
     manifest = registry.image_manifest(workflow.EMPTY, annotations={"pushed": "later"})

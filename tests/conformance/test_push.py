@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -17,6 +18,12 @@ FOREIGN = "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"
 
 def a_range(first: int, end: int) -> str:
     return f"{first}-{end - 1}"
+
+
+async def unsized(content: bytes) -> AsyncIterator[bytes]:
+    """A body without Content-Length: chunked transfer coding."""
+    for first in range(0, len(content), 50_000):
+        yield content[first : first + 50_000]
 
 
 # ---- blobs in one piece --------------------------------------------------------------------------------------------
@@ -125,11 +132,20 @@ async def test_a_session_tells_where_it_stands(repo: workflow.Repo) -> None:
 async def test_a_blob_in_a_stream_without_ranges(repo: workflow.Repo) -> None:
     location = await repo.begin()
     for piece in (LAYER[:777], LAYER[777:]):
-        status, headers, _ = await repo.call("PATCH", location, piece)  # chunked transfer, no length
+        status, headers, _ = await repo.call("PATCH", location, unsized(piece))
         assert status == 202
         location = headers["Location"]
     assert (await repo.call("PUT", f"{location}?digest={DIGEST}"))[0] == 201
     assert await repo.blob(DIGEST) == LAYER
+
+
+@pytest.mark.parametrize("promised", [1, SIZE - 1, SIZE + 1, 2 * SIZE])
+async def test_a_stream_that_is_not_as_long_as_its_range_is_not_taken(repo: workflow.Repo, promised: int) -> None:
+    location = await repo.begin()
+    status, _, body = await repo.call("PATCH", location, unsized(LAYER), Content_Range=a_range(0, promised))
+    assert (status, json.loads(body)["errors"][0]["code"]) == (400, "SIZE_INVALID")
+    assert (await repo.call("GET", location))[1][oci.OFFSET_HEADER] == "0"
+    assert (await repo.call("PATCH", location, unsized(LAYER), Content_Range=a_range(0, SIZE)))[0] == 202
 
 
 async def test_of_two_chunks_at_one_place_one_wins(repo: workflow.Repo) -> None:
