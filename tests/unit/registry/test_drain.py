@@ -53,8 +53,8 @@ async def test_the_client_resumes_by_itself_after_a_restart(tmp_path: Path) -> N
     async with registry.process(tmp_path / "base", grace_s=0.2) as first, registry.talking(first) as remote:
         stopped = asyncio.Event()
 
-        def stop_once(_title: str, done: int, _size: int) -> None:
-            if done > 8 * len(PIECE) and not stopped.is_set():
+        def stop_once(title: str, done: int, _size: int) -> None:
+            if title == path.name and done > 8 * len(PIECE) and not stopped.is_set():
                 first.send(signal.SIGTERM)
                 stopped.set()
 
