@@ -110,7 +110,9 @@ async def trouble(access: Access) -> str:
     if all(look.away for look in looks):
         told = "; ".join(look.sentence for look in looks)
         return f"etcd cannot be reached: {told}; is it running, and is ETCD_ENDPOINTS right?"
-    return next((look.sentence for look in looks if look.sentence and not look.away), "")
+    if any(not look.sentence for look in looks):
+        return ""  # the others are made up for
+    return next(look.sentence for look in looks if not look.away)
 
 
 class _Look(NamedTuple):

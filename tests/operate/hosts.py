@@ -23,18 +23,18 @@ eventually = conftest.eventually
 
 @dataclasses.dataclass
 class Host:
-    """One host: its member's name, its disk and its addresses. `more`: what else the command is given."""
+    """One host: its member's name, its disk and its addresses. `peer_tls`: what members show to each other."""
 
     name: str
     folder: Path
     client_port: int
     peer_port: int
-    more: Sequence[object] = ()
+    peer_tls: etcd.Security | None = None
     program: conftest.Program | None = None
 
     @property
     def peer_url(self) -> str:
-        return f"http://127.0.0.1:{self.peer_port}"
+        return f"{'https' if self.peer_tls else 'http'}://127.0.0.1:{self.peer_port}"
 
     @property
     def endpoint(self) -> str:
@@ -47,9 +47,17 @@ class Host:
     def argv(self, members: str) -> tuple[object, ...]:
         return (
             *("etcd", "bootstrap", "--name", self.name, "--members", members, "--data-dir", self.data),
-            *("--client-url", f"http://{self.endpoint}", *self.more),
-            *("--", "--heartbeat-interval=100", "--election-timeout=1000", "--log-level=warn"),
+            *("--client-url", f"http://{self.endpoint}"),
+            *("--", "--heartbeat-interval=100", "--election-timeout=1000", "--log-level=warn", *self._peer_flags()),
         )
+
+    def _peer_flags(self) -> tuple[object, ...]:
+        """Between members: one certificate for both sides, each asked for."""
+        if self.peer_tls is None:
+            return ()
+        tls = self.peer_tls
+        pair = ("--peer-cert-file", tls.server_cert, "--peer-key-file", tls.server_key)
+        return (*pair, "--peer-trusted-ca-file", tls.ca, "--peer-client-cert-auth")
 
     @property
     def running(self) -> conftest.Program:

@@ -1,10 +1,12 @@
 """One command on every host, at every start: members begin rightly, whatever lies on their disks (safety S28)."""
 
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.operate import hosts
+from tests.support import certificates
 
 eventually = hosts.eventually
 pytestmark = pytest.mark.timeout(240)
@@ -134,3 +136,23 @@ def test_a_member_alone_and_what_would_be_run() -> None:
         assert "no-fsync" not in ran.out
         cluster.start()
         cluster.wait_until_well()
+
+
+def test_five_members_that_show_certificates_to_each_other(tmp_path: Path) -> None:
+    with hosts.some(5) as cluster:
+        files, others = certificates.make(tmp_path / "tls"), certificates.make(tmp_path / "others")
+        for host in cluster.hosts:
+            host.peer_tls = files
+        *most, last = cluster.hosts
+        cluster.start(*most)
+        most[0].running.wait_until_said("waiting for n5 at https://")
+        last.peer_tls = others  # it believes another authority
+        cluster.start(last)
+        assert last.running.process.wait(40) == 1
+        assert "is not believed" in (last.running.said("covey:") or "")
+        last.end()
+        last.peer_tls = files
+        cluster.start(last)
+        cluster.wait_until_well()
+        rows = cluster.rows(at=last)
+        assert len(rows) == 5 and {row["behind"] for row in rows.values()} <= set(range(100))

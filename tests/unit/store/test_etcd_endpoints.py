@@ -122,3 +122,18 @@ def test_a_watch_looks_elsewhere_without_moving_the_others() -> None:
     assert pool.pick() is present
     alone = etcd_endpoints.Pool(["a"], world=Still(), attempt_s=2, timeout_s=10)
     assert alone.pick(other_than=alone.pick()) is alone.pick()
+
+
+def test_members_that_are_learnt_come_and_go_and_those_of_the_settings_stay() -> None:
+    pool = etcd_endpoints.Pool(["a"], world=Still(), attempt_s=2, timeout_s=10)
+    (given,) = pool.endpoints
+    learnt = pool.endpoint("http://b:1")
+    assert pool.endpoint("http://a:2379") is given
+    pool.learn(learnt)
+    pool.learn(learnt)
+    assert pool.endpoints == [given, learnt]
+    pool.avoid(given, "it is dead")
+    assert pool.pick() is learnt
+    pool.forget(given)
+    pool.forget(learnt)
+    assert pool.endpoints == [given] == [pool.pick()]
