@@ -38,6 +38,7 @@ from covey.store import (
 )
 
 _LOOK_S = 0.5
+_SURE = 10  # looks: a member that has just started tells of less until it has read its own log
 _PROMOTE_S = 24 * 3600.0
 
 Say = Callable[[str], None]
@@ -109,13 +110,14 @@ async def _decided(
     ids = etcd_member.member_ids(plan.members, plan.token)
     cluster = etcd_member.cluster_id(ids)
     me = bootstrap.Me(plan.name, plan.url, plan.members, str(plan.data_dir), cluster, frozenset(ids))
-    said = ""
+    said, looks = "", 0
     while True:
         heard, waiting = await _listen(plan)
         decision = bootstrap.decide(me, disk, heard, waiting)
         clients = tuple(url for one in heard for member in one.members for url in member.client_urls)
+        looks = looks + 1 if isinstance(decision, bootstrap.Run) else 0
         match decision:
-            case bootstrap.Run():
+            case bootstrap.Run() if disk is not None or not heard or looks >= _SURE:
                 return Found(decision, tuple(dict.fromkeys((*clients, plan.client_url))))
             case bootstrap.Refuse():
                 raise errors.SettingError(decision.why)

@@ -241,7 +241,7 @@ def replace(
         others = {one.name: one.peer_urls[0] for one in members if one.name and one.name != member}
 
         def how(url: str) -> None:
-            listed = ",".join(f"{each}={at}" for each, at in {**others, (name or member): url}.items())
+            listed = ",".join(f"{each}={at}" for each, at in sorted({**others, (name or member): url}.items()))
             out.say(f"Run there: covey etcd bootstrap --name {name or member} --members {listed} --data-dir DIR")
 
         await etcd_care.replace(store.admin, member, peer_url.rstrip("/"), out.say, how, wait_s=wait_s)

@@ -72,6 +72,14 @@ class Host:
     def kill(self) -> None:
         self.end(signal.SIGKILL)
 
+    def refusal(self) -> str:
+        """The command ends by itself with 1; the one line that it says why with."""
+        assert self.running.process.wait(60) == 1, self.running.err
+        self.running.end()
+        (line,) = [line for line in self.running.err if line.startswith("covey:")]
+        self.program = None
+        return line
+
     def wipe(self) -> None:
         """Its disk is lost."""
         shutil.rmtree(self.data)
