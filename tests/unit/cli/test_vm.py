@@ -149,7 +149,7 @@ EXPLAINED = {
 
 
 def test_a_list_is_filtered_by_the_controller_and_read_page_by_page(cloud: Cloud, covey: Covey) -> None:
-    asked = "/api/v1/vm?limit=500&state=Started,Error&template=debian&external_id=job+7"
+    asked = "/api/v1/vm?limit=500&state=Started%2CError&template=debian&external_id=job+7"
     cloud.ok("GET", asked, [{"instance_id": "i-1", "vm": instance("i-1")}])
     cloud.headers[asked] = {"Covey-Cursor": "c-1"}
     cloud.ok("GET", asked + "&cursor=c-1", [{"instance_id": "i-2", "vm": instance("i-2")}])
