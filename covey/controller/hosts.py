@@ -5,7 +5,9 @@ each rewrites the node's ledger, and all but one would lose. `Homes` lets one st
 node, until the mirror shows what it wrote. Nothing rests on that but speed: the transaction's guards decide.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -13,7 +15,8 @@ from covey import model, world
 from covey.decide import permission, placement, rooms
 from covey.store import codec, view
 
-_REFRESH_NS = 10_000_000  # candidates may be this old; the chosen node is looked at anew
+_REFRESH_NS = 10_000_000  # a row of candidates may be this old; the chosen node is looked at anew
+_KINDS = 64  # rows that are kept
 _BORN_TOGETHER = 8  # more instances of one request than this queue: their transaction would be very large
 _NO_LEDGER = "what it holds cannot be read from the store"  # no placement there could be written down
 
@@ -45,9 +48,8 @@ def _images(word: codec.Kept[model.Word] | None) -> frozenset[str]:
 
 
 class _Known(NamedTuple):
-    """A node as it was worked out last, and what that rests on."""
+    """A node as it was worked out last."""
 
-    rests_on: tuple[object, ...]
     host: rooms.Host
     room: rooms.Room
 
@@ -58,38 +60,34 @@ class Fleet:
     def __init__(self) -> None:
         self.silent: frozenset[str] = frozenset()  # kept up to date by the loop (safety S8)
         self._known: dict[str, _Known] = {}
+        self._looked_at = view.Snapshot()
+        self._silent_then: frozenset[str] = frozenset()
 
     def look(self, snapshot: view.Snapshot) -> None:
-        before, self._known = self._known, {}
-        for kept in snapshot.nodes():
-            id = kept.noun.id
-            rests_on = (kept, *_parts(snapshot, id), id in self.silent)
-            known = before.get(id)
-            if known is None or any(new is not old for new, old in zip(rests_on, known.rests_on, strict=True)):
-                found = host(snapshot, id, self.silent)
-                known = None if found is None else _Known(rests_on, found, rooms.room(found))
-            if known is not None:
-                self._known[id] = known
+        changed = snapshot.nodes_differing(self._looked_at) | (self.silent ^ self._silent_then)
+        self._looked_at, self._silent_then = snapshot, self.silent
+        for id in changed:
+            found = host(snapshot, id, self.silent)
+            if found is None:
+                self._known.pop(id, None)
+            else:
+                self._known[id] = _Known(found, rooms.room(found))
 
     def hosts(self, snapshot: view.Snapshot) -> list[rooms.Host]:
         self.look(snapshot)
-        return [known.host for known in self._known.values()]
+        return [self._known[kept.noun.id].host for kept in snapshot.nodes() if kept.noun.id in self._known]
 
     def rooms(self) -> Iterator[rooms.Room]:
         """As of the last look: not to be written to."""
         return (known.room for known in self._known.values())
 
 
-def _parts(snapshot: view.Snapshot, id: str) -> tuple[object, ...]:
-    """What a node's room rests on; the snapshot hands out the very same objects as long as they are unchanged."""
-    return (
-        snapshot.session(id),
-        snapshot.ledger(id),
-        snapshot.word(id),
-        snapshot.alive(id),
-        snapshot.orders_key(id),
-        snapshot.held(id),
-    )
+@dataclass(slots=True)
+class _Row:
+    """Nodes for one kind of instance, best first, as they were a moment ago."""
+
+    made_ns: int
+    nodes: deque[model.NodeId]
 
 
 class Homes:
@@ -98,7 +96,7 @@ class Homes:
     def __init__(self, world: world.World) -> None:
         self.fleet = Fleet()
         self._world = world
-        self._looked_ns = -_REFRESH_NS
+        self._rows: dict[Hashable, _Row] = {}
         self._in_use: dict[str, int | None] = {}  # node -> revision that the mirror must show first; None: not known
 
     def reserve(self, snapshot: view.Snapshot, spec: model.Spec, count: int) -> "Reservation":
@@ -106,18 +104,38 @@ class Homes:
         tell it the revision of the creation."""
         self._release(snapshot.revision)
         nodes: list[model.NodeId] = []
-        if count <= _BORN_TOGETHER:
-            waiting = (kept.noun for kept in snapshot.waiting())
-            for room in placement.candidates_for_new(spec, self._rooms(snapshot), waiting, self._in_use.keys()):
-                if len(nodes) == count:
-                    break
-                found = host(snapshot, room.host.id, self.fleet.silent)
-                if found is not None and placement.fits(found, spec):
-                    nodes.append(found.id)
-        if len(nodes) < count:
-            nodes = []
+        waiting = (kept.noun for kept in snapshot.waiting())
+        if count <= _BORN_TOGETHER and placement.may_be_born_placed(spec, waiting):
+            nodes = self._chosen(snapshot, spec, count)
         self._in_use.update(dict.fromkeys(nodes))
         return Reservation(self, tuple(nodes))
+
+    def _chosen(self, snapshot: view.Snapshot, spec: model.Spec, count: int) -> list[model.NodeId]:
+        """So many nodes, or none. Those at the front of a row that was made a moment ago are looked at anew; when they
+        do not do, a new row is made."""
+        now_ns, kind = self._world.boot_ns(), placement.kind_of(spec)
+        row = self._rows.get(kind)
+        if row is not None and now_ns - row.made_ns < _REFRESH_NS:
+            nodes = self._first(snapshot, spec, row, count)
+            if len(nodes) == count:
+                return nodes
+        if len(self._rows) > _KINDS:
+            self._rows.clear()
+        self.fleet.look(snapshot)
+        found = placement.candidates_for_new(kind, self.fleet.rooms())
+        row = self._rows[kind] = _Row(now_ns, deque(found))
+        nodes = self._first(snapshot, spec, row, count)
+        return nodes if len(nodes) == count else []
+
+    def _first(self, snapshot: view.Snapshot, spec: model.Spec, row: _Row, count: int) -> list[model.NodeId]:
+        """Take up to `count` nodes off the row: those that are free and still fit."""
+        nodes: list[model.NodeId] = []
+        while row.nodes and len(nodes) < count:
+            id = row.nodes.popleft()
+            found = None if id in self._in_use else host(snapshot, id, self.fleet.silent)
+            if found is not None and placement.fits(found, spec):
+                nodes.append(id)
+        return nodes
 
     def release(self, nodes: tuple[model.NodeId, ...], revision: int) -> None:
         """The nodes are free for the next start once the mirror shows `revision`."""
@@ -127,14 +145,6 @@ class Homes:
     def _release(self, revision: int) -> None:
         for node in [node for node, until in self._in_use.items() if until is not None and until <= revision]:
             del self._in_use[node]
-
-    def _rooms(self, snapshot: view.Snapshot) -> Iterator[rooms.Room]:
-        """The nodes' rooms, a moment old."""
-        now_ns = self._world.boot_ns()
-        if now_ns - self._looked_ns > _REFRESH_NS:
-            self._looked_ns = now_ns
-            self.fleet.look(snapshot)
-        return self.fleet.rooms()
 
 
 class Reservation:

@@ -15,7 +15,7 @@ Every instance that stays waiting has a reason that a person can act on (`explai
 
 import collections
 import heapq
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -400,23 +400,21 @@ def _text(instance: model.Instance, reason: Reason, counts: Mapping[Reason, int]
 # ---- those about to be born --------------------------------------------------------------------------------------
 
 
-def candidates_for_new(
-    spec: model.Spec, fleet: Iterable[rooms.Room], waiting: Iterable[model.Instance], taken: Set[str]
-) -> list[rooms.Room]:
-    """Nodes for an instance that is about to be born, best first, to create and place it in one transaction; none
-    when it should rather queue: because no node fits, or because one that stands before it could take what there is,
-    or has a node kept free. `taken`: nodes that another start of this process is using at this moment."""
-    for looked_at, other in enumerate(waiting):
-        if looked_at >= _LOOKED_AT or _competes(other, spec):
-            return []
-    kind = kind_of(spec)
+def may_be_born_placed(spec: model.Spec, waiting: Iterable[model.Instance]) -> bool:
+    """Whether an instance that is about to be born may be given a node at once: not when one that stands before it
+    could take what there is, or has a node kept free."""
+    return not any(looked_at >= _LOOKED_AT or _competes(other, spec) for looked_at, other in enumerate(waiting))
+
+
+def candidates_for_new(kind: _Kind, fleet: Iterable[rooms.Room]) -> list[model.NodeId]:
+    """Nodes for an instance that is about to be born, best first, to create and place it in one transaction."""
     fitting = [
-        room
+        (_missing(room.host, kind.digest), room.load(), room.host.id)
         for room in fleet
-        if room.fits(kind.need) and room.host.id not in taken and verdict(room.host, kind) is None
+        if room.fits(kind.need) and verdict(room.host, kind) is None
     ]
-    fitting.sort(key=lambda room: (_missing(room.host, spec.digest), room.load(), room.host.id))
-    return fitting
+    fitting.sort()
+    return [id for *_, id in fitting]
 
 
 def fits(host: rooms.Host, spec: model.Spec) -> bool:

@@ -80,6 +80,14 @@ class Table(Generic[V]):
         for shard in self._shards:
             yield from shard
 
+    def differing(self, other: "Table[V]") -> Iterator[str]:
+        """Keys whose values are not the very same objects in both; quick when few shards are."""
+        for mine, its in zip(self._shards, other._shards, strict=True):
+            if mine is not its:
+                for key in mine.keys() | its.keys():
+                    if mine.get(key) is not its.get(key):
+                        yield key
+
     def values(self) -> Iterator[V]:
         for shard in self._shards:
             yield from shard.values()
@@ -249,9 +257,21 @@ class Snapshot:
     def orders_on(self, node: str) -> Iterator[codec.Kept[model.Order]]:
         return iter((self._orders.get(node) or {}).values())
 
-    def orders_key(self, node: str) -> object:
-        """The same object as long as the node's orders are the same."""
-        return self._orders.get(node)
+    def nodes_differing(self, other: "Snapshot") -> set[str]:
+        """Nodes whose room may not be the same in both."""
+        if self.breach != other.breach:
+            return {*self._nodes.keys(), *other._nodes.keys()}
+        found = set(self._nodes.differing(other._nodes))
+        for mine, its in (
+            (self._sessions, other._sessions),
+            (self._ledgers, other._ledgers),
+            (self._words, other._words),
+            (self._alive, other._alive),
+            (self._orders, other._orders),
+            (self._adopted, other._adopted),
+        ):
+            found.update(mine.differing(its))  # type: ignore[arg-type]
+        return found
 
     def question(self, node: str, slot: int) -> codec.Kept[model.Question] | None:
         return (self._questions.get(node) or {}).get(str(slot))
