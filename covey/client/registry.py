@@ -85,8 +85,14 @@ class Registry:
 
     async def hold_name(self, name: str) -> model.TemplateId:
         """The id of the template of this name; a new name gets a fresh id. Harmless when repeated."""
-        held = await self._http.ask("POST", "/registry/v2/vm", oci.NameHeld, oci.NameAsk(name=name), repeatable=True)
-        return held.id
+        held: list[oci.NameHeld] = []
+
+        async def once() -> None:
+            ask = oci.NameAsk(name=name)
+            held.append(await self._http.ask("POST", "/registry/v2/vm", oci.NameHeld, ask, repeatable=True))
+
+        await self._line.persist(once, lambda: 0)
+        return held[-1].id
 
     # ---- manifests -------------------------------------------------------------------------------------------------
 

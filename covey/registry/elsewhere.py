@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import aiohttp
 
@@ -16,15 +17,16 @@ _TRIES = 5  # of one transfer that is cut, as long as it moves
 
 
 class Registries:
-    """`scrub.Elsewhere`: the registries of `urls`, asked one after the other."""
+    """`scrub.Elsewhere`: the registries of `urls`, asked one after the other. `ca_cert`: believed where by https."""
 
-    def __init__(self, urls: Sequence[str], blobs: blobs.Blobs) -> None:
+    def __init__(self, urls: Sequence[str], blobs: blobs.Blobs, *, ca_cert: Path | None = None) -> None:
         self._urls = urls
         self._blobs = blobs
+        self._ca_cert = ca_cert
 
     async def fetch(self, repository: str, digest: model.Digest) -> bool:
         for url in self._urls:
-            async with http.Endpoints([url]) as endpoints:
+            async with http.Endpoints([url], ca_cert=self._ca_cert) as endpoints:
                 remote = client.Registry(endpoints, patience_s=5.0)
                 try:
                     if await self._manifest(remote, repository, digest) or await self._blob(remote, repository, digest):

@@ -6,6 +6,7 @@ they do it about once. A fault in it is logged, once, and tried again later; it 
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import msgspec
 
@@ -28,6 +29,7 @@ class Settings(model.Noun, frozen=True, kw_only=True):
     scrub_every_s: float = 7 * 24 * 3600.0
     scrub_bytes_per_s: float = 50e6
     heal_from: tuple[str, ...] = ()
+    ca_cert: Path | None = None  # believed where those are reached by https
 
 
 def of(chosen: settings.Registry) -> Settings:
@@ -39,6 +41,7 @@ def of(chosen: settings.Registry) -> Settings:
         scrub_every_s=chosen.scrub_every_s,
         scrub_bytes_per_s=chosen.scrub_mb_per_s * 1e6,
         heal_from=chosen.heal_from,
+        ca_cert=chosen.ca_cert,
     )
 
 
@@ -53,6 +56,7 @@ class Upkeep:
         world: world.World,
         wanted: Settings,
     ) -> None:
+        others = elsewhere.Registries(wanted.heal_from, catalog.blobs, ca_cert=wanted.ca_cert)
         self.figures = figures.Figures()
         self.collector = sweep.Collector(catalog, care, log_care, wanted.periods)
         self.scrub = scrub.Scrub(
@@ -60,7 +64,7 @@ class Upkeep:
             care,
             world,
             bytes_per_s=wanted.scrub_bytes_per_s,
-            elsewhere=elsewhere.Registries(wanted.heal_from, catalog.blobs) if wanted.heal_from else None,
+            elsewhere=others if wanted.heal_from else None,
         )
         self._blobs = catalog.blobs
         self._care = care

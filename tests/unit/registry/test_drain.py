@@ -70,6 +70,17 @@ async def test_the_client_resumes_by_itself_after_a_restart(tmp_path: Path) -> N
     assert pulled.files[0].read_bytes() == path.read_bytes()
 
 
+async def test_a_push_begun_while_the_registry_starts_waits_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "layer"
+    path.write_bytes(PIECE)
+    async with registry.process(tmp_path / "base") as first, registry.talking(first) as remote:
+        first.send(signal.SIGTERM)
+        assert await first.ended() == 0
+        push = asyncio.create_task(templates.push_template(remote, "mac", "v1", [path], arch=model.Arch.AMD64))
+        async with registry.process(tmp_path / "base", port=first.port):
+            assert (await push).version == 0
+
+
 async def test_a_download_that_runs_is_finished(tmp_path: Path) -> None:
     async with registry.process(tmp_path, grace_s=5.0) as server:
         content = PIECE * 30
