@@ -1,3 +1,3 @@
 """Covey: a highly available build cloud. See docs/architecture.md."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
