@@ -47,7 +47,8 @@ class Home(model.Noun, frozen=True, kw_only=True):
 
 
 class Identity(model.Noun, frozen=True, kw_only=True):
-    """`host_key` is drawn once per data directory: another host with the same node id is refused by it."""
+    """`host_key` is drawn once per data directory: the node's id follows from it, and by it another host with the same
+    node id is refused."""
 
     host_key: str
     home: Home | None = None  # None: not noted yet
@@ -77,6 +78,7 @@ class File:
 
     def __init__(self, data: Path | None, clock: world.World, *, sync: bool = True) -> None:
         self._data = data
+        self._clock = clock
         self._sync = sync
         self._learnt = learnt(data)
         self._path = None if data is None else data / "node.json"
@@ -104,8 +106,11 @@ class File:
                     f"{home.path} is a copy of {before.path}, or was moved: if it was moved, `covey join` again; a copy"
                     " must not run, it would take the node from the first one"
                 )
+        now = self.now
+        if before is not None and not now.node and before.elsewhere(home):  # of an image, say: the key makes the node
+            now = Identity(host_key=self._clock.secret())
         if before != home:
-            self.write(msgspec.structs.replace(self.now, home=home))
+            self.write(msgspec.structs.replace(now, home=home))
 
     def write(self, identity: Identity) -> None:
         """Durable when it returns."""

@@ -55,9 +55,10 @@ class Left(NamedTuple):
 
 
 def node_id(join: wire.Join) -> model.NodeId:
-    """The id a join is about. At the first one it follows from what the agent made up, so that a repeat of a join
-    whose reply was lost is about the same node."""
-    return join.node or model.NodeId(str(uuid.uuid5(_NAMES, f"{join.host_key}\0{_sha(join.secret)}")))
+    """The id a join is about. As long as its agent knows none it follows from the key of its data directory, so that
+    a join whose answer was lost is of the same node when it comes again, also from the agent's next life: no node is
+    left behind that nobody is (safety S7)."""
+    return join.node or model.NodeId(str(uuid.uuid5(_NAMES, join.host_key)))
 
 
 async def join(writer: commit.Writer, snapshot: view.Snapshot, join: wire.Join, until_ns: int = 0) -> JoinAnswer:

@@ -332,6 +332,8 @@ class Truth:
         all is well."""
         if self._runs:
             return f"S19: these ran when the store was restored, and no node has told of them: {sorted(self._runs)}"
+        if strangers := self.nodes.keys() - {node.id for node in cloud}:
+            return f"S7: no host is any of these nodes: {sorted(strangers)}"
         rooms = {node.id: self._room(node) for node in cloud if self._open(node)}
         for id, now in self.instances.items():
             free = [node for node, room in rooms.items() if room > 0 and now.spec.node in ("", node)]

@@ -41,6 +41,22 @@ def test_a_copy_on_another_host_does_not_begin(joined: Path, explicit: bool) -> 
         file(joined).settle(home(joined, "another-host"), explicit=explicit)
 
 
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_copy_from_before_the_first_join_is_another_node(tmp_path: Path, explicit: bool) -> None:
+    """(safety S7) An image in which an agent had begun: the node's id follows from the key."""
+    data = tmp_path / "first"
+    mine = file(data)
+    mine.settle(home(data), explicit=False)
+    mine.pend("secret")
+    copy = file(data)
+    assert copy.now.host_key == mine.now.host_key
+    copy.settle(home(data), explicit=explicit)
+    assert copy.pend("newer") == ("secret",), "this is its own directory"
+    copy.settle(home(data, "another-host"), explicit=explicit)
+    assert copy.now.host_key != mine.now.host_key
+    assert copy.pend("newest") == ()
+
+
 def test_a_node_whose_file_is_damaged_does_not_become_another_one_by_itself(joined: Path) -> None:
     """Its VMs run on, and another node's would be removed as wanted by nobody (promise I4)."""
     good = (joined / "node.json").read_bytes()

@@ -55,6 +55,19 @@ async def test_the_same_join_again_is_the_same_life() -> None:
         assert len(list((await c.look()).nodes())) == 1
 
 
+async def test_a_first_join_whose_answer_was_lost_comes_from_the_next_life_as_the_same_node() -> None:
+    """Safety S7: else a node stays that nobody is, and what was placed there is held by nobody for ever."""
+    async with cloud.running() as c:
+        first = await join(c, nouns.join(host_key="host", secret="one"))
+        assert isinstance(first, commit_nodes.Joined)
+        second = await join(c, nouns.join(host_key="host", secret="two", last_secret="one"))
+        assert isinstance(second, commit_nodes.Joined)
+        assert second.session.noun.counter == 2, "a life of its own: the first one's may still be frozen somewhere"
+        assert [node.noun.id for node in (await c.look()).nodes()] == [first.node.noun.id]
+        late = await join(c, nouns.join(host_key="host", secret="one"))
+        assert late == commit_nodes.JoinRefused(Why.SECRET)
+
+
 async def test_a_restart_takes_over_at_once() -> None:
     """Safety S7: with the last secret, on the same host."""
     async with cloud.running() as c:
