@@ -16,7 +16,12 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# A commit is tested alike each time; `--hypothesis-profile=default` looks further.
+hypothesis.settings.register_profile("covey", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("covey")
 
 MARK = "COVEY_TEST_RUN"
 GRACE_S = float(os.environ.get("COVEY_TEST_GRACE_S", "5"))

@@ -51,12 +51,13 @@ class Ranges:
 
     def gap(self, limit: int, size: int) -> tuple[int, int] | None:
         """The first range below `size` that is not in the set, at most `limit` long."""
-        low = 0
+        low, high = 0, size
         for start, end in self._spans:
             if start > low:
-                return low, min(start, low + limit, size)
-            low = max(low, end)
-        return (low, min(low + limit, size)) if low < size else None
+                high = min(start, size)
+                break
+            low = end
+        return (low, min(low + limit, high)) if low < high else None
 
     @property
     def prefix(self) -> int:

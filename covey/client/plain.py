@@ -2,10 +2,8 @@
 
 A node says a few hundred bytes at a time, and a process may play hundreds of nodes: what a general client does for
 each request (cookies, redirects, proxies, streams) costs more there than the call. So a request is written in one
-piece, and its answer is gathered until it is whole. What this does not speak (`takes` says so) is left to the general
-client: TLS, addresses with credentials, names that need quoting.
-
-An answer's body is as long as its Content-Length says, comes in chunks, or ends with the connection.
+piece, and its answer, read by aiohttp's parser, is gathered until it is whole. What this does not speak (`takes` says
+so) is left to the general client: TLS, addresses with credentials, names that need quoting.
 """
 
 import asyncio
@@ -18,16 +16,17 @@ from typing import NamedTuple, cast
 
 import aiohappyeyeballs
 import multidict
+from aiohttp import base_protocol, http_exceptions, streams
+from aiohttp import http as aiohttp_http
 
 IDLE_S = 60.0  # a connection that was not used for so long is not used again
 _DELAY_S = 0.25  # before another of a name's addresses is tried beside the first (RFC 8305)
-_HEAD_BYTES = 1 << 16
-_END = b"\r\n\r\n"
+_GATHER_BYTES = 1 << 30  # of a body, before the parser would ask us to read slower; servers bound their answers
 
 
 class Answer(NamedTuple):
     status: int
-    headers: multidict.CIMultiDict[str]
+    headers: multidict.CIMultiDictProxy[str]
     body: bytes
 
 
@@ -71,7 +70,7 @@ class Lines:
         lines += [f"{name}: {value}" for name, value in headers.items()]
         if data is not None or method not in ("GET", "HEAD", "DELETE"):
             lines.append(f"Content-Length: {len(data or b'')}")
-        request = "\r\n".join(lines).encode() + _END + (data or b"")
+        request = "\r\n".join(lines).encode() + b"\r\n\r\n" + (data or b"")
         line = await self._line(place)
         try:
             answer = await line.ask(request, method == "HEAD")
@@ -113,116 +112,99 @@ class Lines:
         )
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _, line = await loop.create_connection(lambda: _Line(self._open), sock=sock)
+            _, line = await loop.create_connection(lambda: _Line(loop, self._open), sock=sock)
         except BaseException:
             sock.close()
             raise
         return line
 
 
-class _Line(asyncio.Protocol):
+class _Line(base_protocol.BaseProtocol):
     """One connection, one request at a time."""
 
-    def __init__(self, others: "set[_Line]") -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, others: "set[_Line]") -> None:
+        super().__init__(loop)
         self.used_s = 0.0
         self._others = others
-        self._transport: asyncio.Transport | None = None
         self._waiting: asyncio.Future[Answer] | None = None
-        self._received = bytearray()
-        self._head: tuple[int, multidict.CIMultiDict[str]] | None = None
-        self._bodiless = False
-        self._size: int | None = None  # None: until the end of the connection; -1: in chunks
+        self._parser: aiohttp_http.HttpResponseParser | None = None
+        self._answer: tuple[aiohttp_http.RawResponseMessage, streams.StreamReader] | None = None
         self._keeps = True
 
     @property
     def reusable(self) -> bool:
-        return self._keeps and self._transport is not None and not self._transport.is_closing()
+        return self._keeps and self.transport is not None and not self.transport.is_closing()
 
     def ask(self, request: bytes, bodiless: bool) -> "asyncio.Future[Answer]":
-        self._waiting = asyncio.get_running_loop().create_future()
-        self._received.clear()
-        self._head, self._bodiless = None, bodiless
-        if self._transport is None:
+        self._waiting = self._loop.create_future()
+        self._answer = None
+        self._parser = aiohttp_http.HttpResponseParser(
+            self,
+            self._loop,
+            _GATHER_BYTES,
+            response_with_body=not bodiless,
+            read_until_eof=True,
+            auto_decompress=False,  # nothing packed was asked for
+        )
+        if self.transport is None:
             self._waiting.set_exception(Broken("the server closed the connection"))
         else:
-            self._transport.write(request)
+            self.transport.write(request)
         return self._waiting
 
     def close(self) -> None:
         self._keeps = False
-        if self._transport is not None:
-            self._transport.abort()
+        if self.transport is not None:
+            self.transport.abort()
 
     # ---- what the event loop tells ---------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        super().connection_made(transport)
         self._others.add(self)
 
-    def connection_lost(self, error: Exception | None) -> None:
-        self._transport = None
+    def connection_lost(self, error: BaseException | None) -> None:
+        super().connection_lost(error)
         self._others.discard(self)
-        if self._waiting is None or self._waiting.done():
+        if self._parser is None or self._waiting is None or self._waiting.done():
             return
-        if self._head is not None and self._size is None and error is None:
-            self._finish(bytes(self._received))
-        else:
-            self._break(f"{type(error).__name__} {error}" if error else "the server closed the connection")
+        if self._answer is not None and error is None:
+            try:
+                self._parser.feed_eof()  # ends a body that is as long as the connection
+            except http_exceptions.HttpProcessingError:
+                self._answer = None
+            if self._finish():
+                return
+        self._break(f"{type(error).__name__} {error}" if error else "the server closed the connection")
 
     def data_received(self, data: bytes) -> None:
-        if self._waiting is None or self._waiting.done():  # nobody asked
+        if not data:  # aiohttp's reader says so that it has room again
+            return
+        if self._parser is None or self._waiting is None or self._waiting.done():  # nobody asked
             self.close()
             return
-        self._received += data
         try:
-            while self._head is None:
-                if not self._read_head():
-                    return
-            self._read_body()
-        except (ValueError, IndexError):
+            messages, _, _ = self._parser.feed_data(data)
+        except http_exceptions.HttpProcessingError:
             self._break("the answer is no HTTP")
-
-    def _read_head(self) -> bool:
-        """Take the head off what came, once it is whole. What only announces the answer (1xx) is passed over."""
-        end = self._received.find(_END)
-        if end < 0:
-            if len(self._received) > _HEAD_BYTES:
-                raise ValueError
-            return False
-        first, *fields = bytes(self._received[:end]).decode("latin-1").split("\r\n")
-        del self._received[: end + len(_END)]
-        version, status = first.split(" ", 2)[:2]
-        if not version.startswith("HTTP/1."):
-            raise ValueError
-        if 100 <= int(status) < 200:
-            return True
-        headers = multidict.CIMultiDict(_field(text) for text in fields)
-        self._head = int(status), headers
-        connection = headers.get("Connection", "").lower()
-        self._keeps = connection != "close" and (version == "HTTP/1.1" or connection == "keep-alive")
-        if self._bodiless or int(status) in (204, 304):
-            self._size = 0
-        elif "chunked" in headers.get("Transfer-Encoding", "").lower():
-            self._size = -1
-        else:
-            length = headers.get("Content-Length")
-            self._size = None if length is None else int(length)
-            self._keeps = self._keeps and length is not None
-        return True
-
-    def _read_body(self) -> None:
-        if self._size is None:
             return
-        if self._size >= 0:
-            if len(self._received) >= self._size:
-                self._keeps = self._keeps and len(self._received) == self._size
-                self._finish(bytes(self._received[: self._size]))
-        elif (body := _unchunked(self._received)) is not None:
-            self._finish(body)
+        for message, body in messages:
+            if message.code >= 200:  # what only announces the answer (1xx) is passed over
+                self._keeps = self._keeps and self._answer is None and not message.should_close
+                self._answer = self._answer or (message, body)
+        if self._answer is not None and self._answer[1].is_eof():
+            self._keeps = self._keeps and self._parser.feed_eof() is None  # else more than the answer came
+            self._finish()
 
-    def _finish(self, body: bytes) -> None:
-        if self._head is not None and self._waiting is not None:
-            self._waiting.set_result(Answer(*self._head, body))
+    def _finish(self) -> bool:
+        """Hand over what came, if it is whole."""
+        if self._answer is None or self._waiting is None or not self._answer[1].is_eof():
+            return False
+        message, body = self._answer
+        if body.exception() is not None:
+            return False
+        self._waiting.set_result(Answer(message.code, message.headers, body.read_nowait()))
+        return True
 
     def _break(self, why: str) -> None:
         if self._waiting is not None and not self._waiting.done():
@@ -252,28 +234,3 @@ def _literal(place: Place) -> "list[aiohappyeyeballs.AddrInfoType]":
 
 def _is_plain(value: str) -> bool:
     return value.isascii() and value.isprintable()
-
-
-def _field(text: str) -> tuple[str, str]:
-    name, mark, value = text.partition(":")
-    if not mark:
-        raise ValueError
-    return name, value.strip()
-
-
-def _unchunked(received: bytearray) -> bytes | None:
-    """The body, when its last chunk and the trailer are there. Raises ValueError."""
-    parts: list[bytes] = []
-    at = 0
-    while (end := received.find(b"\r\n", at)) >= 0:
-        size = int(received[at:end].partition(b";")[0], 16)
-        if size < 0:
-            raise ValueError
-        if size == 0:
-            whole = received.startswith(b"\r\n", end + 2) or received.find(_END, end + 2) >= 0
-            return b"".join(parts) if whole else None
-        if len(received) < end + 2 + size + 2:
-            return None
-        parts.append(bytes(received[end + 2 : end + 2 + size]))
-        at = end + 2 + size + 2
-    return None

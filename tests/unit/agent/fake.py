@@ -255,7 +255,7 @@ def _envelope(body: object, status: int = 200) -> web.Response:
     return web.Response(body=msgspec.json.encode(envelope), status=status, content_type="application/json")
 
 
-async def until(condition: Callable[[], object], what: str, limit_s: float = 20.0) -> None:
+async def until(condition: Callable[[], object], what: str, limit_s: float = 60.0) -> None:
     """Wait until `condition` holds; fail with `what` at the deadline."""
     deadline = time.monotonic() + limit_s
     while not condition():

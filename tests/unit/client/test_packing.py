@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from backports import zstd
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from covey import world
@@ -122,6 +122,7 @@ def test_bytes_with_holes_are_the_same_bytes(
 
 
 @settings(deadline=None)
+@example([(0, 10), (10, 20), (30, 20), (51, 1)])
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=30))
 def test_ranges_are_the_set_of_what_was_added(spans: list[tuple[int, int]]) -> None:
     ranges, model = partial.Ranges(), set[int]()
