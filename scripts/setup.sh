@@ -77,6 +77,7 @@ missing_packages() {
     have nft || echo nftables
     have ip || echo iproute2
     have mke2fs || echo e2fsprogs
+    have mkfs.xfs || echo xfsprogs
     have skopeo || echo skopeo
 }
 

@@ -68,7 +68,7 @@ PARTS = (
     Part("cluster", 330, 1200, tests=("tests/cluster",), workers=2),
     Part("operate", 200, 900, tests=("tests/operate",), workers=2),
     Part("topology", 170, 600, tests=("tests/topology",)),
-    Part("registry", 150, 600, tests=("tests/registry",), workers=2),
+    Part("registry", 180, 900, tests=("tests/registry",), workers=2),
     Part("contract", 150, 600, tests=("tests/contract",)),
     Part("mutants", 180, 900, tests=("tests/mutants",)),
     Part(

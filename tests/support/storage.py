@@ -23,12 +23,12 @@ CONFIG = b"{}"
 class Storage:
     """Everything that serves one folder."""
 
-    def __init__(self, base: Path, chance: world.World | None = None) -> None:
+    def __init__(self, base: Path, chance: world.World | None = None, *, fsync: bool = False) -> None:
         world_ = chance or world.System()
         self.base = base
-        self.blobs = disk.Disk(base, world_, fsync=False)
-        self.logs = journal.Journal(base, world_, fsync=False)
-        self.care = disk_care.DiskCare(base, world_, fsync=False)
+        self.blobs = disk.Disk(base, world_, fsync=fsync)
+        self.logs = journal.Journal(base, world_, fsync=fsync)
+        self.care = disk_care.DiskCare(base, world_, fsync=fsync)
         self.catalog = catalog.Catalog(self.blobs, self.logs, world_)
 
     def close(self) -> None:
@@ -73,8 +73,8 @@ class Storage:
 
 
 @contextlib.contextmanager
-def opened(base: Path) -> Iterator[Storage]:
-    place = Storage(base)
+def opened(base: Path, *, fsync: bool = False) -> Iterator[Storage]:
+    place = Storage(base, fsync=fsync)
     try:
         yield place
     finally:
