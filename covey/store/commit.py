@@ -3,8 +3,8 @@
 A write is a *rule*: a pure function that reads nouns through a `Reading` and answers with a `Write` or with a plain
 value (a refusal, or "it is so already"). Everything a rule reads is compared by the transaction that carries its
 writes, together with the store's format (safety S27), so a write happens exactly if what it was decided on still
-stands. When it does not, the transaction's other branch brings the present values and the rule decides again on them:
-callers get a definite answer without waiting for the mirror.
+stands. When it does not, the present values are read and the rule decides again on them: callers get a definite answer
+without waiting for the mirror.
 
 The format key is also a fence: it is written anew when the store is found restored from a backup (safety S18), and
 what was decided on a view from before that is never written, whatever revisions its guards name.
@@ -24,7 +24,7 @@ the bytes it finds. Nothing is sent for a request after `until_ns` (safety S24).
 
 import asyncio
 import functools
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -251,20 +251,21 @@ class Writer:
                 return verdict
             verdict = Write((), functools.partial(_same, verdict))
         write: Write[R] = verdict
-        keys = (schema.FORMAT_KEY, *reading.guards)
         compares = (self._fence(snapshot), *reading.guards.values())
-        otherwise = tuple(base.Get(key) for key in keys)
         ops = await self._lease_out(write.ops)
         try:
-            outcome = await self.settle(base.Txn(compares, ops, otherwise), until_ns)
+            outcome = await self.settle(base.Txn(compares, ops), until_ns)
         except errors.Rejected:
             if ops == write.ops:
                 raise
             self._leases.clear()  # perhaps a shared lease ended early: once more with a new one
             ops = await self._lease_out(write.ops)
-            outcome = await self.settle(base.Txn(compares, ops, otherwise), until_ns)
+            outcome = await self.settle(base.Txn(compares, ops), until_ns)
         if outcome.succeeded:
             return write.answer(outcome.revision)
+        keys = (schema.FORMAT_KEY, *reading.guards)
+        if not outcome.got:  # it lost, and nothing was done: see against what
+            outcome = await self.settle(base.Txn((), _gets(keys)), until_ns)
         found = dict(zip(keys, outcome.got, strict=True))
         written = _own(ops, found, reading.tx)
         if written is not None:
@@ -285,6 +286,8 @@ class Writer:
         """Send one transaction until its outcome is definite (safety S15), but nothing after `until_ns`.
 
         Rejected is definite also after Unsure: an earlier copy that was applied would have made the guards fail first.
+        A copy brings the guarded keys' values when it loses, so that the work of the first one is known by them; the
+        first does without: reads for the case that it loses would cost every write.
         """
         unsure = False
         pause_s = _RESEND_S
@@ -297,6 +300,7 @@ class Writer:
             except errors.Unsure:
                 unsure = True
                 self.unsure.setdefault(mine, self.world.boot_ns())
+                txn = txn._replace(otherwise=txn.otherwise or _gets(compare.key for compare in txn.compares))
             except errors.Unavailable:
                 if not unsure:  # this copy was not applied, but an earlier one may yet be
                     raise
@@ -352,6 +356,10 @@ class _Again(NamedTuple):
 
 def _same(answer: R, _revision: int) -> R:
     return answer
+
+
+def _gets(keys: Iterable[str]) -> tuple[base.Get, ...]:
+    return tuple(base.Get(key) for key in keys)
 
 
 def _own(ops: tuple[base.Op, ...], found: Mapping[str, base.Kv | None], tx: str) -> int | None:
