@@ -15,7 +15,7 @@ Nothing is decided while the mirror is not ready, and then every observation sta
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 
 from covey import errors, model, observe
 from covey import world as worlds
@@ -33,6 +33,7 @@ _PATIENCE_NS = 1 * _NS
 _PAUSE_S = 0.2
 _PER_NODE = 25  # placements in one transaction
 _AT_ONCE = 64
+_FORGOTTEN = 20  # instances in one transaction: each may need four operations
 _CATCH_UP_S = 1.0
 _SAMPLE_NS = 60 * _NS
 _HOUR_NS = 3600 * _NS
@@ -187,9 +188,15 @@ class Loop:
         mine = deadlines.ripe(self._observed, self._spans, now_ns, patience_ns)
         if now_ns - self._nodes_looked_ns >= min(_NODES_NS, self._spans.silent_ns // 20):
             mine += self._watch_nodes(snapshot, now_ns, patience_ns)
+        spent = [thing.id for thing in mine if thing.kind == deadlines.Kind.TERMINATED]
+        rest = [thing for thing in mine if thing.kind != deadlines.Kind.TERMINATED]
         works: list[Callable[[], Awaitable[object]]] = [
             *(functools.partial(self._replace, snapshot, kept) for kept in watchlist.stranded(snapshot, self.silent)),
-            *(functools.partial(self._act, snapshot, thing) for thing in sorted(mine, key=_can_wait)),
+            *(functools.partial(self._act, snapshot, thing) for thing in sorted(rest, key=_can_wait)),
+            *(
+                functools.partial(self._forget, snapshot, spent[start : start + _FORGOTTEN])
+                for start in range(0, len(spent), _FORGOTTEN)
+            ),
             *(functools.partial(self._give_up, snapshot, kept) for kept in watchlist.hopeless(snapshot)),
             *(functools.partial(self._clear, snapshot, id) for id in watchlist.unfinished_removals(snapshot)),
         ]
@@ -227,6 +234,10 @@ class Loop:
     async def _give_up(self, snapshot: view.Snapshot, kept: commit_instances.Instance) -> object:
         return await commit_instances.fail(self._writer, snapshot, kept, "The node asked for was removed")
 
+    async def _forget(self, snapshot: view.Snapshot, ids: Sequence[str]) -> object:
+        found = [kept for id in ids if (kept := snapshot.instance(id)) is not None]
+        return await commit_instances.forget(self._writer, snapshot, found)
+
     async def _clear(self, snapshot: view.Snapshot, node: str) -> object:
         return await commit_nodes.clear_removed(self._writer, snapshot, model.NodeId(node), self._writer.who)
 
@@ -261,8 +272,6 @@ class Loop:
             case deadlines.Kind.ERROR:
                 decision = model.Decision(who=self._writer.who, why="it was in Error for a day")
                 return await commit_instances.reap(self._writer, snapshot, kept, decision)
-            case deadlines.Kind.TERMINATED:
-                return await commit_instances.forget(self._writer, snapshot, kept)
         return None
 
     # ---- retention
@@ -294,7 +303,7 @@ class Loop:
 
 def _can_wait(thing: deadlines.Thing) -> bool:
     """What thousands may come to at the same moment, and nobody is in a hurry for."""
-    return thing.kind in (deadlines.Kind.TERMINATED, deadlines.Kind.WAITING)
+    return thing.kind == deadlines.Kind.WAITING
 
 
 async def sweep(writer: commit.Writer, snapshot: view.Snapshot) -> int:

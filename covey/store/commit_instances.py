@@ -278,22 +278,30 @@ async def update(
     return await writer.run(snapshot, rule, until_ns=until_ns)
 
 
-async def forget(writer: commit.Writer, snapshot: view.Snapshot, instance: Instance) -> bool | commit.Lost:
-    """Remove a Terminated instance, its outputs, and its script when no other instance of the request is left."""
+async def forget(writer: commit.Writer, snapshot: view.Snapshot, instances: Sequence[Instance]) -> int | commit.Lost:
+    """Remove Terminated instances, their outputs, and each script when no other instance of its request is left: all
+    in one transaction, but for those that are not as they were any more. Answers with how many went."""
 
-    def rule(reading: commit.Reading) -> commit.Write[bool | commit.Lost] | bool | commit.Lost:
-        old = reading.instance(instance.noun.id)
-        if old is None:
-            return False
-        step = lifecycle.step(old.noun.state, Event.FORGOTTEN)
-        if old.revision != instance.revision or step is None or step.state is not None:
-            return commit.Lost("it changed meanwhile")
-        keys = [schema.instance(old.noun.id)]
-        keys += [schema.output(old.noun.id, stream) for stream in ("stdout", "stderr")]
-        script = old.noun.spec.script
-        if script is not None and snapshot.script_users(script.key) <= 1:
-            keys.append(schema.script(script.key))
-        return commit.Write(tuple(base.Delete(key) for key in keys), lambda _: True)
+    def rule(reading: commit.Reading) -> commit.Write[int | commit.Lost] | int:
+        keys: list[str] = []
+        users: dict[str, int] = {}
+        count = 0
+        for instance in instances:
+            id = instance.noun.id
+            known = snapshot.instance(id)
+            step = None if known is None else lifecycle.step(known.noun.state, Event.FORGOTTEN)
+            if known is None or known.revision != instance.revision or step is None or step.state is not None:
+                continue
+            reading.instance(id)
+            count += 1
+            keys.append(schema.instance(id))
+            script = known.noun.spec.script
+            if script is not None or known.noun.script_result is not None:
+                keys += [schema.output(id, stream) for stream in ("stdout", "stderr")]
+            if script is not None:
+                users[script.key] = users.get(script.key, 0) + 1
+        keys += [schema.script(key) for key, gone in users.items() if snapshot.script_users(key) <= gone]
+        return commit.Write(tuple(base.Delete(key) for key in keys), lambda _: count) if count else 0
 
     return await writer.once(snapshot, rule)
 

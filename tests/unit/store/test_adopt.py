@@ -453,7 +453,7 @@ async def test_what_was_forgotten_after_its_end_is_not_made_again() -> None:
         node = await c.join()
         (id,) = await c.create()
         await c.terminate(id)
-        await commit_instances.forget(c.writer, await c.look(), await c.kept(id))
+        await commit_instances.forget(c.writer, await c.look(), [await c.kept(id)])
         await restore(c, backup(c), cluster="another")
         await tell(c, node, held(id))
         assert (await c.look()).instance(id) is None

@@ -250,9 +250,9 @@ async def test_forgetting_leaves_no_key_of_the_instance() -> None:
         ids = await c.create(2, script=script)
         for id in ids:
             await c.terminate(id)
-        assert isinstance(await commit_instances.forget(c.writer, await c.look(), (await c.kept(ids[0]))), bool)
+        assert await commit_instances.forget(c.writer, await c.look(), [await c.kept(ids[0])]) == 1
         assert len(await c.values(schema.SCRIPTS)) == 1, "the other instance still refers to it"
-        await commit_instances.forget(c.writer, await c.look(), await c.kept(ids[1]))
+        await commit_instances.forget(c.writer, await c.look(), [await c.kept(ids[1])])
         for prefix in (schema.INSTANCES, schema.OUTPUTS, schema.SCRIPTS):
             assert await c.values(prefix) == [], prefix
 
@@ -260,8 +260,28 @@ async def test_forgetting_leaves_no_key_of_the_instance() -> None:
 async def test_only_what_is_over_is_forgotten() -> None:
     async with cloud.running() as c:
         (id,) = await c.create()
-        assert isinstance(await commit_instances.forget(c.writer, await c.look(), await c.kept(id)), commit.Lost)
+        assert await commit_instances.forget(c.writer, await c.look(), [await c.kept(id)]) == 0
         assert (await c.instance(id)).state == State.SCHEDULING
+
+
+async def test_many_are_forgotten_at_once_but_for_those_that_changed() -> None:
+    async with cloud.running() as c:
+        script = model.Script(key="s")
+        ids = await c.create(4, script=script)
+        for id in ids[:3]:
+            await c.terminate(id)
+        spent = [await c.kept(id) for id in ids]
+        await commit_instances.update(c.writer, await c.look(), model.InstanceId(ids[2]), metadata={"k": 1})
+        before = len(c.flaky.commits)
+        assert await commit_instances.forget(c.writer, await c.look(), spent) == 2
+        assert len(c.flaky.commits) == before + 1
+        assert {instance.noun.id for instance in (await c.look()).instances()} == set(ids[2:])
+        assert len(await c.values(schema.SCRIPTS)) == 1
+        stale = await c.look()
+        await commit_instances.update(c.writer, stale, model.InstanceId(ids[2]), metadata={"k": 2})
+        lost = await commit_instances.forget(c.writer, stale, [await c.kept(ids[2])])
+        assert lost == 0 or isinstance(lost, commit.Lost)
+        assert (await c.instance(ids[2])).metadata == {"k": 2}
 
 
 async def test_reaping_an_error_frees_its_node_by_order() -> None:
