@@ -5,6 +5,7 @@ each rewrites the node's ledger, and all but one would lose. `Homes` lets one st
 node, until the mirror shows what it wrote. Nothing rests on that but speed: the transaction's guards decide.
 """
 
+import zlib
 from collections import deque
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from covey import model, world
 from covey.decide import permission, placement, rooms
 from covey.store import codec, view
 
-_REFRESH_NS = 10_000_000  # a row of candidates may be this old; the chosen node is looked at anew
+_REFRESH_NS = 50_000_000  # a row of candidates may be this old; the chosen node is looked at anew
 _KINDS = 64  # rows that are kept
 _BORN_TOGETHER = 8  # more instances of one request than this queue: their transaction would be very large
 _NO_LEDGER = "what it holds cannot be read from the store"  # no placement there could be written down
@@ -98,6 +99,8 @@ class Homes:
         self._world = world
         self._rows: dict[Hashable, _Row] = {}
         self._in_use: dict[str, int | None] = {}  # node -> revision that the mirror must show first; None: not known
+        self._salt = world.token().encode()
+        self._likings: dict[str, int] = {}
 
     def reserve(self, snapshot: view.Snapshot, spec: model.Spec, count: int) -> "Reservation":
         """Use as ``with homes.reserve(…) as reservation:``, create at `reservation.nodes` (empty: let them queue), and
@@ -122,7 +125,7 @@ class Homes:
         if len(self._rows) > _KINDS:
             self._rows.clear()
         self.fleet.look(snapshot)
-        found = placement.candidates_for_new(kind, self.fleet.rooms())
+        found = placement.candidates_for_new(kind, self.fleet.rooms(), self._liking)
         row = self._rows[kind] = _Row(now_ns, deque(found))
         nodes = self._first(snapshot, spec, row, count)
         return nodes if len(nodes) == count else []
@@ -136,6 +139,13 @@ class Homes:
             if found is not None and placement.fits(found, spec):
                 nodes.append(id)
         return nodes
+
+    def _liking(self, node: model.NodeId) -> int:
+        """Each controller prefers other ones of equal nodes, so that several seldom meet at one."""
+        known = self._likings.get(node)
+        if known is None:
+            known = self._likings[node] = zlib.crc32(node.encode(), zlib.crc32(self._salt))
+        return known
 
     def release(self, nodes: tuple[model.NodeId, ...], revision: int) -> None:
         """The nodes are free for the next start once the mirror shows `revision`."""

@@ -15,7 +15,7 @@ Every instance that stays waiting has a reason that a person can act on (`explai
 
 import collections
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -406,10 +406,13 @@ def may_be_born_placed(spec: model.Spec, waiting: Iterable[model.Instance]) -> b
     return not any(looked_at >= _LOOKED_AT or _competes(other, spec) for looked_at, other in enumerate(waiting))
 
 
-def candidates_for_new(kind: _Kind, fleet: Iterable[rooms.Room]) -> list[model.NodeId]:
-    """Nodes for an instance that is about to be born, best first, to create and place it in one transaction."""
+def candidates_for_new(
+    kind: _Kind, fleet: Iterable[rooms.Room], preference: Callable[[model.NodeId], float]
+) -> list[model.NodeId]:
+    """Nodes for an instance that is about to be born, best first, to create and place it in one transaction. Of equal
+    ones the one with the lower `preference` comes first: who creates at the same moment should prefer others."""
     fitting = [
-        (_missing(room.host, kind.digest), room.load(), room.host.id)
+        (_missing(room.host, kind.digest), room.load(), preference(room.host.id), room.host.id)
         for room in fleet
         if room.fits(kind.need) and verdict(room.host, kind) is None
     ]

@@ -203,11 +203,11 @@ def test_a_large_queue_is_planned_quickly_whoever_refused_whom() -> None:
     assert time.process_time() - began < 0.8
 
 
-def candidates(wanted: model.Spec, nodes: list[rooms.Host], *waiting: model.Instance) -> list[str]:
+def candidates(wanted: model.Spec, nodes: list[rooms.Host], *waiting: model.Instance, liked: str = "") -> list[str]:
     if not placement.may_be_born_placed(wanted, waiting):
         return []
     fleet = [rooms.room(node) for node in nodes]
-    return list(placement.candidates_for_new(placement.kind_of(wanted), fleet))
+    return list(placement.candidates_for_new(placement.kind_of(wanted), fleet, lambda id: -(id == liked)))
 
 
 def test_a_new_instance_does_not_overtake() -> None:
@@ -217,5 +217,5 @@ def test_a_new_instance_does_not_overtake() -> None:
     assert candidates(spec(priority=1), nodes, instance()) == ["a"]
     assert candidates(spec(), nodes, instance(spec=spec(arch=model.Arch.ARM64))) == ["a"]
     assert candidates(spec(node="a"), nodes, instance(spec=spec(node="b"))) == ["a"]
-    assert candidates(spec(), [host("b"), host("a"), host("c", held=1)]) == ["a", "b", "c"]
+    assert candidates(spec(), [host("b"), host("a"), host("c")], liked="b") == ["b", "a", "c"]
     assert candidates(spec(), [host("b", held=2), host("c", images=frozenset({IMAGE})), host("d")]) == ["c", "d"]
