@@ -24,7 +24,7 @@ the store with its own past and enters the break.
 import asyncio
 import collections
 import contextlib
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any
 
 from covey import errors, observe, wire
@@ -111,11 +111,7 @@ class Mirror:
 
     async def fresh(self) -> view.Snapshot:
         """A snapshot that shows every write answered before this call (promise I6). Raises Unavailable."""
-        try:
-            async with asyncio.timeout(_READ_S):
-                revision = await self._proof.read()
-        except TimeoutError as error:
-            raise errors.Unavailable("the store does not answer") from error
+        revision = await self._proof.read()
         late = False
         if self._draft.revision < revision or not self._listed.is_set():
             try:
@@ -416,21 +412,20 @@ class _SharedRead:
         self._term = 0
         self._cluster = ""
         self.fence = 0  # the format key's mod revision at `revision`
-        self._next: asyncio.Task[int] | None = None
-        self._last: asyncio.Task[int] | None = None
+        self._next: _Round | None = None
+        self._last: _Round | None = None
         self.proved_ns = -PROVED_NS  # when the newest successful read was sent
         self.revision = 0
 
     async def read(self) -> int:
-        """The store's revision, read after this call began."""
-        if self._next is None:
-            self._next = asyncio.create_task(self._read_after(self._last))
-            self._next.add_done_callback(_seen)
-        return await asyncio.shield(self._next)
+        """The store's revision, read after this call began. Raises Unavailable, after `_READ_S` at the latest."""
+        if self._next is None or self._next.asking.done():  # done before it was sent: it was broken off
+            self._next = _Round(self._read_after(self._last))
+        return await self._next.wait()
 
-    async def _read_after(self, before: "asyncio.Task[int] | None") -> int:
-        if before is not None and not before.done():
-            await asyncio.wait((before,))
+    async def _read_after(self, before: "_Round | None") -> int:
+        if before is not None and not before.asking.done():
+            await asyncio.wait((before.asking,))
         self._last, self._next = self._next, None  # from here on, who comes waits for another one
         sent_ns = self._world.boot_ns()
         floor = max(self.revision, self._floor())
@@ -459,6 +454,47 @@ class _SharedRead:
             self._distrust(why)
             raise errors.Unavailable(f"the store was restored: {why}")
         self._term, self._cluster = page.term, page.cluster or self._cluster
+
+
+class _Round:
+    """One read, and those who wait for it, each for `_READ_S` at most. A waiter costs a future and nothing else: there
+    are thousands a second."""
+
+    def __init__(self, read: Coroutine[Any, Any, int]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: list[tuple[float, asyncio.Future[int]]] = []  # since when
+        self.asking = self._loop.create_task(read)
+        self.asking.add_done_callback(self._answer)
+        self._patience = self._loop.call_later(_READ_S, self._give_up)
+
+    async def wait(self) -> int:
+        mine: asyncio.Future[int] = self._loop.create_future()
+        self._waiting.append((self._loop.time(), mine))
+        return await mine
+
+    def _answer(self, task: "asyncio.Task[int]") -> None:
+        """Each waiter gets the answer, or an exception of its own."""
+        self._patience.cancel()
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        for _, one in self._waiting:
+            if one.done():
+                continue
+            if error is None:
+                one.set_result(task.result())
+            elif isinstance(error, errors.CoveyError):
+                one.set_exception(type(error)(*error.args))
+            else:
+                one.set_exception(errors.Unavailable(f"the read broke off: {error!r}"))
+
+    def _give_up(self) -> None:
+        """The read goes on, for those who came later."""
+        over_s = self._loop.time() - _READ_S
+        for since_s, one in self._waiting:
+            if since_s <= over_s and not one.done():
+                one.set_exception(errors.Unavailable("the store does not answer"))
+        self._waiting = [(since_s, one) for since_s, one in self._waiting if since_s > over_s]
+        next_s = self._waiting[0][0] + _READ_S - self._loop.time() if self._waiting else _READ_S
+        self._patience = self._loop.call_later(max(next_s, 0.001), self._give_up)
 
 
 def _seen(task: "asyncio.Task[Any]") -> None:
