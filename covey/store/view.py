@@ -375,6 +375,9 @@ class Draft(Snapshot):
     def _set_instance(self, id: str, kv: base.Kv | None) -> None:
         new = None if kv is None else codec.decode(kv, model.Instance)
         old = self._instances.drop(id) if new is None else self._instances.put(id, new)
+        before, after = _work(old), _work(new)
+        if before != after:
+            self.touched.update(work[0] for work in (before, after) if work is not None)
         if old is not None:
             self._index(old.noun, None if new is None else new.noun)
         if new is not None:
@@ -399,7 +402,6 @@ class Draft(Snapshot):
     def _index(self, old: model.Instance, new: model.Instance | None) -> None:
         """Take out of the indexes what `new` will not put there again."""
         id = old.id
-        self.touched.add(old.node)
         if new is None or new.state != old.state:
             self._by_state[old.state].drop(id)
         place = _place(old)
@@ -424,7 +426,6 @@ class Draft(Snapshot):
 
     def _index_new(self, new: model.Instance, old: model.Instance | None) -> None:
         id = new.id
-        self.touched.add(new.node)
         if old is None or old.state != new.state:
             self._by_state[new.state].put(id, None)
         place = _place(new)
@@ -478,6 +479,14 @@ _PLAIN = ("revision", "history", "cloud", "format", "fence", "chain", "breach", 
 
 def _by_name(one: permission.Standing) -> tuple[str, str]:
     return one.name, one.node
+
+
+def _work(kept: codec.Kept[model.Instance] | None) -> tuple[str, int, model.State] | None:
+    """What an instance gives its node to do, as far as its node must be told at once (see `controller.wanted`)."""
+    if kept is None or kept.noun.node == model.NOWHERE or kept.noun.state == model.State.TERMINATED:
+        return None
+    state = kept.noun.state
+    return kept.noun.node, kept.noun.epoch, model.State.PULLING if state == model.State.STARTED else state
 
 
 def _place(instance: model.Instance) -> str:
