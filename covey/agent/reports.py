@@ -3,8 +3,8 @@
 Each fact is an item with a sequence number within (session, instance, epoch); it is sent again until the answer lists
 it as settled, so a lost reply costs a repeat and nothing else. A new session says everything anew: `said` is empty
 then, and convergence draws the facts from the records. Progress is the exception: only the newest counts, at most one
-a second per VM. The node's word travels along when VMs or capacity changed, or every 60 s. When nothing was sent for
-`heartbeat_s`, an empty report keeps the lease alive.
+a second per VM. The node's word travels along when capacity changed, a few seconds after VMs did, or every 60 s. When
+nothing was sent for `heartbeat_s`, an empty report keeps the lease alive.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ _PROGRESS_NS = 1_000_000_000
 _PROGRESS_STEP = 0.01
 _WORD_NS = int(wire.WORD_S * 1e9)
 _WORD_LEAST_NS = 1_000_000_000
+_WORD_VMS_NS = 5_000_000_000  # for VMs alone: that they booted or are gone is reported for itself, at once
 _ITEMS = 100  # per report
 _BYTES = 2_000_000  # of output per report
 _RETRY_S = 0.25
@@ -171,8 +172,17 @@ class Outbox:
         age_ns = self._clock.boot_ns() - self._word_ns
         if self._last_word is not None and age_ns < _WORD_LEAST_NS:
             return None
-        return self._word() if age_ns >= _WORD_NS or self._stale_word() else None
+        if self._last_word is None or age_ns >= _WORD_NS:
+            return self._word()
+        word = self._word()
+        told, news = self._last_word, heartbeat.figureless(word)
+        soon = news.vms == told.vms or age_ns >= _WORD_VMS_NS
+        return word if news != told and (soon or _vmless(news) != _vmless(told)) else None
 
 
 def _overtaken(item: wire.Item, key: records.Key) -> bool:
     return item.event is Said.PROGRESS and (item.instance, item.epoch) == key
+
+
+def _vmless(word: model.Word) -> model.Word:
+    return msgspec.structs.replace(word, vms=())
