@@ -171,7 +171,7 @@ async def http(house: House) -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-async def until(true: Callable[[], bool], limit_s: float = 5.0) -> None:
+async def until(true: Callable[[], bool], limit_s: float = 30.0) -> None:
     end = time.monotonic() + limit_s
     while not true():
         assert time.monotonic() < end, "the condition did not come true in time"

@@ -22,7 +22,7 @@ TEMPLATE = model.TemplateId("11111111-1111-4111-8111-111111111111")
 DIGEST = "sha256:" + "a" * 64
 
 
-async def until(true: Callable[[], bool | Awaitable[bool]], limit_s: float = 10.0) -> None:
+async def until(true: Callable[[], bool | Awaitable[bool]], limit_s: float = 40.0) -> None:
     """Wait for a condition, with a deadline."""
     end = time.monotonic() + limit_s
     while True:

@@ -44,7 +44,7 @@ async def looping(c: cloud.Cloud, spans: deadlines.Spans = NEVER, replicas: int 
             task.cancel()
 
 
-async def until(condition: Callable[[], Awaitable[bool]], limit_s: float = 20.0) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], limit_s: float = 60.0) -> None:
     async with asyncio.timeout(limit_s):
         while not await condition():
             await asyncio.sleep(0.02)

@@ -25,7 +25,7 @@ async def mirrored(c: cloud.Cloud) -> AsyncIterator[tuple[mirror.Mirror, flaky.F
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def until(condition: object, limit_s: float = 10.0) -> None:
+async def until(condition: object, limit_s: float = 30.0) -> None:
     async with asyncio.timeout(limit_s):
         while not condition():  # type: ignore[operator]
             await asyncio.sleep(0.01)
