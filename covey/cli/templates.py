@@ -277,7 +277,7 @@ def _when(time_s: int) -> str:
 def _ask(
     registry: str | None,
     question: "Callable[[registry_client.Registry], Awaitable[T]]",
-    template: str = "",
+    template: str | None = None,
     *,
     notes: "remembered.Notes | None" = None,
 ) -> T:
@@ -294,7 +294,7 @@ def _ask(
     try:
         return asyncio.run(run())
     except errors.NotFound:
-        if not template:
+        if template is None:
             raise
         raise errors.NotFound(f"there is no template {template}; `covey template list` shows those there are") from None
 
@@ -302,7 +302,7 @@ def _ask(
 def _with_progress(
     registry: str | None,
     work: "Callable[[registry_client.Registry, templates.Progress], Awaitable[T]]",
-    template: str = "",
+    template: str | None = None,
     *,
     notes: "remembered.Notes | None" = None,
 ) -> T:

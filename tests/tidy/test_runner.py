@@ -49,8 +49,8 @@ def test_every_test_folder_belongs_to_a_part() -> None:
     assert folders == {folder for part in runner.PARTS for folder in part.tests}
 
 
-def test_one_commit_has_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_product_has_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COVEY_TEST_SEED", raising=False)
-    assert runner.seed_of_this_commit() == runner.seed_of_this_commit() < 2**31
+    assert runner.seed_of_this_product() == runner.seed_of_this_product() < 2**31
     monkeypatch.setenv("COVEY_TEST_SEED", "7")
-    assert runner.seed_of_this_commit() == 7
+    assert runner.seed_of_this_product() == 7
