@@ -32,12 +32,33 @@ Said = wire.ReportEvent
 WHO = model.Decision(who="tester", why="the test says so")
 
 
+class Hasty(worlds.System):
+    """A clock that can be put forward, so that no test depends on how quick the machine is."""
+
+    ahead_ns = 0
+
+    def boot_ns(self) -> int:
+        return super().boot_ns() + self.ahead_ns
+
+
 class Cloud:
     def __init__(self, store: base.Store, world: worlds.World) -> None:
         self.store = store
         self.flaky = flaky.Flaky(store)
         self.world = world
         self.writer = commit.Writer(self.flaky, world, who="controller-1")
+
+    def until_trouble_ns(self) -> int:
+        """The limit of a request whose time is up as soon as the next commit does not go well."""
+        clock = self.world
+        assert isinstance(clock, Hasty)
+
+        def put_forward(_fate: flaky.Fate) -> None:
+            clock.ahead_ns += 60_000_000_000
+            self.flaky.on_trouble = lambda _: None
+
+        self.flaky.on_trouble = put_forward
+        return clock.boot_ns() + 60_000_000_000
 
     async def look(self) -> view.Snapshot:
         return (await mirror.listing(self.store)).freeze()
@@ -101,7 +122,7 @@ class Cloud:
 
 @contextlib.asynccontextmanager
 async def running(world: worlds.World | None = None) -> AsyncIterator[Cloud]:
-    world = world or worlds.System()
+    world = world or Hasty()
     cloud = Cloud(memory.Memory(world), world)
     try:
         assert isinstance(await commit_cloud.start(cloud.writer), commit_cloud.Cloud)

@@ -35,6 +35,7 @@ class Flaky:
         self.weather = weather
         self.delay: Callable[[], float] = lambda: 0.0
         self.late_s: Callable[[], float] = lambda: 0.05
+        self.on_trouble: Callable[[Fate], None] = lambda _fate: None  # told of each commit that does not go well
         self.planned: deque[Fate] = deque()
         self.commits: list[base.Txn] = []
         self.cut = False
@@ -85,6 +86,8 @@ class Flaky:
     async def commit(self, txn: base.Txn, *, within_s: float | None = None) -> base.Outcome:
         fate = self.planned.popleft() if self.planned else self.weather()
         self.commits.append(txn)
+        if fate != Fate.FINE:
+            self.on_trouble(fate)
         await self._travel()
         if self.cut or fate == Fate.LOST_REQUEST:
             raise errors.Unsure("the request was lost")

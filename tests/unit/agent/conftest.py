@@ -103,7 +103,7 @@ class Program:
         lines = journal.read_text().splitlines() if journal.exists() else []
         return [" ".join(line.split()[:2]) for line in lines if line.split()[2] == "start"]
 
-    async def ended(self, limit_s: float = 20.0) -> int:
+    async def ended(self, limit_s: float = 60.0) -> int:
         await fake.until(lambda: self.process.poll() is not None, "the agent's process ended", limit_s)
         return self.process.returncode
 

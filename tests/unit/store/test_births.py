@@ -165,7 +165,7 @@ async def test_the_door_is_closed_on_a_create_that_was_given_up() -> None:
         c.flaky.plan(Fate.LATE)
         what = start()
         with pytest.raises(errors.Unsure):
-            await create(c, what, until_ns=c.world.boot_ns() + 45_000_000)
+            await create(c, what, until_ns=c.until_trouble_ns())
         await c.writer.close()
         await c.flaky.settled()
         assert (await c.look()).instance(what.ids[0]) is None
@@ -200,7 +200,7 @@ async def test_the_door_is_closed_although_the_store_was_restored_meanwhile() ->
         c.flaky.plan(Fate.LOST_REPLY, Fate.UNAVAILABLE)  # the second is the first attempt to close the door
         what = start()
         with pytest.raises(errors.Unsure):
-            await create(c, what, until_ns=c.world.boot_ns() + 45_000_000)
+            await create(c, what, until_ns=c.until_trouble_ns())
         while c.flaky.planned:
             await asyncio.sleep(0.001)
         await commit_cloud.add_nonce(c.writer, "the test says so")
@@ -217,7 +217,7 @@ async def test_what_turns_up_after_giving_up_is_terminated() -> None:
         c.flaky.plan(Fate.LOST_REPLY)
         what = start()
         with pytest.raises(errors.Unsure):
-            await create(c, what, until_ns=c.world.boot_ns() + 45_000_000)
+            await create(c, what, until_ns=c.until_trouble_ns())
         await c.writer.close()
         instance = await c.instance(what.ids[0])
         assert instance.state == State.TERMINATED
@@ -232,7 +232,7 @@ async def test_what_turns_up_stays_for_the_repeat_with_its_key() -> None:
         c.flaky.plan(Fate.LOST_REPLY)
         what = start(key="k")
         with pytest.raises(errors.Unsure):
-            await create(c, what, until_ns=c.world.boot_ns() + 45_000_000)
+            await create(c, what, until_ns=c.until_trouble_ns())
         await c.writer.close()
         assert await create(c, start(key="k")) == commit_births.Repeated(what.ids)
         assert (await c.instance(what.ids[0])).state == State.SCHEDULING
@@ -246,7 +246,7 @@ async def test_what_turns_up_stays_for_a_repeat_that_was_answered_with_it() -> N
         c.flaky.plan(Fate.LOST_REPLY, Fate.UNAVAILABLE)  # the second is the first attempt to close the door
         what = start(spec=TWIN)
         with pytest.raises(errors.Unsure):
-            await create(c, what, until_ns=c.world.boot_ns() + 45_000_000)
+            await create(c, what, until_ns=c.until_trouble_ns())
         while c.flaky.planned:
             await asyncio.sleep(0.001)
         assert await create(c, start(spec=TWIN)) == commit_births.Repeated(what.ids)
@@ -261,7 +261,7 @@ async def test_a_repeat_after_the_door_was_closed_is_a_new_start() -> None:
         c.flaky.plan(Fate.LOST_REPLY)
         what = start(spec=TWIN)
         with pytest.raises(errors.Unsure):
-            await create(c, what, until_ns=c.world.boot_ns() + 45_000_000)
+            await create(c, what, until_ns=c.until_trouble_ns())
         await c.writer.close()
         assert (await c.instance(what.ids[0])).state == State.TERMINATED
         assert isinstance(await create(c, start(spec=TWIN)), commit_births.Created)
