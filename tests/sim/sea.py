@@ -105,6 +105,14 @@ def _touch(one: base.Txn, other: base.Txn) -> bool:
     return not _written(one).isdisjoint(_written(other))
 
 
+def _is_start_without_key(txn: base.Txn) -> bool:
+    """Whether a door must be closed behind it when its reply is lost."""
+    written = _written(txn)
+    return any(key.startswith(schema.BORN) for key in written) and not any(
+        key.startswith(schema.KEYS) for key in written
+    )
+
+
 def _written(txn: base.Txn) -> set[str]:
     return {op.key for op in txn.then if not isinstance(op, base.Get)}
 
@@ -119,7 +127,9 @@ class Line:
         self._listening: list[asyncio.Queue[base.Batch | errors.StoreError | None]] = []
         self.read_loss = 0.0
         self.closed = False
-        self.doom = ""  # "before", "after": when the next commit kills its process; "deaf": no reply to a create
+        self.doom = (
+            ""  # "before", "after": when the next commit kills its process; "deaf": no reply to a start without key
+        )
 
     async def range(
         self,
@@ -155,7 +165,7 @@ class Line:
         if self.closed:
             raise errors.Unavailable("the store is closed")
         process, doom = clockwork.current(), self.doom
-        if doom == "deaf" and any(key.startswith(schema.BORN) for key in _written(txn)):
+        if doom == "deaf" and _is_start_without_key(txn):
             self.doom = ""
             self.flaky.partition(True, deaf=True)  # it is done, and nothing is heard of it
         elif doom in ("before", "after") and process is not None:

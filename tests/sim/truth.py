@@ -216,6 +216,10 @@ class Truth:
 
     # ---- a restore -------------------------------------------------------------------------------------------------
 
+    def waiting(self) -> set[str]:
+        """What waits for a node: a store that is restored to now would place it, whatever runs by then."""
+        return {id for id, now in self.instances.items() if now.waiting}
+
     def backed_up(self) -> None:
         """A backup of the store is made."""
         self._backup = {name: copy.copy(getattr(self, name)) for name in _STORED}

@@ -216,7 +216,7 @@ class Weather:
     async def kill_agent_at_failpoint(self, for_s: float) -> None:
         node = self._node()
         node.killed_at = self._chance.choice(FAILPOINTS)
-        await asyncio.sleep(for_s)
+        await asyncio.sleep(max(for_s, self._chance.choice((0.0, 25.0))))  # also until its lease has ended
         node.killed_at = ""
         node.start()
 

@@ -15,6 +15,7 @@ from covey.client import http
 from tests.sim import clockwork, network, replica, truth
 
 _TIMEOUT_S = 12.0
+_AT_ONCE = 0.2  # of the starts that may be repeated are sent to every controller at once
 
 
 class Client:
@@ -54,17 +55,21 @@ class Client:
             body |= {"external_id": tag, "name": "twin"}
         if nodes and chance.random() < 0.1:
             body["node_id"] = chance.choice(nodes)
+        if kind != "once" and chance.random() < _AT_ONCE:
+            await asyncio.gather(*(self._send_start(tag, ask, body, way) for way in self._each))
         for _ in range(1 if kind == "once" else chance.choice((1, 2, 4))):
             if await self._send_start(tag, ask, body) and chance.random() < 0.6:
                 return
             await asyncio.sleep(chance.uniform(0.0, 5.0))
 
-    async def _send_start(self, tag: str, ask: truth.Ask, body: dict[str, Any]) -> bool:
-        """Whether it was answered OK."""
+    async def _send_start(
+        self, tag: str, ask: truth.Ask, body: dict[str, Any], at: http.Endpoints | None = None
+    ) -> bool:
+        """Whether it was answered OK. `at`: by which controllers; else one of its choice, or all if it is harmless."""
         headers = {"Idempotency-Key": ask.key} if ask.key else {}
         again = bool(ask.key or ask.twin)
         index = self._chance.randrange(len(self._each))
-        way = self._all if again else self._each[index]
+        way = at or (self._all if again else self._each[index])
         process, restores = self._replicas[index].process, self._judge.restores
         try:
             ids = await way.ask(
