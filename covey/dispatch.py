@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 import multidict
 from aiohttp import web
 
-from covey import answer, errors, gate, observe, origin, paths, serve, world
+from covey import answer, errors, gate, observe, origin, paths, room, serve, world
 
 T = TypeVar("T")
 
@@ -232,6 +232,11 @@ class _Handed:
     async def piece(self) -> bytes:
         body, self._left = self._left, b""
         return body
+
+    direct = False
+
+    async def fill(self, into: room.Room) -> None:
+        self._left = bytes(into.take(memoryview(self._left)))
 
     async def go_ahead(self) -> None:
         return

@@ -25,7 +25,7 @@ from typing import Protocol, TypeVar
 import msgspec
 import multidict
 
-from covey import answer, errors, gate, world
+from covey import answer, errors, gate, room, world
 
 T = TypeVar("T")
 
@@ -86,6 +86,16 @@ class Request(Protocol):
         """The next part of the body as it arrived, b"" at its end. Raises ConnectionError when the client has gone."""
         ...
 
+    @property
+    def direct(self) -> bool:
+        """Whether `fill` spares copies, so that a body should be read by it from the first byte on."""
+        ...
+
+    async def fill(self, into: room.Room) -> None:
+        """Instead of `piece`: the body until `into` is full, or to its end. Raises ConnectionError when the client has
+        gone; what came before is in it, also when this is cancelled."""
+        ...
+
     async def go_ahead(self) -> None:
         """Tell a client that waits for "100 Continue" to send the body."""
         ...
@@ -105,7 +115,7 @@ class House(Protocol):
         """How often the event loop stood still for too long."""
         ...
 
-    async def until_cut(self, reading: Awaitable[bytes]) -> bytes:
+    async def until_cut(self, reading: Awaitable[T]) -> T:
         """What `reading` brings. Raises Cut when uploads are to end."""
         ...
 
@@ -204,6 +214,10 @@ class Call:
         ConnectionError when the client has gone."""
         while chunk := await self._house.until_cut(self.request.piece()):
             yield chunk
+
+    async def fill(self, into: room.Room) -> None:
+        """The body until `into` is full, or to its end. Raises as `chunks` does; what came before is in it."""
+        await self._house.until_cut(self.request.fill(into))
 
 
 def parse(raw: bytes, kind: type[T]) -> T:

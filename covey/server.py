@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import multidict
-from aiohttp import web, web_protocol
+from aiohttp import http_parser, web, web_protocol
 
-from covey import answer, dispatch, errors, gate, observe, origin, serve, world
+from covey import answer, dispatch, errors, gate, inlet, observe, origin, room, serve, world
 
 _AFTERSHOCK_S = 0.05  # connections accepted this soon after a gap had been waiting in the backlog …
 _AFTERSHOCK_TURNS = 3  # … and so many turns of the loop later
@@ -171,7 +171,7 @@ class Server:
             if request.gone():  # also: read just before a gap was found
                 raise ConnectionResetError("the connection was closed unread")
             response = await self._dispatch.answer(request)
-            if self.draining.is_set():
+            if not request.end() or self.draining.is_set():
                 response.force_close()
             whole = await _send(response, raw)
         took_s = (self._world.boot_ns() - started_ns) / 1e9
@@ -219,10 +219,11 @@ async def _send_in_pieces(response: web.Response, raw: web.BaseRequest, body: by
 class _Wired:
     """A request from a socket."""
 
-    __slots__ = ("_raw", "received_bytes")
+    __slots__ = ("_inlet", "_raw", "received_bytes")
 
     def __init__(self, raw: web.BaseRequest) -> None:
         self._raw = raw
+        self._inlet: inlet.Inlet | None = None
         self.received_bytes = 0
 
     @property
@@ -267,6 +268,25 @@ class _Wired:
         except (aiohttp.ClientError, asyncio.IncompleteReadError) as error:
             raise ConnectionResetError(str(error)) from error
 
+    @property
+    def direct(self) -> bool:
+        return inlet.fits(self._raw)
+
+    async def fill(self, into: room.Room) -> None:
+        before = into.size_bytes
+        try:
+            if self._inlet is None:
+                connection = self._raw.protocol
+                assert isinstance(connection, _Protocol)  # noqa: S101  made by _WebServer
+                self._inlet = inlet.Inlet(self._raw, connection, connection)
+            await self._inlet.fill(into)
+        finally:
+            self.received_bytes += into.size_bytes - before
+
+    def end(self) -> bool:
+        """The handler is done with it. Whether another request can follow on its connection."""
+        return self._inlet is None or self._inlet.close()
+
     async def go_ahead(self) -> None:
         await self._raw.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._raw.writer.output_size = 0  # of the answer itself nothing is out yet
@@ -295,6 +315,20 @@ class _Protocol(web_protocol.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._owner.open -= 1
         super().connection_lost(exc)
+
+    def renew(self) -> None:
+        """What comes next begins a request. The arguments are those of aiohttp's constructor."""
+        self._parser = http_parser.HttpRequestParser(
+            self,
+            self._loop,
+            self._read_bufsize,
+            max_line_size=self.max_line_size,
+            max_field_size=self.max_field_size,
+            max_headers=self.max_headers,
+            payload_exception=web_protocol.RequestPayloadError,
+            auto_decompress=False,
+            max_msg_queue_size=self._max_msg_queue_size,
+        )
 
     def handle_error(
         self,

@@ -34,12 +34,12 @@ After a crash at any moment: a blob is whole or absent, an entry is whole or abs
 last part that was recorded.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import NewType, Protocol
+from typing import NewType, Protocol, runtime_checkable
 
-from covey import errors, model
+from covey import errors, model, room
 
 FORMAT = 1
 
@@ -86,6 +86,17 @@ class DiskFull(errors.CoveyError):
     """No room for what was to be written; whatever was begun has been removed."""
 
 
+@runtime_checkable
+class Direct(Protocol):
+    """Chunks that can also be had in their reader's own memory, with fewer copies; one way or the other, not both."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+
+    async def fill(self, into: room.Room) -> None:
+        """Fill it, up to the end of the bytes. Raises Cut; what came before is in it."""
+        ...
+
+
 class Blobs(Protocol):
     """Content and uploads. Order of calls: begin → write… (offset) → finish → abort."""
 
@@ -119,7 +130,7 @@ class Blobs(Protocol):
         """The durable offset: where the next part begins. Raises NoSession."""
         ...
 
-    async def write(self, session: SessionId, start: int, chunks: AsyncIterator[bytes]) -> int:
+    async def write(self, session: SessionId, start: int, chunks: AsyncIterable[bytes]) -> int:
         """Write one part and return the new durable offset. When `chunks` raises Cut, what came before it is kept
         durable, and Cut is raised again. Raises WrongOffset, also when another request was first at this offset."""
         ...

@@ -15,6 +15,7 @@ from covey.client import oci
 from covey.registry import blobs, manifests, views
 
 _EMPTY = views.Repository(name="")
+_FEW = 20
 
 
 class Missing(errors.NotFound):
@@ -72,9 +73,17 @@ class Catalog:
 
     async def templates(self) -> list[views.Repository]:
         """The living templates, in the order of their first push."""
-        names = [name for name in await self.logs.names("templates") if oci.template_of(name)]
-        found = [repository for repository in await self.repositories(names) if repository.versions]
+        found = [repository for repository in await self.repositories(await self._templates()) if repository.versions]
         return sorted(found, key=lambda repository: (repository.created_s, repository.name))
+
+    async def _templates(self) -> list[str]:
+        return [name for name in await self.logs.names("templates") if oci.template_of(name)]
+
+    async def warm(self) -> None:
+        """Read all templates' logs before somebody asks for the list, a few at a time: others are served between."""
+        names = await self._templates()
+        for start in range(0, len(names), _FEW):
+            await self.repositories(names[start : start + _FEW])
 
     async def template(self, wanted: str) -> views.Repository:
         """A living template by id or by name. Raises Missing."""

@@ -6,8 +6,9 @@ dies leaves the session at the last record. `finish` copies several parts into o
 writes; a single part, hashed while it came in, is linked as it is. Nothing is published that somebody could still
 write to.
 
-Memory is constant: bytes travel in batches of `_BATCH`, one being hashed and written by a worker thread (both release
-the interpreter lock) while the next one is received. The file system is only touched in worker threads.
+Memory is constant: bytes travel in batches, one being hashed and written by a worker thread (both release the
+interpreter lock) while the next one is received: `_BATCH` of pieces, or, where the source can fill memory of ours, one
+of two rooms, which are used in turn. The file system is only touched in worker threads.
 """
 
 import asyncio
@@ -17,14 +18,14 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import msgspec
 
-from covey import durable, errors, failpoint, model, world
+from covey import durable, errors, failpoint, model, room, world
 from covey.client import oci
 from covey.registry import blobs, mounts
 
@@ -32,6 +33,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _BATCH = 2 << 20
+_ROOM = 1 << 20  # an upload holds two
+_STRIDE = 1 << 18  # written and hashed at once: what a processor's nearest cache still holds for the second
 _SESSION = re.compile(r"[0-9a-f]{32}")
 _THREADS = 8
 
@@ -232,7 +235,7 @@ class Disk:
             chain.append(msgspec.json.decode(record, type=_Part))
             offset += chain[-1].size_bytes
 
-    async def write(self, session: blobs.SessionId, start: int, chunks: AsyncIterator[bytes]) -> int:
+    async def write(self, session: blobs.SessionId, start: int, chunks: AsyncIterable[bytes]) -> int:
         standing = await self.offset(session)
         if start != standing:
             raise blobs.WrongOffset(standing)
@@ -240,7 +243,7 @@ class Disk:
         try:
             await self._run(part.open)
             try:
-                await self._receive(part, chunks)
+                await (self._fill(part, chunks) if isinstance(chunks, blobs.Direct) else self._receive(part, chunks))
             except blobs.Cut:
                 await self._to_the_end(lambda: self._enter(session, start, part))
                 raise
@@ -250,7 +253,28 @@ class Disk:
         finally:
             await asyncio.shield(self._run(part.close))
 
-    async def _receive(self, part: "_Writing", chunks: AsyncIterator[bytes]) -> None:
+    async def _fill(self, part: "_Writing", source: blobs.Direct) -> None:
+        """Bytes from the network into a room, while a thread empties the other one."""
+        writing: asyncio.Future[None] | None = None
+        filling, emptying = room.Room(_ROOM), room.Room(_ROOM)
+        try:
+            while True:
+                filling.clear()
+                try:
+                    await source.fill(filling)
+                finally:
+                    if writing is not None:
+                        await writing
+                    if filling.size_bytes:
+                        writing = asyncio.ensure_future(self._run(part.add, [filling.filled]))
+                if not filling.full:
+                    return
+                filling, emptying = emptying, filling
+        finally:
+            if writing is not None:
+                await writing
+
+    async def _receive(self, part: "_Writing", chunks: AsyncIterable[bytes]) -> None:
         """Bytes from the network to the thread, one batch being written while the next one gathers."""
         writing: asyncio.Future[None] | None = None
         batch: list[bytes] = []
@@ -381,16 +405,17 @@ class _Writing:
         with self._lock:
             self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
 
-    def add(self, batch: Sequence[bytes]) -> None:
+    def add(self, batch: Sequence[durable.Bytes]) -> None:
         size = sum(map(len, batch))
         self._room(size)
         failpoint.reach("registry.part.write")
         with self._lock:
             if self._handle < 0:
                 raise blobs.Cut("the upload was ended")
-            durable.write_all(self._handle, *batch)
-            for piece in batch:
-                self.sha256.update(piece)
+            for stride in _strides(batch):
+                durable.write_all(self._handle, *stride)
+                for piece in stride:
+                    self.sha256.update(piece)
             self.size_bytes += size
 
     def seal(self, *, fsync: bool) -> None:
@@ -417,6 +442,21 @@ class _Writing:
 def _hash_file(path: Path, algorithm: str) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, algorithm).hexdigest()
+
+
+def _strides(batch: Sequence[durable.Bytes]) -> Iterator[Sequence[durable.Bytes]]:
+    """The same bytes in groups of about `_STRIDE`."""
+    group: list[durable.Bytes] = []
+    size = 0
+    for piece in (memoryview(piece) for piece in batch):
+        for start in range(0, len(piece), _STRIDE):
+            group.append(piece[start : start + _STRIDE])
+            size += len(group[-1])
+            if size >= _STRIDE:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
 
 
 def _record_name(offset: int) -> str:

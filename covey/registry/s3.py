@@ -30,7 +30,7 @@ import contextlib
 import errno
 import hashlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from typing import TypeVar
 
 import msgspec
@@ -147,7 +147,7 @@ class S3:
     async def _part(self, record: str) -> _Part:
         return msgspec.json.decode(await self._bucket.get(record), type=_Part)
 
-    async def write(self, session: blobs.SessionId, start: int, chunks: AsyncIterator[bytes]) -> int:
+    async def write(self, session: blobs.SessionId, start: int, chunks: AsyncIterable[bytes]) -> int:
         standing = await self.offset(session)
         if start != standing:
             raise blobs.WrongOffset(standing)
@@ -244,9 +244,9 @@ class S3:
 class _Incoming:
     """A request's body, to be made into parts. `cut` is why it ended early, if it did."""
 
-    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+    def __init__(self, chunks: AsyncIterable[bytes]) -> None:
         self.cut: blobs.Cut | None = None
-        self._chunks = chunks
+        self._chunks = aiter(chunks)
         self._next = b""
 
     async def more(self) -> bool:

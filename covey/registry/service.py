@@ -156,9 +156,9 @@ class Registry:
         )
 
     async def _warm(self) -> None:
-        """Read all templates' logs before somebody asks for the list; what stands in the way, the list will tell."""
+        """What stands in the way, the list will tell."""
         with contextlib.suppress(OSError, errors.CoveyError):
-            await self.catalog.templates()
+            await self.catalog.warm()
 
     @property
     def port(self) -> int:

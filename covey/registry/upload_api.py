@@ -7,11 +7,11 @@ on. Bodies are streamed in constant memory.
 
 import re
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 
 from aiohttp import web
 
-from covey import answer, gate, model, serve
+from covey import answer, gate, model, room, serve
 from covey.client import oci
 from covey.registry import blobs, catalog, oci_faults
 
@@ -65,7 +65,7 @@ class UploadApi:
         """The blob in the body of one POST. The client knows no session to resume, so none stays behind."""
         session = await self._blobs.begin()
         try:
-            await self._blobs.write(session, 0, _chunks(call))
+            await self._blobs.write(session, 0, _body(call))
             return await self._publish(call.params["name"], session, digest)
         except blobs.Cut as error:
             raise answer.Fault(503, "the upload was cut; send it again", code="UNAVAILABLE") from error
@@ -86,7 +86,7 @@ class UploadApi:
         start, size_bytes = _range(call)
         try:
             standing = await self._blobs.offset(session)
-            return await self._blobs.write(session, standing if start is None else start, _chunks(call, size_bytes))
+            return await self._blobs.write(session, standing if start is None else start, _body(call, size_bytes))
         except blobs.WrongOffset as error:
             headers = _position(name, session, error.offset)
             raise answer.Fault(416, str(error), code="BLOB_UPLOAD_INVALID", headers=headers) from error
@@ -141,6 +141,28 @@ def _range(call: serve.Call) -> tuple[int | None, int | None]:
     if length is not None and length != last - first + 1:
         raise answer.Fault(400, f"Content-Range {text} does not fit {length} bytes", code="SIZE_INVALID")
     return first, last - first + 1
+
+
+def _body(call: serve.Call, size_bytes: int | None = None) -> AsyncIterable[bytes]:
+    """A request's body as `blobs` wants it. The length of one that comes directly has been announced, and so it has
+    been compared with its range."""
+    return _Direct(call) if call.request.direct else _chunks(call, size_bytes)
+
+
+class _Direct:
+    """`blobs.Direct`"""
+
+    def __init__(self, call: serve.Call) -> None:
+        self._call = call
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return _chunks(self._call)
+
+    async def fill(self, into: room.Room) -> None:
+        try:
+            await self._call.fill(into)
+        except (answer.Cut, ConnectionError) as error:
+            raise blobs.Cut(str(error)) from error
 
 
 async def _chunks(call: serve.Call, size_bytes: int | None = None) -> AsyncIterator[bytes]:
