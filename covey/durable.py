@@ -131,13 +131,15 @@ def write_new(path: Path, content: bytes, *, fsync: bool = True) -> None:
 
 
 def link_new(source: Path, target: Path, *, fsync: bool = True) -> bool:
-    """Give the file `source` the name `target` as well, durably. False when the name is taken."""
+    """Give the file `source` the name `target` as well. False when the name is taken; it is durable then too, whoever
+    took it and has perhaps died before he made it so."""
     try:
         os.link(source, target)
+        ours = True
     except FileExistsError:
-        return False
+        ours = False
     sync_dir(target.parent, fsync=fsync)
-    return True
+    return ours
 
 
 def discard(path: Path) -> None:

@@ -170,6 +170,7 @@ class Disk:
         known = self._stat(digest)
         if known is not None:
             os.utime(self._path(digest))
+            durable.sync_dir(self._path(digest).parent, fsync=self._fsync)  # if whoever stored it has not
             return known
         aside = self._aside / self._world.token()
         try:

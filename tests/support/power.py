@@ -20,6 +20,7 @@ import signal
 import struct
 import subprocess
 import threading
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ _MAKERS = {
 }
 _SIZE_BYTES = 400 << 20  # of a sparse file; XFS has a minimum of 300 MB
 _ALARM_S = 60
+_PATIENCE_S = 30.0
 
 KINDS = tuple(_MAKERS)
 
@@ -57,7 +59,7 @@ class Volume:
         self._mount()
 
     def _mount(self) -> None:
-        _run("mount", "-o", "loop", str(self._image), str(self.folder))
+        _patiently("mount", "-o", "loop", str(self._image), str(self.folder))
 
     def fail(self) -> None:
         """From here on nothing reaches the disk."""
@@ -65,7 +67,7 @@ class Volume:
         fcntl.ioctl(handle, _SHUTDOWN, struct.pack("I", _NO_FLUSH))
 
     def restart(self) -> None:
-        _run("umount", str(self.folder))
+        _patiently("umount", str(self.folder))
         self._mount()
 
 
@@ -73,6 +75,18 @@ def _run(*words: str) -> None:
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     done = subprocess.run(words, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+
+
+def _patiently(*words: str) -> None:
+    """Something else on the machine may look at a device for a moment."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return _run(*words)
+        except AssertionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 class Run:
@@ -84,15 +98,22 @@ class Run:
         self._volume = volume
         self._counting = False
         self._steps = 0
+        self._happens: dict[str, Callable[[], None]] = {}
         self._lock = threading.Lock()
 
     def begin(self) -> None:
         """Steps count from here."""
         self._counting = True
 
+    def at(self, name: str, happens: Callable[[], None]) -> None:
+        """The next time that step `name` is reached, first this `happens`."""
+        self._happens[name] = happens
+
     def reach(self, name: str) -> None:
         if not self._counting:
             return
+        if happens := self._happens.pop(name, None):
+            happens()
         with self._lock:
             self._steps += 1
             self._tell("step", name)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import msgspec
 
-from covey import observe
+from covey import durable, observe
 from covey.client import oci
 from covey.decide import garbage
-from covey.registry import blobs, upkeep, verify
+from covey.registry import blobs, disk, upkeep, verify
 from tests.support import power, registry, storage
 
 OLD, NEW = b"old layer " * 30_000, b"new layer " * 40_000
@@ -54,10 +54,28 @@ class Stories:
             await _put_manifest(run, server, "a", "v1", registry.image_manifest(b"{}", NEW))
             await _put_manifest(run, server, "a", "v2", registry.image_manifest(b"{}", OLD))
             await _push_template(run, server)
+            await self._push_what_another_has_just_linked(run, server)
             with run.change("tag a v1", None):
                 assert (await server.call("DELETE", "/v2/a/manifests/v1"))[0] == 202
             with run.change("tag a v2", None):
                 assert (await server.call("DELETE", "/v2/a/manifests/v2"))[0] == 202
+
+    async def _push_what_another_has_just_linked(self, run: power.Run, server: registry.Server) -> None:
+        """Another server of the storage is a moment earlier, and has not yet made durable what it did."""
+        content = b"pushed at two servers"
+        digest = oci.digest_of(content)
+        with storage.opened(self.base, fsync=self._fsync) as place:
+            await place.logs.grant("a", digest)
+        theirs = self.base / "aside" / "theirs"
+        durable.write_new(theirs, content, fsync=self._fsync)
+        shelf = disk.locate(self.base, digest)
+
+        def link() -> None:
+            durable.make_dirs(shelf.parent, fsync=False)
+            theirs.rename(shelf)
+
+        run.at("registry.part.entered", link)
+        await _push_blob(run, server, content)
 
     async def collect(self, run: power.Run) -> None:
         """Garbage goes to the trash, some is asked for again, the rest is deleted; what is needed comes back."""
