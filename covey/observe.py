@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import structlog
 
@@ -69,6 +69,16 @@ class File:
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
 
 
+class _Stderr:
+    """Standard error as it is when a line is written: a logger that is kept follows whoever redirects it."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def configure(*, json: bool | None = None, level: str = "info", file: File | None = None) -> None:
     """Set up logging for one process; `json` defaults to True unless stderr is a terminal."""
     as_json = not sys.stderr.isatty() if json is None else json
@@ -87,7 +97,7 @@ def configure(*, json: bool | None = None, level: str = "info", file: File | Non
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _Stderr())),
         cache_logger_on_first_use=True,
     )
 

@@ -1,5 +1,7 @@
 """Log files: JSON lines that survive logrotate, and a disk that takes none."""
 
+import contextlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -89,3 +91,17 @@ def test_a_log_dir_that_cannot_be_used_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(errors.SettingError, match=r"LOG_DIR: .* cannot be written"):
         servers._log_file(tmp_path / "file" / "covey-agent.log")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_logger_that_is_kept_follows_standard_error() -> None:
+    observe.configure(json=True)
+    log = observe.log("test")
+    first, second = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(first):
+        log.info("one")
+    first_said = first.getvalue()
+    first.close()
+    with contextlib.redirect_stderr(second):
+        log.info("two")
+    assert "one" in first_said
+    assert "two" in second.getvalue()
