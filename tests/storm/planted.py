@@ -32,8 +32,12 @@ BUGS = {
         (
             (
                 "covey/store/mirror.py",
-                "            async with asyncio.timeout(_READ_S):\n                revision = await self._proof.read()",
-                "            async with asyncio.timeout(_READ_S):\n                revision = self._draft.revision",
+                "    async def fresh(self) -> view.Snapshot:\n"
+                '        """A snapshot that shows every write answered before this call (promise I6). Raises Unavailable."""\n'
+                "        revision = await self._proof.read()",
+                "    async def fresh(self) -> view.Snapshot:\n"
+                '        """A snapshot that shows every write answered before this call (promise I6). Raises Unavailable."""\n'
+                "        revision = self._draft.revision",
             ),
         ),
     ),
