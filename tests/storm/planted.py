@@ -32,11 +32,9 @@ BUGS = {
         (
             (
                 "covey/store/mirror.py",
-                "    async def fresh(self) -> view.Snapshot:\n"
-                '        """A snapshot that shows every write answered before this call (promise I6). Raises Unavailable."""\n'
+                'call (promise I6). Raises Unavailable."""\n'
                 "        revision = await self._proof.read()",
-                "    async def fresh(self) -> view.Snapshot:\n"
-                '        """A snapshot that shows every write answered before this call (promise I6). Raises Unavailable."""\n'
+                'call (promise I6). Raises Unavailable."""\n'
                 "        revision = self._draft.revision",
             ),
         ),
