@@ -32,10 +32,8 @@ BUGS = {
         (
             (
                 "covey/store/mirror.py",
-                'call (promise I6). Raises Unavailable."""\n'
-                "        revision = await self._proof.read()",
-                'call (promise I6). Raises Unavailable."""\n'
-                "        revision = self._draft.revision",
+                'call (promise I6). Raises Unavailable."""\n        revision = await self._proof.read()',
+                'call (promise I6). Raises Unavailable."""\n        revision = self._draft.revision',
             ),
         ),
     ),
