@@ -4,7 +4,7 @@
     calm       the weather clears, nobody wants anything new: soon all is as it must be
     end        everything is ended: nothing may be left, no VM, no claim, no order
 
-In every sixth story the store is restored from a backup in the middle of the storm (safety S18, S19).
+In every fourth story the store is restored from a backup in the middle of the storm (safety S18, S19).
 
 The program under test is the product's own: controllers with their API, mirrors, commits and loops; agents with their
 workers, records and fail-over; the synthetic hypervisor; the store in memory behind a flaky line.
@@ -26,7 +26,8 @@ from tests.sim import node as nodes
 _CALM_S = 240.0  # pauses after refusals, silent nodes and doors that are being closed take their time
 _END_S = 300.0
 _LOOK_S = 2.0
-_RESTORED = 6  # every so many seeds
+_RESTORED = 4  # every so many seeds
+_RUN_LOOKS = 200  # for one at which some of that runs
 _BACKUP_LOOKS = 100  # for a moment at which something waits for a node
 
 
@@ -89,13 +90,18 @@ class Story:
         ]
         self.clients = [work.Client(f"c{n}", world, self.net, self.replicas, self.truth) for n in range(clients)]
         chance = random.Random(f"{world.seed} weather")
-        self.weather = weather.Weather(chance, self.sea, self.net, self.replicas, self.nodes, self._tell)
+        self.weather = weather.Weather(
+            chance, self.sea, self.net, self.replicas, self.nodes, self._tell, self._start_at
+        )
         self.weather.tears = not self._restores  # what a record said and the store has forgotten, nobody knows
         replica.Registry(world, self.net).start()
         for one in self.replicas:
             one.start()
         for node in self.nodes:
             node.start()
+
+    async def _start_at(self, controller: str) -> None:
+        await self._chance.choice(self.clients).start_at(controller)
 
     def _tell(self, text: str) -> None:
         self._teller(asyncio.get_running_loop().time(), text)
@@ -147,7 +153,8 @@ class Story:
         while any(node.id not in self.truth.nodes for node in self.nodes):
             await asyncio.sleep(0.5)
         await asyncio.sleep(chance.uniform(0.0, self._storm_s / 2))
-        crowd = [asyncio.create_task(self.clients[0].start(())) for _ in range(8)]
+        crowded = chance.random() < 0.5
+        crowd = [asyncio.create_task(self.clients[0].start(())) for _ in range(8 if crowded else 0)]
         for _ in range(_BACKUP_LOOKS):
             if waiting := self.truth.waiting():
                 break
@@ -155,7 +162,13 @@ class Story:
         backup = self.sea.backup()
         self.truth.backed_up()
         self._tell("operator: makes a backup")
-        await asyncio.sleep(chance.uniform(0.5, self._storm_s / 3))
+        if not crowded:
+            crowd = [asyncio.create_task(self.clients[0].start(())) for _ in range(4)]
+        await asyncio.sleep(chance.uniform(0.5, self._storm_s / 3) if not crowded else 0.5)
+        for _ in range(_RUN_LOOKS if crowded else 0):
+            if self._running(waiting):
+                break
+            await asyncio.sleep(0.1)
         for start in crowd:
             start.cancel()
         self._tell("operator: stops the store")
@@ -172,16 +185,29 @@ class Story:
             self.truth.restored(self.nodes)
         for one in replicas:
             one.start()
-        await self._stay_away(waiting, chance)
+        if crowded:
+            await self._stay_away(waiting, chance.uniform(5.0, 30.0), chance)
+        else:
+            more = [asyncio.create_task(self.clients[0].start(())) for _ in range(4)]
+            await self._stay_away(self.truth.lost(), chance.uniform(0.5, 4.0), chance)
+            await asyncio.gather(*more)
 
-    async def _stay_away(self, waited: set[str], chance: random.Random) -> None:
-        """A node that runs what waits by the backup does not tell so for a while."""
-        knowing = [node for node in self.nodes if any(id in waited for id, _ in node.bodies())]
-        if knowing and chance.random() < 0.7:
+    def _running(self, instances: set[str]) -> list[nodes.Node]:
+        """The nodes on which guest code of one of them runs."""
+        runs = nodes.Phase.RUNNING
+        return [
+            node
+            for node in self.nodes
+            if any(id in instances and phase is runs for (id, _), phase in node.bodies().items())
+        ]
+
+    async def _stay_away(self, unknown: set[str], for_s: float, chance: random.Random) -> None:
+        """A node that runs what the backup does not know to run does not tell so for a while."""
+        if knowing := self._running(unknown):
             node = chance.choice(knowing)
             self._tell(f"operator: stops the agent of {node.name}")
             node.kill()
-            await asyncio.sleep(chance.uniform(5.0, 30.0))
+            await asyncio.sleep(for_s)
             node.start()
 
     async def _fault(self) -> None:

@@ -220,6 +220,10 @@ class Truth:
         """What waits for a node: a store that is restored to now would place it, whatever runs by then."""
         return {id for id, now in self.instances.items() if now.waiting}
 
+    def lost(self) -> set[str]:
+        """What the restored store has forgotten, and no node has told of yet."""
+        return set(self._lost)
+
     def backed_up(self) -> None:
         """A backup of the store is made."""
         self._backup = {name: copy.copy(getattr(self, name)) for name in _STORED}

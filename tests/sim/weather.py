@@ -33,13 +33,16 @@ class Weather:
         replicas: Sequence[replica.Replica],
         cloud: Sequence[nodes.Node],
         tell: Callable[[str], None],
+        start_at: Callable[[str], Awaitable[None]],
     ) -> None:
+        """`start_at`: some client starts something at the controller of this name."""
         self._chance = chance
         self._sea = ocean
         self._net = net
         self._replicas = replicas
         self._nodes = cloud
         self._tell = tell
+        self._start_at = start_at
         self.bad = 0.0
         self.calm = True
         self.tears = True  # records of VMs are damaged now and then
@@ -107,7 +110,7 @@ class Weather:
         """A start is stored, and the controller that stored it must tell its client that it does not know."""
         one = self._replica()
         one.line.doom = "deaf"
-        await asyncio.sleep(max(for_s, 15.0))
+        await asyncio.gather(asyncio.sleep(max(for_s, 15.0)), self._start_at(one.name))
         one.line.doom = ""
         one.line.flaky.partition(False)
 

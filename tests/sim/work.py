@@ -39,10 +39,15 @@ class Client:
 
     # ---- starts ----------------------------------------------------------------------------------------------------
 
-    async def start(self, nodes: Sequence[str]) -> None:
+    async def start_at(self, controller: str) -> None:
+        """One start that is not repeated, at this controller."""
+        at = next(way for way, one in zip(self._each, self._replicas, strict=True) if one.name == controller)
+        await self.start((), at)
+
+    async def start(self, nodes: Sequence[str], at: http.Endpoints | None = None) -> None:
         """One start, repeated a few times where that is harmless."""
         chance = self._chance
-        tag, kind = self._world.token(), chance.choice(("key", "key", "twin", "once"))
+        tag, kind = self._world.token(), "once" if at else chance.choice(("key", "key", "twin", "once"))
         ask = truth.Ask(count=chance.choice((1, 1, 1, 2, 5)), key=tag if kind == "key" else "", twin=kind == "twin")
         self._judge.asks[tag] = ask
         body: dict[str, Any] = {
@@ -58,7 +63,7 @@ class Client:
         if kind != "once" and chance.random() < _AT_ONCE:
             await asyncio.gather(*(self._send_start(tag, ask, body, way) for way in self._each))
         for _ in range(1 if kind == "once" else chance.choice((1, 2, 4))):
-            if await self._send_start(tag, ask, body) and chance.random() < 0.6:
+            if await self._send_start(tag, ask, body, at) and chance.random() < 0.6:
                 return
             await asyncio.sleep(chance.uniform(0.0, 5.0))
 
@@ -68,7 +73,7 @@ class Client:
         """Whether it was answered OK. `at`: by which controllers; else one of its choice, or all if it is harmless."""
         headers = {"Idempotency-Key": ask.key} if ask.key else {}
         again = bool(ask.key or ask.twin)
-        index = self._chance.randrange(len(self._each))
+        index = self._each.index(at) if at else self._chance.randrange(len(self._each))
         way = at or (self._all if again else self._each[index])
         process, restores = self._replicas[index].process, self._judge.restores
         try:
@@ -81,6 +86,7 @@ class Client:
             same = process is self._replicas[index].process and restores == self._judge.restores
             if not again and error.status == 503 and same:
                 ask.unsure_by, ask.unsure_at_s = process, asyncio.get_running_loop().time()
+                self._judge.counts["starts not known"] += 1
             return False
         self._judge.answered(tag, ids)
         for id in ids:
