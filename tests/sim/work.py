@@ -40,14 +40,14 @@ class Client:
     # ---- starts ----------------------------------------------------------------------------------------------------
 
     async def start_at(self, controller: str) -> None:
-        """One start that is not repeated, at this controller."""
+        """One start without key, at this controller; repeats of it may come to others."""
         at = next(way for way, one in zip(self._each, self._replicas, strict=True) if one.name == controller)
         await self.start((), at)
 
     async def start(self, nodes: Sequence[str], at: http.Endpoints | None = None) -> None:
         """One start, repeated a few times where that is harmless."""
         chance = self._chance
-        tag, kind = self._world.token(), "once" if at else chance.choice(("key", "key", "twin", "once"))
+        tag, kind = self._world.token(), chance.choice(("twin", "once") if at else ("key", "key", "twin", "once"))
         ask = truth.Ask(count=chance.choice((1, 1, 1, 2, 5)), key=tag if kind == "key" else "", twin=kind == "twin")
         self._judge.asks[tag] = ask
         body: dict[str, Any] = {
@@ -60,11 +60,12 @@ class Client:
             body |= {"external_id": tag, "name": "twin"}
         if nodes and chance.random() < 0.1:
             body["node_id"] = chance.choice(nodes)
-        if kind != "once" and chance.random() < _AT_ONCE:
+        if kind != "once" and at is None and chance.random() < _AT_ONCE:
             await asyncio.gather(*(self._send_start(tag, ask, body, way) for way in self._each))
         for _ in range(1 if kind == "once" else chance.choice((1, 2, 4))):
             if await self._send_start(tag, ask, body, at) and chance.random() < 0.6:
                 return
+            at = None
             await asyncio.sleep(chance.uniform(0.0, 5.0))
 
     async def _send_start(
