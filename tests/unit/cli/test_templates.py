@@ -1,29 +1,17 @@
 """`covey template …` from end to end: the program as people run it, against a registry."""
 
 import asyncio
-import json
 import os
 import random
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
-from tests.support import registry
+from tests.support import ran, registry
 
 TAG = "nightly #7 ü"
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
 
 
 class Shell:
@@ -32,7 +20,7 @@ class Shell:
     def __init__(self, url: str, cache: Path) -> None:
         self._env = {**os.environ, "COVEY_REGISTRY": url, "XDG_CACHE_HOME": str(cache)}
 
-    async def __call__(self, *words: object) -> Ran:
+    async def __call__(self, *words: object) -> ran.Ran:
         child = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "covey", "template", *map(str, words)),
             env=self._env,
@@ -41,7 +29,7 @@ class Shell:
             stderr=asyncio.subprocess.PIPE,
         )
         out, err = await child.communicate()
-        return Ran(child.returncode or 0, out.decode(), err.decode())
+        return ran.Ran(child.returncode or 0, out.decode(), err.decode())
 
 
 @pytest.fixture
