@@ -54,6 +54,7 @@ class Controller(_Settings, frozen=True, kw_only=True):
     etcd_backup_keep: int
     registries: tuple[str, ...]  # those that nodes use
     local_registries: tuple[str, ...]  # those that the controller itself uses
+    push_registries: tuple[str, ...]  # those that are pushed to
     instance_time_out_s: float
     instance_active_timeout_s: float
     node_active_timeout_s: float
@@ -97,6 +98,18 @@ class Etcd(msgspec.Struct, frozen=True, kw_only=True):
     etcd_password: str
 
 
+class Replicas(msgspec.Struct, frozen=True, kw_only=True):
+    """A registry among others that have disks of their own."""
+
+    write_only: bool
+    own_url: str
+    peers: tuple[str, ...]  # without this one
+    registry_peer_secret: str
+    push_url: str  # "": etcd decides
+    push_copies: int
+    etcd: Etcd | None  # None: an operator decides
+
+
 class Registry(_Settings, frozen=True, kw_only=True):
     """A registry server."""
 
@@ -119,12 +132,14 @@ class Registry(_Settings, frozen=True, kw_only=True):
     scrub_mb_per_s: int
     heal_from: tuple[str, ...]
     reserved_mib: int
+    replicas: Replicas | None  # None: alone, or one of several on one storage
 
 
 class Agent(_Settings, frozen=True, kw_only=True):
     """A node's agent, or `nodes` synthetic ones. Everything of it is below `data_dir`/agent."""
 
     controllers: tuple[str, ...]
+    push_registries: tuple[str, ...]  # (): those that are pulled from
     ca_cert: Path | None  # believed where controllers and registries are reached by https
     data_dir: Path
     data_dir_given: bool  # False: the default holds
@@ -172,6 +187,7 @@ class Client(_Settings, frozen=True, kw_only=True):
 
     controllers: tuple[str, ...]
     registries: tuple[str, ...]
+    push_registries: tuple[str, ...]
     ca_cert: Path | None  # believed where they are reached by https
 
 
@@ -192,21 +208,17 @@ def controller(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Controlle
     kept = read.number("ETCD_BACKUP_KEEP")
     if kept < 1:
         raise errors.SettingError("ETCD_BACKUP_KEEP is 0: keep one backup at least, or unset ETCD_BACKUP_DIR")
-    advertised = read.urls("ADVERTISE_URL")
-    if len(advertised) > 1:
-        raise errors.SettingError(
-            f"ADVERTISE_URL={read.text('ADVERTISE_URL')} is more than one URL: give this one's own"
-        )
     return Controller(
         ca_cert=read.file("CA_CERT"),
         listen=read.listen("LISTEN_ADDR"),
-        advertise_url=next(iter(advertised), ""),
+        advertise_url=read.one_url("ADVERTISE_URL"),
         **_way_to_etcd(read),
         etcd_backup_dir=read.path("ETCD_BACKUP_DIR"),
         etcd_backup_interval_s=read.positive("ETCD_BACKUP_INTERVAL"),
         etcd_backup_keep=kept,
         registries=registries,
         local_registries=read.urls("LOCAL_ANKA_REGISTRY") or registries,
+        push_registries=read.urls("PUSH_REGISTRY") or registries,
         instance_time_out_s=read.duration("INSTANCE_TIME_OUT"),
         instance_active_timeout_s=read.duration("INSTANCE_ACTIVE_TIMEOUT"),
         node_active_timeout_s=read.duration("NODE_ACTIVE_TIMEOUT"),
@@ -268,8 +280,94 @@ def registry(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Registry:
         scrub_mb_per_s=read.number("REGISTRY_SCRUB_SPEED"),
         heal_from=read.urls("REGISTRY_HEAL_FROM"),
         reserved_mib=read.number("REGISTRY_RESERVED_SPACE"),
+        replicas=_replicas(read),
         **read.common(),
     )
+
+
+_SHORTEST_SECRET = 16
+_OF_REPLICAS = (
+    "REGISTRY_PEERS",
+    "REGISTRY_ADVERTISE_URL",
+    "REGISTRY_PEER_SECRET",
+    "REGISTRY_PEER_SECRET_FILE",
+    "REGISTRY_PUSH",
+    "REGISTRY_PUSH_COPIES",
+)
+
+
+def _replicas(read: settings_reader.Reader) -> Replicas | None:
+    mode = read.one_of("REGISTRY_MODE", ("single", "shared", "replica", "write-only"))
+    if mode in ("single", "shared"):
+        for name in _OF_REPLICAS:
+            if read.find(name) is not None:
+                raise errors.SettingError(
+                    f"{name} is set but REGISTRY_MODE is {mode}: it is for REGISTRY_MODE=replica or write-only"
+                )
+        return None
+    if read.one_of("BACKEND_TYPE", ("disk", "s3")) != "disk":
+        raise errors.SettingError(
+            f"REGISTRY_MODE is {mode} but BACKEND_TYPE is not disk: servers on one bucket share it"
+            " (REGISTRY_MODE=shared)"
+        )
+    own = read.one_url("REGISTRY_ADVERTISE_URL")
+    peers = tuple(url for url in dict.fromkeys(read.urls("REGISTRY_PEERS")) if url != own)
+    if not own or not peers:
+        name = "REGISTRY_PEERS" if own else "REGISTRY_ADVERTISE_URL"
+        text = "name the other servers of the set" if own else "name the URL at which its peers reach this server"
+        raise errors.SettingError(f"REGISTRY_MODE is {mode} but {name} names none: {text}")
+    copies = read.number("REGISTRY_PUSH_COPIES")
+    if not 1 <= copies <= 1 + len(peers):
+        raise errors.SettingError(
+            f"REGISTRY_PUSH_COPIES={copies} is not 1 to {1 + len(peers)}, which is how many servers the set has"
+        )
+    return Replicas(
+        write_only=mode == "write-only",
+        own_url=own,
+        peers=peers,
+        registry_peer_secret=_peer_secret(read),
+        push_copies=copies,
+        **_decider(read, (own, *peers)),
+    )
+
+
+def _decider(read: settings_reader.Reader, servers: tuple[str, ...]) -> dict[str, Any]:
+    """Who says which server takes pushes: etcd, or an operator."""
+    push = read.one_url("REGISTRY_PUSH")
+    if read.items("ETCD_ENDPOINTS"):
+        if push:
+            raise errors.SettingError(
+                "REGISTRY_PUSH and ETCD_ENDPOINTS are both set: with etcd the servers agree by themselves; unset one"
+            )
+        return {"push_url": "", "etcd": Etcd(**_way_to_etcd(read))}
+    if not push:
+        raise errors.SettingError(
+            "nobody says which registry takes pushes: name it in REGISTRY_PUSH, the same at all servers,"
+            " or set ETCD_ENDPOINTS to have them agree by themselves"
+        )
+    if push not in servers:
+        raise errors.SettingError(
+            f"REGISTRY_PUSH={push} is none of the set: use one of {', '.join(servers)} (REGISTRY_ADVERTISE_URL,"
+            " REGISTRY_PEERS)"
+        )
+    return {"push_url": push, "etcd": None}
+
+
+def _peer_secret(read: settings_reader.Reader) -> str:
+    secret, file = read.text("REGISTRY_PEER_SECRET"), read.file("REGISTRY_PEER_SECRET_FILE")
+    if file is not None:
+        if secret:
+            raise errors.SettingError("REGISTRY_PEER_SECRET and REGISTRY_PEER_SECRET_FILE are both set: unset one")
+        try:
+            secret = file.read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise errors.SettingError(f"REGISTRY_PEER_SECRET_FILE: {file} cannot be read as text") from error
+    if len(secret) < _SHORTEST_SECRET or not secret.isascii() or not secret.isprintable():
+        raise errors.SettingError(
+            "REGISTRY_PEER_SECRET is not set, too short, or not plain text: give all servers of the set the same"
+            f" {_SHORTEST_SECRET} or more characters (`openssl rand -hex 32`), best in REGISTRY_PEER_SECRET_FILE"
+        )
+    return secret
 
 
 def _server_identity(read: settings_reader.Reader) -> tuple[Path | None, Path | None]:
@@ -330,6 +428,7 @@ def agent(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Agent:
     return Agent(
         ca_cert=read.file("CA_CERT"),
         controllers=read.urls("CONTROLLER"),
+        push_registries=read.urls("PUSH_REGISTRY"),
         data_dir=read.data_dir(),
         data_dir_given=read.find("DATA_DIR") is not None,
         hypervisor=hypervisor,
@@ -389,9 +488,11 @@ def standalone(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Standalon
 def client(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Client:
     """Settings of all other commands."""
     read = settings_reader.Reader(Part.CLIENT, environ, flags)
+    registries = read.urls("REGISTRY")
     return Client(
         controllers=read.urls("CONTROLLER"),
-        registries=read.urls("REGISTRY"),
+        registries=registries,
+        push_registries=read.urls("PUSH_REGISTRY") or registries,
         ca_cert=read.file("CA_CERT"),
         failpoints="",
         log_level="warning",

@@ -218,6 +218,13 @@ class Reader:
         except ValueError:
             raise self._bad(name, "a comma separated list of URLs such as http://host:8090") from None
 
+    def one_url(self, name: str) -> str:
+        """ "" when it is not set."""
+        found = self.urls(name)
+        if len(found) > 1:
+            raise errors.SettingError(f"{name}={self.text(name)} is more than one URL: give one")
+        return next(iter(found), "")
+
     def listen(self, name: str) -> Address:
         """An address to listen on; one that other machines reach must be allowed, as nobody has to log in."""
         try:
@@ -388,6 +395,8 @@ def shown(chosen: msgspec.Struct) -> dict[str, object]:
         value = getattr(chosen, name)
         if name in secret:
             found[name] = HIDDEN if value else ""
+        elif isinstance(value, msgspec.Struct) and not isinstance(value, Address):
+            found[name] = shown(value)
         elif isinstance(value, tuple):
             found[name] = [without_login(str(one)) for one in value]
         else:

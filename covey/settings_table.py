@@ -54,6 +54,7 @@ class Setting:
 _C, _R, _A, _S = (Part.CONTROLLER,), (Part.REGISTRY,), (Part.AGENT,), (Part.STANDALONE,)
 _CS, _RS = (Part.CONTROLLER, Part.STANDALONE), (Part.REGISTRY, Part.STANDALONE)
 _CE = (Part.CONTROLLER, Part.ETCD)
+_CER = (Part.CONTROLLER, Part.ETCD, Part.REGISTRY)
 _SERVERS = (Part.CONTROLLER, Part.REGISTRY, Part.STANDALONE)
 _ALL = (Part.CONTROLLER, Part.REGISTRY, Part.AGENT, Part.STANDALONE)
 _K = Kind
@@ -170,11 +171,10 @@ _PLACES = (
     ),
     Setting(
         "PUSH_REGISTRY",
-        _CS,
+        (Part.CONTROLLER, Part.STANDALONE, Part.AGENT, Part.CLIENT),
         _K.URLS,
         "",
-        "Registry URLs that saved images are pushed to.",
-        unbuilt="saving images is not built yet",
+        "Registry URLs that templates and saved images are pushed to, when they differ from those that all else uses.",
     ),
     Setting(
         "ALLOW_EMPTY_REGISTRY", _CS, _K.SWITCH, "false", "Start a controller although no registry address is given."
@@ -210,16 +210,24 @@ _PLACES = (
 _ETCD = (
     Setting("ETCD_ENDPOINTS", _CE, _K.LIST, "127.0.0.1:2379", "etcd's client addresses, with or without scheme."),
     Setting(
+        "ETCD_ENDPOINTS",
+        _R,
+        _K.LIST,
+        "",
+        "For registries with disks of their own: the etcd in which they agree who takes pushes; unset: an operator says"
+        " so (REGISTRY_PUSH, `covey registry promote`).",
+    ),
+    Setting(
         "ETCD_REQUEST_TIMEOUT",
-        (Part.CONTROLLER, Part.STANDALONE, Part.ETCD),
+        (Part.CONTROLLER, Part.STANDALONE, Part.ETCD, Part.REGISTRY),
         _K.DURATION,
         "20s",
         "How long one request to etcd may take, fail-over included.",
     ),
-    Setting("USE_ETCD_TLS", _CE, _K.SWITCH, "false", "Talk TLS to etcd (also when its endpoints say https)."),
-    Setting("ETCD_CA_CERT", _CE, _K.PATH, "", "The authority that signed etcd's certificates, PEM."),
-    Setting("ETCD_CERT", _CE, _K.PATH, "", "The client certificate shown to etcd, PEM."),
-    Setting("ETCD_CERT_KEY", _CE, _K.PATH, "", "Its private key, PEM."),
+    Setting("USE_ETCD_TLS", _CER, _K.SWITCH, "false", "Talk TLS to etcd (also when its endpoints say https)."),
+    Setting("ETCD_CA_CERT", _CER, _K.PATH, "", "The authority that signed etcd's certificates, PEM."),
+    Setting("ETCD_CERT", _CER, _K.PATH, "", "The client certificate shown to etcd, PEM."),
+    Setting("ETCD_CERT_KEY", _CER, _K.PATH, "", "Its private key, PEM."),
     Setting(
         "SKIP_ETCD_TLS_VERIFICATION",
         _CE,
@@ -228,9 +236,9 @@ _ETCD = (
         "Believe any certificate of etcd.",
         unbuilt="etcd's certificate is always verified; name its authority in ETCD_CA_CERT",
     ),
-    Setting("USE_ETCD_LOGIN", _CE, _K.SWITCH, "false", "Log in to etcd with name and password."),
-    Setting("ETCD_USERNAME", _CE, _K.TEXT, "", "The name."),
-    Setting("ETCD_PASSWORD", _CE, _K.TEXT, "", "The password.", secret=True),
+    Setting("USE_ETCD_LOGIN", _CER, _K.SWITCH, "false", "Log in to etcd with name and password."),
+    Setting("ETCD_USERNAME", _CER, _K.TEXT, "", "The name."),
+    Setting("ETCD_PASSWORD", _CER, _K.TEXT, "", "The password.", secret=True),
     Setting(
         "ETCD_BACKUP_DIR",
         _CS,
@@ -350,6 +358,50 @@ _REGISTRY = (
     ),
 )
 
+# ---- registries with disks of their own ------------------------------------------------------------------------
+
+_REPLICAS = (
+    Setting(
+        "REGISTRY_MODE",
+        _R,
+        _K.TEXT,
+        "single",
+        "single; shared: other servers use the same BASE_PATH or bucket; replica: this one has its own disk and follows"
+        " the one that takes pushes; write-only: a replica that takes pushes and feeds its peers, and serves no pulls.",
+    ),
+    Setting(
+        "REGISTRY_PEERS",
+        _R,
+        _K.URLS,
+        "",
+        "For replica and write-only: the URLs of all servers of the set; this one's own may be among them.",
+    ),
+    Setting("REGISTRY_ADVERTISE_URL", _R, _K.URLS, "", "The URL at which its peers reach this registry."),
+    Setting(
+        "REGISTRY_PEER_SECRET",
+        _R,
+        _K.TEXT,
+        "",
+        "How servers of the set know each other: the same at all of them, 16 characters or more.",
+        secret=True,
+    ),
+    Setting("REGISTRY_PEER_SECRET_FILE", _R, _K.PATH, "", "A file that holds it, instead."),
+    Setting(
+        "REGISTRY_PUSH",
+        _R,
+        _K.URLS,
+        "",
+        "Without etcd: which server takes pushes at first. Later `covey registry promote URL` says so.",
+    ),
+    Setting(
+        "REGISTRY_PUSH_COPIES",
+        _R,
+        _K.NUMBER,
+        "1",
+        "How many servers must have all of a push before it is answered; 2: the loss of one disk loses nothing.",
+    ),
+)
+
 # ---- the all-in-one service ------------------------------------------------------------------------------------
 
 _STANDALONE = (
@@ -450,7 +502,7 @@ _LATER = (
     ),
 )
 
-TABLE: tuple[Setting, ...] = (*_PLACES, *_ETCD, *_TIMES, *_REGISTRY, *_STANDALONE, *_AGENT, *_LATER)
+TABLE: tuple[Setting, ...] = (*_PLACES, *_ETCD, *_TIMES, *_REGISTRY, *_REPLICAS, *_STANDALONE, *_AGENT, *_LATER)
 
 # Read elsewhere than through a table row: where the settings file is.
 CONFIG = "CONFIG"

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 app = typer.Typer(invoke_without_command=True, subcommand_metavar="[COMMAND]")
 
 T = TypeVar("T")
+_SECRETS = frozenset({"REGISTRY_PEER_SECRET", "ETCD_PASSWORD"})  # what is in argv, all of this host see
 _BasePath = Annotated[
     str | None, typer.Option("--base-path", metavar="PATH", help="The registry's data directory [COVEY_BASE_PATH].")
 ]
 
 
 @app.callback()
-@flags.of(servers.Part.REGISTRY)
+@flags.of(servers.Part.REGISTRY, without=_SECRETS)
 def registry(context: typer.Context, flags: flags.Flags) -> None:
     """Run one registry; any number of them may share one BASE_PATH. With a command: care of what it stores."""
     context.obj = flags

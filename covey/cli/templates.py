@@ -78,7 +78,7 @@ def push(
             progress=moved,
         )
 
-    pushed = _with_progress(registry, run, notes=notes)
+    pushed = _with_progress(registry, run, notes=notes, pushing=True)
     if json:
         out.as_json(pushed)
         return
@@ -280,6 +280,7 @@ def _ask(
     template: str | None = None,
     *,
     notes: "remembered.Notes | None" = None,
+    pushing: bool = False,
 ) -> T:
     """One question to the registries named on the command line or in the environment, about `template` if given."""
     from covey import settings
@@ -288,7 +289,8 @@ def _ask(
 
     async def run() -> T:
         chosen = settings.client(os.environ, {"REGISTRY": registry})
-        async with http.Endpoints(chosen.registries, timeout_s=30, ca_cert=chosen.ca_cert) as endpoints:
+        urls = chosen.push_registries if pushing and registry is None else chosen.registries
+        async with http.Endpoints(urls, timeout_s=30, ca_cert=chosen.ca_cert) as endpoints:
             return await question(registry_client.Registry(endpoints, notes=notes))
 
     try:
@@ -305,9 +307,10 @@ def _with_progress(
     template: str | None = None,
     *,
     notes: "remembered.Notes | None" = None,
+    pushing: bool = False,
 ) -> T:
     with out.transfers() as moved:
-        return _ask(registry, lambda client: work(client, moved), template, notes=notes)
+        return _ask(registry, lambda client: work(client, moved), template, notes=notes, pushing=pushing)
 
 
 def _notes() -> "remembered.Notes":

@@ -192,7 +192,6 @@ def test_a_file_that_is_named_must_exist_and_be_toml(tmp_path: Path) -> None:
         ("OIDC_PROVIDER_URL", "https://id"),
         ("ENABLE_METRICS", "true"),
         ("METRICS_PORT", "9000"),
-        ("PUSH_REGISTRY", "http://push"),
         ("SKIP_ETCD_TLS_VERIFICATION", "true"),
         ("ENABLE_CENTRAL_LOGGING", "true"),
         ("QUEUE_ADDR", "q:1"),
@@ -256,6 +255,76 @@ def test_what_a_registry_cannot_do_stops_its_start(environ: Mapping[str, str], t
         registry(given)
 
 
+_REPLICA = {
+    "REGISTRY_MODE": "replica",
+    "REGISTRY_ADVERTISE_URL": "http://a:8089",
+    "REGISTRY_PEERS": "http://a:8089,http://b:8089/,c:8089",
+    "REGISTRY_PEER_SECRET": "0123456789abcdef",
+    "REGISTRY_PUSH": "http://b:8089",
+}
+
+
+def test_a_registry_with_a_disk_of_its_own(tmp_path: Path) -> None:
+    assert registry({}).replicas is None
+    assert registry({"COVEY_REGISTRY_MODE": "shared"}).replicas is None
+    chosen = registry({"COVEY_" + name: value for name, value in _REPLICA.items()}).replicas
+    assert chosen == settings.Replicas(
+        write_only=False,
+        own_url="http://a:8089",
+        peers=("http://b:8089", "http://c:8089"),
+        registry_peer_secret="0123456789abcdef",
+        push_url="http://b:8089",
+        push_copies=1,
+        etcd=None,
+    )
+    file = tmp_path / "secret"
+    file.write_text("fedcba9876543210\n")
+    more = {"REGISTRY_PEER_SECRET": "", "REGISTRY_PEER_SECRET_FILE": str(file), "REGISTRY_MODE": "write-only"}
+    more |= {"REGISTRY_PUSH": "", "ETCD_ENDPOINTS": "https://e:2379", "REGISTRY_PUSH_COPIES": "2"}
+    chosen = registry({"COVEY_" + name: value for name, value in {**_REPLICA, **more}.items()}).replicas
+    assert chosen is not None
+    assert (chosen.write_only, chosen.registry_peer_secret, chosen.push_copies) == (True, "fedcba9876543210", 2)
+    assert chosen.etcd is not None
+    assert (chosen.etcd.etcd_endpoints, chosen.etcd.etcd_tls) == (("e:2379",), True)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"REGISTRY_MODE": "raid"}, "'raid' is not one of: single, shared, replica, write-only"),
+        ({"REGISTRY_MODE": ""}, "REGISTRY_PEERS is set but REGISTRY_MODE is single"),
+        ({"REGISTRY_MODE": "shared"}, "REGISTRY_PEERS is set but REGISTRY_MODE is shared"),
+        ({"REGISTRY_ADVERTISE_URL": ""}, "REGISTRY_ADVERTISE_URL names none: name the URL at which its peers"),
+        ({"REGISTRY_ADVERTISE_URL": "http://a,http://b"}, "REGISTRY_ADVERTISE_URL=.* is more than one URL"),
+        ({"REGISTRY_PEERS": "http://a:8089"}, "REGISTRY_PEERS names none: name the other servers"),
+        ({"REGISTRY_PEER_SECRET": ""}, "REGISTRY_PEER_SECRET is not set, too short"),
+        ({"REGISTRY_PEER_SECRET": "short"}, "REGISTRY_PEER_SECRET is not set, too short"),
+        ({"REGISTRY_PEER_SECRET_FILE": "/dev/null"}, "are both set: unset one"),
+        ({"REGISTRY_PUSH": ""}, "nobody says which registry takes pushes"),
+        ({"REGISTRY_PUSH": "http://x"}, "REGISTRY_PUSH=http://x is none of the set: use one of http://a:8089, "),
+        ({"ETCD_ENDPOINTS": "e:2379"}, "REGISTRY_PUSH and ETCD_ENDPOINTS are both set"),
+        ({"REGISTRY_PUSH_COPIES": "4"}, "REGISTRY_PUSH_COPIES=4 is not 1 to 3"),
+        ({"REGISTRY_PUSH_COPIES": "0"}, "REGISTRY_PUSH_COPIES=0 is not 1 to 3"),
+        ({"BACKEND_TYPE": "s3"}, "BACKEND_TYPE is not disk: servers on one bucket share it"),
+    ],
+)
+def test_replicas_that_cannot_work_stop_the_start(change: Mapping[str, str], text: str) -> None:
+    given = {"COVEY_" + name: value for name, value in {**_REPLICA, **change}.items()}
+    if "BACKEND_TYPE" in change:
+        given["COVEY_BACKEND_S3_BUCKET"] = "b"
+    with pytest.raises(errors.SettingError, match=text) as caught:
+        registry(given)
+    assert "0123456789abcdef" not in str(caught.value)
+
+
+def test_what_is_pushed_may_go_elsewhere() -> None:
+    both = {"ANKA_ANKA_REGISTRY": "http://pull:1", "ANKA_PUSH_REGISTRY": "http://push:2"}
+    assert controller(both).push_registries == ("http://push:2",)
+    assert controller({"ANKA_ANKA_REGISTRY": "http://pull:1"}).push_registries == ("http://pull:1",)
+    client = settings.client({"COVEY_CONFIG": "/dev/null", "COVEY_PUSH_REGISTRY": "http://push:2"})
+    assert (client.registries, client.push_registries) == (("http://127.0.0.1:8089",), ("http://push:2",))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -295,6 +364,8 @@ def test_a_login_wants_a_name() -> None:
 
 
 def test_secrets_are_not_shown() -> None:
+    chosen = registry({"COVEY_" + name: value for name, value in _REPLICA.items()})
+    assert "0123456789abcdef" not in str(settings_reader.shown(chosen))
     assert "hunter" not in refusal({"COVEY_ROOT_TOKEN": "hunter2hunter2"})
 
 
