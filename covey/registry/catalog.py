@@ -12,7 +12,7 @@ import msgspec
 
 from covey import errors, failpoint, model, world
 from covey.client import oci
-from covey.registry import blobs, manifests, views
+from covey.registry import blobs, manifests, role, views
 
 _EMPTY = views.Repository(name="")
 _FEW = 20
@@ -43,11 +43,21 @@ class DeletesOff(errors.Refused):
 
 
 class Catalog:
-    """All repositories of one storage. `deletes` False: what is pushed stays."""
+    """All repositories of one storage. `deletes` False: what is pushed stays. `role` says whether, and how, entries
+    come in here."""
 
-    def __init__(self, blobs: blobs.Blobs, logs: blobs.Logs, world: world.World, *, deletes: bool = True) -> None:
+    def __init__(
+        self,
+        blobs: blobs.Blobs,
+        logs: blobs.Logs,
+        world: world.World,
+        *,
+        deletes: bool = True,
+        role: role.Role = role.Alone(),  # noqa: B008  it holds nothing
+    ) -> None:
         self.blobs = blobs
         self.logs = logs
+        self.role = role
         self._world = world
         self._deletes = deletes
         self._folds: dict[str, views.Repository] = {}
@@ -314,6 +324,8 @@ class Catalog:
                 return None
             return views.decide_delete(fold, digest, id=self._world.token(), now_s=self._now_s())
 
+        if not self.role.view().mine:
+            return False
         _, entry = await self._enter(repository, decide)
         return entry is not None
 
@@ -326,12 +338,38 @@ class Catalog:
         """Decide on the newest fold until an entry is in, or none is needed. The fold decided on, and the entry.
         `check` runs while it is pending (`blobs.Logs.append`)."""
         while True:
+            view = self.role.view()
             fold = await self.repository(repository)
             entry = decide(fold)
-            if entry is None:
+            if entry is None:  # it is in: the answer to the first request may have been that nobody knows
+                await self.role.settle(view, repository, fold.count - 1)
                 return fold, None
-            if await self.logs.append(repository, fold.count, msgspec.json.encode(entry), check):
+            entry = msgspec.structs.replace(entry, term=view.term)
+            if await self._append(view, repository, fold.count, msgspec.json.encode(entry), check):
                 return fold, entry
+
+    async def _append(
+        self,
+        view: role.View,
+        log: str,
+        number: int,
+        entry: bytes,
+        check: Callable[[], Awaitable[None]] | None = None,
+    ) -> bool:
+        """Enter it when the role allows (safety S33). False: decide again."""
+
+        async def accept() -> None:
+            if check is not None:
+                await check()
+            await self.role.accept(view, log, number, entry)
+
+        try:
+            if not await self.logs.append(log, number, entry, accept):
+                return False
+        except role.Taken:
+            return False
+        await self.role.settle(view, log, number)
+        return True
 
     # ---- names of templates ----------------------------------------------------------------------------------------
 
@@ -355,14 +393,15 @@ class Catalog:
         """Who holds `name` after `wanted` (None: a new template) has tried to. A dead template holds nothing, and
         never lives again, so a name never stands for two."""
         while True:
+            view = self.role.view()
             claims = await self._claims(name)
             if claims:
                 holder = claims[-1].template
                 if holder == wanted or not (await self.repository(oci.repository_of(holder))).dead:
                     return holder
             taker = wanted or model.TemplateId(self._world.uuid())
-            claim = views.Claim(id=self._world.token(), name=name, template=taker)
-            if await self.logs.append(_name_log(name), len(claims), msgspec.json.encode(claim)):
+            claim = views.Claim(id=self._world.token(), name=name, template=taker, term=view.term)
+            if await self._append(view, _name_log(name), len(claims), msgspec.json.encode(claim)):
                 failpoint.reach("registry.name.claimed")
                 return taker
 

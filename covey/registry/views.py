@@ -85,6 +85,7 @@ class Entry(model.Noun, frozen=True, kw_only=True):
     arch: model.Arch | None = None
     request: str = ""  # of a revert: the id under which it was asked for, and what was asked
     asked: str = ""
+    term: int = 0  # in which the server that entered it held the push role; 0: it was alone
 
 
 class Target(model.Noun, frozen=True, kw_only=True):
@@ -106,6 +107,7 @@ class Claim(model.Noun, frozen=True, kw_only=True):
     id: str
     name: str
     template: model.TemplateId
+    term: int = 0
 
 
 class Numbered(model.Noun, frozen=True, kw_only=True):
