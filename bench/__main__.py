@@ -7,6 +7,7 @@
     lists      what lists cost with thousands of instances
     flood      what others notice of a client that asks without end
     outages    what clients notice of the outages of single parts
+    drill      seconds to normal after a restore from an old backup
 
 Without a name: `starts`.
 """
@@ -14,7 +15,7 @@ Without a name: `starts`.
 import importlib
 import sys
 
-NAMES = ("starts", "idle", "registry", "failover", "lists", "flood", "outages")
+NAMES = ("starts", "idle", "registry", "failover", "lists", "flood", "outages", "drill")
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 """Clients that look at /readyz as a balancer does, keep their connections, and repeat nothing: whatever a controller
-does wrong, a request that is cut off, refused or answered 503, is counted.
+does wrong, a request that is cut off, refused or answered 503, is counted. The rate is offered, whatever becomes of the
+requests: a client that had to wait for an answer makes up for it.
 
     with clients.asking(cloud.urls, cloud.template) as load:
         ...                                   # trouble
@@ -63,8 +64,9 @@ class Client(threading.Thread):
 
     def run(self) -> None:
         turn = self._number
-        while not self._ending.wait(1 / RATE_EACH):
-            turn += 1
+        due = time.monotonic() + self._number / (CLIENTS * RATE_EACH)
+        while not self._ending.wait(max(0.0, due - time.monotonic())):
+            turn, due = turn + 1, due + 1 / RATE_EACH
             ready = self._balancer.ready
             url = ready[turn % len(ready)] if ready else "nobody"
             try:
