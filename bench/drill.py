@@ -23,9 +23,11 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=40, help="of 100 slots each (default 40)")
     options = parser.parse_args()
     terms = drill.Terms(kept=KEPT, since=options.instances, ended=ENDED, minutes=options.minutes)
-    with tempfile.TemporaryDirectory(prefix="covey-drill-", dir="/var/tmp") as folder:
-        with cloud.running(Path(folder), nodes=options.nodes, controllers=2) as running:
-            print(drill.run(running, Path(folder), terms).told())
+    with (
+        tempfile.TemporaryDirectory(prefix="covey-drill-", dir="/var/tmp") as folder,
+        cloud.running(Path(folder), nodes=options.nodes, controllers=2) as running,
+    ):
+        print(drill.run(running, Path(folder), terms).told())
 
 
 if __name__ == "__main__":
