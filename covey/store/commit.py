@@ -13,7 +13,8 @@ Replies get lost. An `Unsure` transaction is sent again unchanged until the outc
 written noun carries the transaction's id, so a guard that fails because our own first copy was applied is known by
 the bytes it finds. Nothing is sent for a request after `until_ns` (safety S24).
 
-    commit_births     create (one transaction, all or none) and closing the door on a create whose reply was lost
+    commit_births     create (one transaction, all or none)
+    commit_door       closing the door on a create whose reply was lost
     commit_instances  place, withdraw, launch, terminate, fail, update, forget
     commit_reports    what agents report
     commit_nodes      join, leave, remove, configure, word with adoption of claims, destroy orders

@@ -1,4 +1,4 @@
-"""Creating instances: one transaction, all or none (safety S16, S17), and closing the door on a lost one (S15)."""
+"""Creating instances: one transaction, all or none (safety S16, S17)."""
 
 import asyncio
 from collections.abc import Sequence
@@ -6,16 +6,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from covey import errors, model, observe
-from covey.store import base, codec, commit, commit_instances, schema, view
+from covey import errors, model
+from covey.store import base, codec, commit, commit_door, schema, view
 
 # A repeat of a start finds the earlier instance only while that one may still become, or be, of use.
 _SPENT = frozenset({model.State.TERMINATING, model.State.TERMINATED, model.State.ERROR})
-_CLOSE_PAUSE_S = 1.0
-_CLOSE_FOR_NS = 60_000_000_000
 _DOORS = 300  # starts with a lost reply that may be unsettled at once
-
-_log = observe.log("births")
 
 
 class Start(NamedTuple):
@@ -66,8 +62,7 @@ async def create(
     `homes`: a node for each instance (see placement), to create and place in one transaction; when a node has
     changed meanwhile, the instances are created waiting and the loop places them.
     Raises Unavailable (nothing was done) or Unsure (answer 503). After Unsure the door is being closed in the
-    background: what turns up nevertheless is terminated, unless a repeat finds it: one with its Idempotency-Key may
-    come at any time, and one that found the twin's record has left its mark there.
+    background: what turns up nevertheless is terminated, unless a repeat may have been answered with it (commit_door).
     """
 
     def rule(reading: commit.Reading) -> commit.Write[Answer] | Answer:
@@ -89,8 +84,14 @@ async def create(
     try:
         return await writer.run(snapshot, rule, until_ns=until_ns)
     except (errors.Unsure, asyncio.CancelledError):
-        writer.soon(_close_door(writer, start._replace(script_text="", metadata={})))
+        writer.soon(commit_door.close(writer, _given_up(snapshot, start)))
         raise
+
+
+def _given_up(snapshot: view.Snapshot, start: Start) -> commit_door.GivenUp:
+    names = (start.spec.external_id, start.spec.name)
+    twin = schema.twin(*names) if all(names) else ""
+    return commit_door.GivenUp(start.ids, keyed=bool(start.key), twin=twin, breach=snapshot.breach.nonce)
 
 
 class _Twin(NamedTuple):
@@ -180,58 +181,3 @@ def _records(reading: commit.Reading, start: Start) -> list[base.Op]:
     decision = model.Decision(who=start.who, why="start request")
     ops.append(reading.event("created", start.ids[0], decision, count=str(len(start.ids))))
     return ops
-
-
-async def _close_door(writer: commit.Writer, start: Start) -> None:
-    """Make sure that a create whose caller was told "unsure" has no effect later (safety S15)."""
-    while True:
-        try:
-            turned_up = await _try_to_close(writer, start)
-            break
-        except (errors.Unsure, errors.Unavailable):
-            await asyncio.sleep(_CLOSE_PAUSE_S)
-        except errors.StoreError as error:
-            _log.error("a start whose reply was lost could not be settled", ids=start.ids, error=str(error))
-            return
-    if turned_up:
-        _log.warning("a start whose reply was lost had happened", ids=start.ids, kept=bool(start.key))
-
-
-class _Found(NamedTuple):
-    """What became of a start whose caller was told "unsure"."""
-
-    turned_up: bool
-    unwanted: bool = False
-
-
-async def _try_to_close(writer: commit.Writer, start: Start) -> bool:
-    """True when the create had been applied, and stays so for a repeat, or is being terminated. It rests on nothing
-    that was seen before, so a break (safety S18) does not shut it out."""
-    snapshot = view.Snapshot()
-    decision = model.Decision(who=writer.who, why="the reply to the start request was lost", at_ns=0)
-
-    def rule(reading: commit.Reading) -> commit.Write[_Found] | _Found:
-        born = [reading.born(id) for id in start.ids]
-        if born[0] is None:  # all or none: one stands for all
-            closed = schema.encode(schema.Born(tx=reading.tx, closed=True))
-            puts = tuple(base.Put(schema.born(id), closed, commit.DAY) for id in start.ids)
-            return commit.Write(puts, lambda _: _Found(turned_up=False))
-        if born[0].noun.closed or start.key:
-            return _Found(turned_up=not born[0].noun.closed)
-        if not (start.spec.external_id and start.spec.name):
-            return _Found(turned_up=True, unwanted=True)
-        key = schema.twin(start.spec.external_id, start.spec.name)
-        record = reading.remembered(key)
-        ended = _Found(turned_up=True, unwanted=True)
-        if record is None or record.noun.ids != start.ids:  # another start has its place: only to prove
-            return commit.Write((), lambda _: ended)
-        if record.noun.tx != born[0].noun.tx:  # a repeat was answered with these instances
-            return _Found(turned_up=True)
-        return commit.Write((base.Delete(key),), lambda _: ended)
-
-    until_ns = writer.world.boot_ns() + _CLOSE_FOR_NS
-    found = await writer.run(snapshot, rule, until_ns=until_ns)
-    if found.unwanted:
-        for id in start.ids:
-            await commit_instances.terminate(writer, snapshot, id, decision, until_ns, sure=True)
-    return found.turned_up

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from covey import model, observe
+from covey import errors, model, observe
 from covey.decide import permission, upgrade
 from covey.store import base, codec, commit, schema, view
 
@@ -73,12 +73,8 @@ async def add_nonce(writer: commit.Writer, proof: str = "", before: Sequence[per
     somebody else enters one at the same moment: then do it again."""
     store, nonce = writer.store, writer.world.token()
     guarded = view.Snapshot()
-    formats = (await store.range(schema.FORMAT_KEY)).kvs
-    guarded.fence = formats[0].mod_revision if formats else 0
-    links = (await store.range(schema.HISTORY, base.prefix_end(schema.HISTORY))).kvs
-    newest = max(links, key=lambda kv: kv.create_revision, default=None)
-    origin = await store.origin(newest.create_revision if newest is not None else 0)
-    broke = permission.restored(_noted(newest), origin)
+    format, origin, broke = await _look_back(store)
+    guarded.fence = format.mod_revision if format is not None else 0
     if proof and not broke and not permission.recorded_by_another(before, await _breach(store)):
         broke = proof
 
@@ -87,9 +83,9 @@ async def add_nonce(writer: commit.Writer, proof: str = "", before: Sequence[per
             at_ns=reading.now_ns, term=origin.term, index=origin.entries, cluster=origin.cluster, broke=broke
         )
         ops: list[base.Op] = [base.Put(schema.nonce(nonce), schema.encode(link))]
-        if broke:
+        if broke and format is not None:
             breach = schema.Break(nonce=nonce, why=broke, at_ns=reading.now_ns)
-            ops += (base.Put(schema.BREAK, schema.encode(breach)), base.Put(schema.FORMAT_KEY, formats[0].value))
+            ops += (base.Put(schema.BREAK, schema.encode(breach)), base.Put(schema.FORMAT_KEY, format.value))
             ops.append(reading.event("restored", "store", model.Decision(who=writer.who, why=broke)))
         return commit.Write(tuple(ops), lambda _: nonce)
 
@@ -97,6 +93,31 @@ async def add_nonce(writer: commit.Writer, proof: str = "", before: Sequence[per
     if broke:
         _log.warning("the store was restored from a backup: every node is asked what it runs", why=broke, nonce=nonce)
     return nonce
+
+
+async def _look_back(store: base.Store) -> tuple[base.Kv | None, permission.Origin, str]:
+    """The format key, read first, so that a break since then is found out by it; where the store is in its life; and
+    why it must have gone back since its newest nonce, "" when nothing says so."""
+    formats = (await store.range(schema.FORMAT_KEY)).kvs
+    links = (await store.range(schema.HISTORY, base.prefix_end(schema.HISTORY))).kvs
+    newest = max(links, key=lambda kv: kv.create_revision, default=None)
+    origin = await store.origin(newest.create_revision if newest is not None else 0)
+    return (formats[0] if formats else None), origin, permission.restored(_noted(newest), origin)
+
+
+class Proof(NamedTuple):
+    """What a store was when it was proved: the format key's revision, and its newest break."""
+
+    fence: int
+    breach: str
+
+
+async def prove(store: base.Store) -> Proof:
+    """That nothing says the store was restored, but for breaks that were entered. Raises Unavailable."""
+    format, _, broke = await _look_back(store)
+    if broke or format is None:
+        raise errors.Unavailable(f"the store was restored: {broke}" if broke else "the store has no format")
+    return Proof(format.mod_revision, (await _breach(store)).nonce)
 
 
 def _noted(newest: base.Kv | None) -> permission.Origin:

@@ -180,19 +180,16 @@ async def terminate(
     instance: model.InstanceId,
     decision: model.Decision,
     until_ns: int = 0,
-    *,
-    sure: bool = False,
 ) -> Outcome:
-    """Terminating, or Terminated at once when no node holds a claim (safety S13). Repeats are `changed=False`.
-    `sure`: the snapshot may be older than the instance."""
+    """Terminating, or Terminated at once when no node holds a claim (safety S13). Repeats are `changed=False`."""
 
     def rule(reading: commit.Reading) -> commit.Write[Outcome] | Outcome:
         old = reading.instance(instance)
         if old is None:
             return commit.Missing()
-        return _ended(reading, old, Event.TERMINATE, decision)
+        return ended(reading, old, Event.TERMINATE, decision)
 
-    return await writer.run(snapshot, rule, until_ns=until_ns, sure=sure)
+    return await writer.run(snapshot, rule, until_ns=until_ns)
 
 
 async def reap(
@@ -204,16 +201,16 @@ async def reap(
         old = reading.instance(instance.noun.id)
         if old is None or old.revision != instance.revision:
             return commit.Lost("it changed meanwhile")
-        return _ended(reading, old, Event.REAPED, decision)
+        return ended(reading, old, Event.REAPED, decision)
 
     return await writer.once(snapshot, rule)
 
 
-def _ended(
+def ended(
     reading: commit.Reading, old: Instance, event: Event, decision: model.Decision
 ) -> commit.Write[Ended] | Ended:
-    ended = msgspec.structs.replace(decision, at_ns=reading.now_ns)
-    noun = commit.stepped(old.noun, event, reading, ended=ended)
+    """`old` after its end was decided."""
+    noun = commit.stepped(old.noun, event, reading, ended=msgspec.structs.replace(decision, at_ns=reading.now_ns))
     if noun is None or noun.state == old.noun.state:
         return commit.Done(old, changed=False)
     ops = (

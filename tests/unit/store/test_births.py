@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from covey import errors, model
-from covey.store import base, commit, commit_births, commit_cloud, commit_instances, schema
+from covey.store import base, commit, commit_births, commit_instances, schema
 from tests.support import cloud, flaky, nouns
 
 Fate = flaky.Fate
@@ -155,116 +155,6 @@ async def test_nothing_is_sent_for_a_request_that_is_too_old() -> None:
         with pytest.raises(errors.Unavailable):
             await create(c, start(), until_ns=c.world.boot_ns() - 1)
         assert len(c.flaky.commits) == before
-
-
-async def test_the_door_is_closed_on_a_create_that_was_given_up() -> None:
-    """Safety S15, S16: the zombie arrives after the caller was told "unsure", and finds the door closed."""
-    async with cloud.running() as c:
-        await create(c, start())
-        c.flaky.late_s = lambda: 0.4
-        c.flaky.plan(Fate.LATE)
-        what = start()
-        with pytest.raises(errors.Unsure):
-            await create(c, what, until_ns=c.until_trouble_ns())
-        await c.writer.close()
-        await c.flaky.settled()
-        assert (await c.look()).instance(what.ids[0]) is None
-        born = await c.values(schema.born(what.ids[0]))
-        assert b'"closed":true' in born[0].value
-
-
-async def test_no_more_starts_are_taken_while_very_many_are_unsettled() -> None:
-    """What is kept of them in memory is bounded, however long the store gives no answers."""
-    async with cloud.running() as c:
-        await create(c, start())  # shared leases are there now
-        snapshot = await c.look()
-        c.flaky.partition(True)
-        while c.writer.unfinished < 300:
-            until_ns = c.world.boot_ns() + 200_000_000
-            lost = (commit_births.create(c.writer, snapshot, start(), until_ns=until_ns) for _ in range(100))
-            assert errors.Unsure in map(type, await asyncio.gather(*lost, return_exceptions=True))
-        with pytest.raises(errors.Unavailable, match="unsettled"):
-            await commit_births.create(c.writer, snapshot, start())
-        c.flaky.partition(False)
-        async with asyncio.timeout(20):
-            while c.writer.unfinished:
-                await asyncio.sleep(0.05)
-        assert isinstance(await create(c, start()), commit_births.Created)
-        assert (await c.look()).instance_count() == 2
-
-
-async def test_the_door_is_closed_although_the_store_was_restored_meanwhile() -> None:
-    """Safety S15, S18: a break shuts out what was decided before it, but not what puts an end to it."""
-    async with cloud.running() as c:
-        await create(c, start())
-        c.flaky.plan(Fate.LOST_REPLY, Fate.UNAVAILABLE)  # the second is the first attempt to close the door
-        what = start()
-        with pytest.raises(errors.Unsure):
-            await create(c, what, until_ns=c.until_trouble_ns())
-        while c.flaky.planned:
-            await asyncio.sleep(0.001)
-        await commit_cloud.add_nonce(c.writer, "the test says so")
-        async with asyncio.timeout(10):
-            while c.writer.unfinished:
-                await asyncio.sleep(0.05)
-        assert (await c.instance(what.ids[0])).state == State.TERMINATED
-
-
-async def test_what_turns_up_after_giving_up_is_terminated() -> None:
-    """Safety S15: the create had been applied, its reply was lost, the caller was told 503."""
-    async with cloud.running() as c:
-        await create(c, start())
-        c.flaky.plan(Fate.LOST_REPLY)
-        what = start()
-        with pytest.raises(errors.Unsure):
-            await create(c, what, until_ns=c.until_trouble_ns())
-        await c.writer.close()
-        instance = await c.instance(what.ids[0])
-        assert instance.state == State.TERMINATED
-        assert instance.ended is not None
-        assert "lost" in instance.ended.why
-
-
-async def test_what_turns_up_stays_for_the_repeat_with_its_key() -> None:
-    """Safety S17: the caller repeats with the key that it was told "unsure" about."""
-    async with cloud.running() as c:
-        await create(c, start())
-        c.flaky.plan(Fate.LOST_REPLY)
-        what = start(key="k")
-        with pytest.raises(errors.Unsure):
-            await create(c, what, until_ns=c.until_trouble_ns())
-        await c.writer.close()
-        assert await create(c, start(key="k")) == commit_births.Repeated(what.ids)
-        assert (await c.instance(what.ids[0])).state == State.SCHEDULING
-
-
-async def test_what_turns_up_stays_for_a_repeat_that_was_answered_with_it() -> None:
-    """Safety S15, S17, promise I4: the reply was lost, the client repeats by external_id and name, and is answered OK
-    before the door is closed. What was answered must not be terminated behind its back."""
-    async with cloud.running() as c:
-        await create(c, start())
-        c.flaky.plan(Fate.LOST_REPLY, Fate.UNAVAILABLE)  # the second is the first attempt to close the door
-        what = start(spec=TWIN)
-        with pytest.raises(errors.Unsure):
-            await create(c, what, until_ns=c.until_trouble_ns())
-        while c.flaky.planned:
-            await asyncio.sleep(0.001)
-        assert await create(c, start(spec=TWIN)) == commit_births.Repeated(what.ids)
-        await c.writer.close()
-        assert (await c.instance(what.ids[0])).state == State.SCHEDULING
-
-
-async def test_a_repeat_after_the_door_was_closed_is_a_new_start() -> None:
-    """The other order of the same race."""
-    async with cloud.running() as c:
-        await create(c, start())
-        c.flaky.plan(Fate.LOST_REPLY)
-        what = start(spec=TWIN)
-        with pytest.raises(errors.Unsure):
-            await create(c, what, until_ns=c.until_trouble_ns())
-        await c.writer.close()
-        assert (await c.instance(what.ids[0])).state == State.TERMINATED
-        assert isinstance(await create(c, start(spec=TWIN)), commit_births.Created)
 
 
 async def test_a_zombie_create_does_not_bring_back_a_forgotten_instance() -> None:
