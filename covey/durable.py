@@ -9,6 +9,7 @@ removes. With `fsync` False all this holds when the process dies, but not the ho
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -22,6 +23,8 @@ from covey import observe
 T = TypeVar("T")
 Bytes = bytes | bytearray | memoryview
 
+_EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
+_AT_FDCWD = -100  # linux/fcntl.h
 _IOV_LIMIT = 1024  # Linux and macOS take no more pieces in one call
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -61,6 +64,20 @@ def lock(path: Path) -> int:
         os.close(handle)
         raise
     return handle
+
+
+def exchange(one: Path, other: Path, *, fsync: bool = True) -> None:
+    """Let two names of one file system change places in one step, durably (Linux 3.15: renameat2). Raises OSError where
+    the file system cannot do that, and then nothing has changed."""
+    names = (os.fsencode(one), os.fsencode(other))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(one), None, str(other))
+    if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _EXCHANGE) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(one), None, str(other))
+    for folder in {one.parent, other.parent}:
+        sync_dir(folder, fsync=fsync)
 
 
 # ---- files that are replaced ---------------------------------------------------------------------------------------

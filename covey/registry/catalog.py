@@ -6,13 +6,15 @@ A change is decided on such a fold and entered under the next number; when that 
 """
 
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import msgspec
 
 from covey import errors, failpoint, model, world
 from covey.client import oci
 from covey.registry import blobs, manifests, role, views
+
+Eras = Callable[[Sequence[str]], Awaitable[Mapping[str, int]]]
 
 _EMPTY = views.Repository(name="")
 _FEW = 20
@@ -44,7 +46,8 @@ class DeletesOff(errors.Refused):
 
 class Catalog:
     """All repositories of one storage. `deletes` False: what is pushed stays. `role` says whether, and how, entries
-    come in here."""
+    come in here. `eras`: which making of each log there is, where logs are made anew. `fetch`: have a manifest here that
+    is named and lacking; False: nobody has it."""
 
     def __init__(
         self,
@@ -54,19 +57,31 @@ class Catalog:
         *,
         deletes: bool = True,
         role: role.Role = role.Alone(),  # noqa: B008  it holds nothing
+        eras: Eras | None = None,
     ) -> None:
+        self.fetch: Callable[[model.Digest], Awaitable[bool]] | None = None
         self.blobs = blobs
+        self._eras = eras
         self.logs = logs
         self.role = role
         self._world = world
         self._deletes = deletes
-        self._folds: dict[str, views.Repository] = {}
+        self._folds: dict[str, tuple[int, views.Repository]] = {}  # and the era it is of
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
     async def repositories(self, names: Sequence[str]) -> list[views.Repository]:
         """The repositories of these names as they stand now; one never pushed to is empty."""
-        known = {name: self._folds.get(name, _EMPTY) for name in names}
+        if self._eras is None:
+            return await self._read_on(dict.fromkeys(names, 0))
+        while True:
+            eras = await self._eras(names)
+            found = await self._read_on(eras)
+            if await self._eras(names) == eras:
+                return found
+
+    async def _read_on(self, eras: Mapping[str, int]) -> list[views.Repository]:
+        known = {name: self._known(name, era) for name, era in eras.items()}
         news = await self.logs.read({name: fold.count for name, fold in known.items()})
         found = []
         for name, fold in known.items():
@@ -74,9 +89,13 @@ class Catalog:
                 entries = [msgspec.json.decode(raw, type=views.Entry) for raw in news[name]]
                 fold = views.fold(msgspec.structs.replace(fold, name=name), entries)
                 if fold.count:
-                    self._folds[name] = fold
+                    self._folds[name] = eras[name], fold
             found.append(fold)
         return found
+
+    def _known(self, name: str, era: int) -> views.Repository:
+        made, fold = self._folds.get(name, (era, _EMPTY))
+        return fold if made == era else _EMPTY
 
     async def repository(self, name: str) -> views.Repository:
         return (await self.repositories([name]))[0]
@@ -108,6 +127,8 @@ class Catalog:
         """A manifest and its bytes, by tag or digest. Raises Missing."""
         known = await self.known(repository, reference)
         try:
+            if self.fetch is not None and await self.blobs.stat(known.digest) is None:
+                await self.fetch(known.digest)
             return known, await self.blobs.get(known.digest)
         except FileNotFoundError as error:
             text = (
@@ -401,12 +422,12 @@ class Catalog:
                     return holder
             taker = wanted or model.TemplateId(self._world.uuid())
             claim = views.Claim(id=self._world.token(), name=name, template=taker, term=view.term)
-            if await self._append(view, _name_log(name), len(claims), msgspec.json.encode(claim)):
+            if await self._append(view, name_log(name), len(claims), msgspec.json.encode(claim)):
                 failpoint.reach("registry.name.claimed")
                 return taker
 
     async def _claims(self, name: str) -> list[views.Claim]:
-        log = _name_log(name)
+        log = name_log(name)
         return [msgspec.json.decode(raw, type=views.Claim) for raw in (await self.logs.read({log: 0}))[log]]
 
     def _now_s(self) -> int:
@@ -427,6 +448,6 @@ def _number_of(repository: views.Repository, tag: str) -> int:
     return next((version.number for version in repository.versions if version.tag == tag), -1)
 
 
-def _name_log(name: str) -> str:
-    """Names are any text: their logs are named by its hash."""
+def name_log(name: str) -> str:
+    """The log of who holds a name. Names are any text: their logs are named by its hash."""
     return "_names/" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()

@@ -6,7 +6,7 @@ it was pushed, whatever the Accept header says.
 """
 
 import urllib.parse
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from aiohttp import web
 
@@ -16,12 +16,15 @@ from covey.registry import catalog, conditions, oci_faults, sending
 
 _DIGITS = 9  # of a page's size
 
+Absent = Callable[[serve.Call, str, model.Digest], Awaitable[web.StreamResponse | None]]
+
 
 class ContentApi:
-    """Handlers below /v2/ that read and manage what is there."""
+    """Handlers below /v2/ that read and manage what is there. `absent`: who may answer with a blob that is not here."""
 
-    def __init__(self, catalog: catalog.Catalog) -> None:
+    def __init__(self, catalog: catalog.Catalog, absent: Absent | None = None) -> None:
         self._catalog = catalog
+        self._absent = absent
 
     def routes(self) -> Sequence[serve.Route]:
         guard = oci_faults.oci_path
@@ -46,6 +49,10 @@ class ContentApi:
     async def get_blob(self, call: serve.Call) -> web.StreamResponse:
         digest = model.Digest(call.params["digest"])
         blob = await self._catalog.granted_blob(call.params["name"], digest)
+        if blob is None and self._absent is not None:
+            answered = await self._absent(call, call.params["name"], digest)
+            if answered is not None:
+                return answered
         if blob is None:
             raise answer.Fault(404, await self._catalog.why_missing(call.params["name"], digest), code="BLOB_UNKNOWN")
         return await sending.answer(call, self._catalog.blobs, blob)

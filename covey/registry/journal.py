@@ -25,7 +25,16 @@ _NO_WRITING = durable.NO_ROOM | {errno.EROFS}
 class Journal:
     """`blobs.Logs` below one folder."""
 
-    def __init__(self, base: Path, world: world.World, *, fsync: bool = True) -> None:
+    def __init__(
+        self,
+        base: Path,
+        world: world.World,
+        *,
+        fsync: bool = True,
+        on_entry: Callable[[str], None] = lambda log: None,
+    ) -> None:
+        """`on_entry` is told of each log that has grown, by a worker thread."""
+        self._on_entry = on_entry
         self._repositories = base / "repositories"
         self._aside = base / "aside"
         self._world = world
@@ -79,6 +88,7 @@ class Journal:
             if not self._link(aside, self._repositories / log / _LOG / _entry_name(number), entry):
                 return False
         failpoint.reach("registry.entry.linked")
+        self._on_entry(log)
         return True
 
     def _link(self, aside: Path, target: Path, entry: bytes) -> bool:

@@ -21,6 +21,9 @@ from covey.registry import (
     content_api,
     metrics,
     oci_faults,
+    replica,
+    replica_disk,
+    role,
     s3_bucket,
     storage,
     tally,
@@ -50,11 +53,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8089
     tls: Identity | None = None  # None: plain HTTP
+    ca_cert: Path | None = None  # believed where peers are reached by https
     metrics: settings.Metrics | None = None
     workers: int = 1
     grace_s: float = 10.0
     trusted_proxies: tuple[origin.Network, ...] = ()
     reserved_bytes: int = 64 << 20
+    replicas: settings.Replicas | None = None  # None: no other server has a disk of its own
+    follows: bool = True  # of several processes one does
     deletes: bool = True  # False: tags, manifests, blobs and templates stay
     care: upkeep.Settings = upkeep.Settings()
     fsync: bool = True  # False is for benchmarks: a crash may then lose what was acknowledged
@@ -81,6 +87,8 @@ def configured(chosen: settings.Registry) -> Config:
         deletes=chosen.registry_deletes,
         reserved_bytes=chosen.reserved_mib << 20,
         care=upkeep.of(chosen),
+        replicas=chosen.replicas,
+        ca_cert=chosen.ca_cert,
     )
 
 
@@ -88,13 +96,19 @@ def storage_of(config: Config, environ: Mapping[str, str], world: world.World) -
     """Raises SettingError when it cannot hold a registry."""
     if config.bucket is not None:
         return storage.in_bucket(config.bucket, environ, world)
-    return storage.on_disk(config.base_path, world, reserved_bytes=config.reserved_bytes, fsync=config.fsync)
+    return storage.on_disk(
+        config.base_path,
+        world,
+        reserved_bytes=config.reserved_bytes,
+        fsync=config.fsync,
+        replica=config.replicas is not None,
+    )
 
 
 def onlooker(config: Config) -> Config:
     """For a process that serves, or tells figures, and leaves the care of the storage to another one."""
     idle = msgspec.structs.replace(config.care, collect_every_s=0.0, scrub_every_s=0.0, heal_from=())
-    return msgspec.structs.replace(config, care=idle)
+    return msgspec.structs.replace(config, care=idle, follows=False)
 
 
 class Registry:
@@ -114,15 +128,22 @@ class Registry:
         self._storage = storage_of(config, environ, world)
         self._shared = shared
         self._counts = counts if counts is not None else tally.Tally(1)
-        self.catalog = catalog.Catalog(self._storage.content, self._storage.logs, world, deletes=config.deletes)
+        held = self._storage.replica
+        eras = None if held is None else held.eras
+        self.catalog = catalog.Catalog(
+            self._storage.content, self._storage.logs, world, deletes=config.deletes, eras=eras
+        )
+        self.replica = self._replica(config, held, world)
         self.upkeep = upkeep.Upkeep(self.catalog, self._storage.care, self._storage.log_care, world, config.care)
+        absent = None if self.replica is None else self.replica.on_demand.blob
         apis = (
-            content_api.ContentApi(self.catalog),
+            content_api.ContentApi(self.catalog, absent),
             upload_api.UploadApi(self.catalog),
             template_api.TemplateApi(self.catalog, self.upkeep),
         )
+        routes = [route for api in apis for route in api.routes()]
         self._server = server.Server(
-            [route for api in apis for route in api.routes()],
+            routes if self.replica is None else self.replica.routes(routes),
             world=world,
             error_bodies={"/v2/": oci_faults.error_body},
             trusted=config.trusted_proxies,
@@ -135,6 +156,31 @@ class Registry:
         if config.metrics is not None and shared is None:
             self.metrics = metrics.Metrics(config.metrics, self._counts, lambda: self.upkeep.figures, world)
 
+    def _replica(
+        self, config: Config, held: replica_disk.ReplicaDisk | None, world: world.World
+    ) -> replica.Replica | None:
+        chosen = config.replicas
+        if chosen is None or held is None:
+            return None
+        view = role.View(term=1, holder=chosen.push_url, mine=chosen.push_url == chosen.own_url)
+
+        async def heard(term: int, holder: str) -> None:
+            return
+
+        return replica.Replica(
+            chosen.own_url,
+            chosen.peers,
+            chosen.registry_peer_secret,
+            lambda: view,
+            heard,
+            self.catalog,
+            self._storage,
+            held,
+            world,
+            follows=config.follows,
+            ca_cert=config.ca_cert,
+        )
+
     def _count_connections(self) -> None:
         self._counts.put(tally.Count.CONNECTIONS, self._server.open)
         self._counting = asyncio.get_running_loop().call_later(_COUNT_S, self._count_connections)
@@ -145,6 +191,8 @@ class Registry:
         tls = None if config.tls is None else tls_context(config.tls)
         await self._storage.open()
         await self.upkeep.start()
+        if self.replica is not None:
+            await self.replica.start()
         await self._server.start(config.host, config.port, tls=tls, shared=self._shared)
         if self.metrics is not None:
             await self.metrics.start(config.host)
@@ -170,6 +218,8 @@ class Registry:
         if self.metrics is not None:
             await self.metrics.stop()
         await self.upkeep.stop()
+        if self.replica is not None:
+            await self.replica.stop()
         if self._counting is not None:
             self._counting.cancel()
         if self._warming is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from covey import world
-from covey.registry import blobs, disk, disk_care, journal, s3, s3_bucket, s3_care, s3_log
+from covey.registry import blobs, disk, disk_care, journal, replica_disk, s3, s3_bucket, s3_care, s3_log
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,22 +22,27 @@ class Storage:
     open: Callable[[], Awaitable[None]]
     close: Callable[[], None]
     shown: str
+    replica: replica_disk.ReplicaDisk | None = None  # what one of several with disks of their own needs beside
 
 
-def on_disk(base: Path, world: world.World, *, reserved_bytes: int, fsync: bool = True) -> Storage:
+def on_disk(
+    base: Path, world: world.World, *, reserved_bytes: int, fsync: bool = True, replica: bool = False
+) -> Storage:
     """Below one folder. Raises SettingError when that cannot hold a registry."""
     files = disk.Disk(base, world, reserved_bytes=reserved_bytes, fsync=fsync)
-    logs = journal.Journal(base, world, fsync=fsync)
+    held = replica_disk.ReplicaDisk(base, files, world, fsync=fsync) if replica else None
+    on_entry = held.hint if held is not None else lambda log: None
+    logs = journal.Journal(base, world, fsync=fsync, on_entry=on_entry)
     care = disk_care.DiskCare(base, world, fsync=fsync)
 
     async def ready() -> None:
         return
 
     def close() -> None:
-        for part in (files, logs, care):
+        for part in (files, logs, care, *([held] if held is not None else [])):
             part.close()
 
-    return Storage(files, logs, care, care, ready, close, str(base))
+    return Storage(files, logs, care, care, ready, close, str(base), held)
 
 
 def in_bucket(config: s3_bucket.Config, environ: Mapping[str, str], world: world.World) -> Storage:

@@ -1,0 +1,235 @@
+"""Blobs come from a peer, one writer each, and may be read while they come (safety S36).
+
+A fetch goes on where an earlier one, of whatever process, stood; asks the holder first and then every other peer; and
+makes a blob only of bytes that have its digest. Of the processes of one server the one that holds the lock of a partial
+file writes; the others wait for the blob to appear, and take over when the writer dies.
+
+`tail` reads along: what is here is passed on at once, but the last `HELD_BACK` bytes only when the digest is right. A
+client of bytes that turn out wrong sees its connection break; it never has a whole blob of them.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+from covey import errors, model, observe
+from covey.registry import blobs, peers, replica_disk
+
+log = observe.log("replica")
+
+HELD_BACK = 64 << 10
+_BATCH = 2 << 20
+_LOOK_S = 0.02
+_ROOM_EVERY = 64 << 20
+
+
+class Fetching:
+    """Any number of fetches at once. `first`: the URL of the peer that is asked first. `close` at the end."""
+
+    def __init__(
+        self,
+        content: blobs.Blobs,
+        held: replica_disk.ReplicaDisk,
+        others: Mapping[str, peers.Peer],
+        first: Callable[[], str],
+    ) -> None:
+        self._content = content
+        self._held = held
+        self._others = others
+        self._first = first
+        self._running: dict[model.Digest, asyncio.Task[None]] = {}
+        self.fetched_bytes = 0  # by this process
+        self.rejected = 0  # blobs whose bytes were not what their digest says
+
+    async def close(self) -> None:
+        running = list(self._running.values())
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    def order(self) -> Sequence[peers.Peer]:
+        """Peers as they are asked."""
+        first = self._first()
+        return sorted(self._others.values(), key=lambda peer: peer.url != first)
+
+    async def fetch(self, digest: model.Digest) -> None:
+        """Have the blob here, whole and right. Raises NotFound when no peer has it, RemoteError when one may have it
+        and cannot be asked, DiskFull. Goes on when its caller is gone."""
+        await asyncio.shield(self._begin(digest))
+
+    def _begin(self, digest: model.Digest) -> "asyncio.Task[None]":
+        task = self._running.get(digest)
+        if task is None:
+            task = self._running[digest] = asyncio.create_task(self._run(digest))
+            task.add_done_callback(lambda done: self._ended(digest, done))
+        return task
+
+    def _ended(self, digest: model.Digest, task: "asyncio.Task[None]") -> None:
+        self._running.pop(digest, None)
+        if not task.cancelled():
+            task.exception()  # whoever waits has it
+
+    async def size_bytes(self, digest: model.Digest) -> int:
+        """Of a blob that some peer has. Raises as `fetch` does."""
+        faults: list[errors.CoveyError] = []
+        for peer in self.order():
+            try:
+                return await peer.size_bytes(digest)
+            except (errors.RemoteError, errors.NotFound) as error:
+                faults.append(error)
+        raise worst(faults, digest)
+
+    # ---- one fetch -------------------------------------------------------------------------------------------------
+
+    async def _run(self, digest: model.Digest) -> None:
+        while await self._content.stat(digest) is None:
+            partial = await self._held.take(digest)
+            if partial is None:
+                await asyncio.sleep(_LOOK_S)
+                continue
+            try:
+                await self._fill(partial)
+            finally:
+                await asyncio.shield(self._held.run(partial.close))
+        if digest in await self._held.on_their_way():
+            await self._held.give_up(digest)
+
+    async def _fill(self, partial: replica_disk.Partial) -> None:
+        """Fetch the rest, verify the whole, publish it. Raises as `fetch` does."""
+        await self._all_peers(partial)
+        found = await self._held.run(partial.found)
+        if found == partial.digest:
+            await self._held.publish(partial)
+            return
+        self.rejected += 1
+        log.warning("the bytes fetched for a blob were wrong and are thrown away", digest=partial.digest, found=found)
+        await self._held.run(partial.discard)
+        if not partial.resumed_bytes:
+            raise errors.RemoteError(f"peers sent {found} for {partial.digest}")
+
+    async def _all_peers(self, partial: replica_disk.Partial) -> None:
+        faults: list[errors.CoveyError] = []
+        for peer in self.order():
+            try:
+                await self._one_peer(peer, partial)
+                return
+            except (errors.RemoteError, errors.NotFound) as error:
+                faults.append(error)
+        raise worst(faults, partial.digest)
+
+    async def _one_peer(self, peer: peers.Peer, partial: replica_disk.Partial) -> None:
+        """The rest of a blob from one peer, as long as it moves."""
+        while True:
+            before = partial.size_bytes
+            try:
+                await self._once(peer, partial)
+                return
+            except errors.RemoteError:
+                if partial.size_bytes == before:
+                    raise
+
+    async def _once(self, peer: peers.Peer, partial: replica_disk.Partial) -> None:
+        if partial.size_bytes and await peer.size_bytes(partial.digest) <= partial.size_bytes:
+            return
+        async with peer.open(partial.digest, partial.size_bytes) as source:
+            await self._check_room(source.size_bytes - partial.size_bytes)
+            await self._receive(source, partial)
+            if partial.size_bytes < source.size_bytes:
+                raise errors.RemoteError(f"{peer.url}: {partial.digest} ended at {partial.size_bytes}")
+
+    async def _receive(self, source: peers.Source, partial: replica_disk.Partial) -> None:
+        """Bytes from the network to a thread, one batch being written and hashed while the next one gathers."""
+        writing: asyncio.Future[None] | None = None
+        batch: list[bytes] = []
+        size = 0
+        try:
+            async for piece in source.pieces():
+                batch.append(piece)
+                size += len(piece)
+                self.fetched_bytes += len(piece)
+                if size >= _BATCH:
+                    if writing is not None:
+                        await writing
+                    writing, batch, size = asyncio.ensure_future(self._write(partial, batch)), [], 0
+        finally:
+            if writing is not None:
+                await writing
+            if batch:
+                await self._write(partial, batch)
+
+    async def _write(self, partial: replica_disk.Partial, batch: list[bytes]) -> None:
+        await self._held.run(lambda: partial.add(batch))
+
+    async def _check_room(self, size_bytes: int) -> None:
+        space = await self._content.space()
+        if space.free_bytes < size_bytes:
+            raise blobs.DiskFull(f"the registry's disk is full: {size_bytes >> 20} MiB of a peer's blob do not fit")
+
+    # ---- reading along ---------------------------------------------------------------------------------------------
+
+    async def tail(self, digest: model.Digest, size_bytes: int) -> AsyncIterator[bytes]:
+        """The blob's bytes while it comes. Raises ConnectionResetError when they turn out wrong or cannot be had."""
+        task = self._begin(digest)
+        handle = await self._opened(digest, task)
+        try:
+            place, verified = 0, False
+            while place < size_bytes:
+                here = os.fstat(handle).st_size
+                limit = size_bytes if verified else min(here, size_bytes - HELD_BACK)
+                if place < limit:
+                    piece = await self._held.run(lambda: os.pread(handle, min(_BATCH, limit - place), place))  # noqa: B023
+                    if not piece:
+                        raise ConnectionResetError("the blob became shorter while it was sent")
+                    place += len(piece)
+                    yield piece
+                elif (blob := await self._content.stat(digest)) is not None:
+                    verified = _is_of(handle, blob)
+                elif task.done():
+                    raise ConnectionResetError(f"{digest} could not be fetched to its end")
+                else:
+                    await asyncio.wait([task], timeout=_LOOK_S)
+        finally:
+            os.close(handle)
+
+    async def _opened(self, digest: model.Digest, task: "asyncio.Task[None]") -> int:
+        """What is read: the partial file, or the blob if that was sooner there."""
+        while True:
+            handle = await self._held.run(lambda: self._held.look(digest))
+            if handle is not None:
+                return handle
+            blob = await self._content.stat(digest)
+            if blob is not None and blob.path is not None:
+                return os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC)
+            if task.done():
+                raise ConnectionResetError(f"{digest} could not be fetched")
+            await asyncio.wait([task], timeout=_LOOK_S)
+
+    async def part(self, digest: model.Digest, start: int, end: int) -> AsyncIterator[bytes]:
+        """A range of a blob that is not here, from a peer that has all of it verified."""
+        for peer in self.order():
+            place = start
+            try:
+                async with peer.open(digest, start, end) as source:
+                    async for piece in source.pieces():
+                        place += len(piece)
+                        yield piece
+                return
+            except (errors.RemoteError, errors.NotFound) as error:
+                if place != start:
+                    raise ConnectionResetError(str(error)) from error
+        raise ConnectionResetError(f"no peer sends {digest}")
+
+
+def worst(faults: Sequence[errors.CoveyError], digest: str) -> errors.CoveyError:
+    """What to say when no peer gave a blob: that nobody has it, only if everybody said so."""
+    unsure = [fault for fault in faults if not isinstance(fault, errors.NotFound)]
+    if unsure:
+        return errors.RemoteError("; ".join(str(fault) for fault in unsure))
+    return errors.NotFound(f"no other registry of the set has blob {digest}")
+
+
+def _is_of(handle: int, blob: blobs.Blob) -> bool:
+    """Whether what was read is this very blob. Raises ConnectionResetError when other bytes were published."""
+    if blob.path is not None and os.stat(blob.path).st_ino == os.fstat(handle).st_ino:
+        return True
+    raise ConnectionResetError("the bytes that were sent are not those of the blob")
