@@ -46,8 +46,8 @@ class DeletesOff(errors.Refused):
 
 class Catalog:
     """All repositories of one storage. `deletes` False: what is pushed stays. `role` says whether, and how, entries
-    come in here. `eras`: which making of each log there is, where logs are made anew. `fetch`: have a manifest here that
-    is named and lacking; False: nobody has it."""
+    come in here. `eras`: which making of each log there is, where logs are made anew. `fetch`: have a manifest here
+    that is named and lacking; False: nobody has it."""
 
     def __init__(
         self,

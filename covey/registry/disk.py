@@ -198,8 +198,8 @@ class Disk:
         return blobs.Blob(digest=digest, size_bytes=size_bytes, path=path)
 
     def adopt(self, source: Path, digest: model.Digest, size_bytes: int) -> blobs.Blob:
-        """Make a blob of a file on this file system whose bytes are verified and fsynced, and to which nobody writes any
-        more (safety S31). Blocking."""
+        """Make a blob of a file on this file system whose bytes are verified and fsynced, and to which nobody writes
+        any more (safety S31). Blocking."""
         return self._publish(source, digest, size_bytes)
 
     def _path(self, digest: model.Digest) -> Path:

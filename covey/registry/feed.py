@@ -24,7 +24,9 @@ class Feed:
         self._heads = heads
         self._view = view
 
-    async def feed(self, cursor: str, wait_s: float, ending: asyncio.Event, known: tuple[int, str] | None) -> peers.Feed:
+    async def feed(
+        self, cursor: str, wait_s: float, ending: asyncio.Event, known: tuple[int, str] | None
+    ) -> peers.Feed:
         """What has changed since `cursor`. Waits for news for `wait_s`, unless `ending`, or unless term and holder are
         not what the asker knows."""
         loop = asyncio.get_running_loop()

@@ -5,6 +5,7 @@ that a probe costs nothing and is answered when the storage hangs.
 """
 
 from covey import model
+from covey.registry import standing
 
 
 class Figures(model.Noun, frozen=True, kw_only=True):
@@ -19,6 +20,7 @@ class Figures(model.Noun, frozen=True, kw_only=True):
     collected_bytes: int = 0  # what that one freed
     scrubbed_s: int = 0  # when the whole storage had last been read and compared
     pushes: bool = True  # whether there is room for a push
+    replica: standing.Standing | None = None  # of one of several with disks of their own, as it told of late
 
     def troubles(self) -> list[str]:
         """What somebody should do something about, one sentence each; empty when all is well."""
@@ -27,4 +29,4 @@ class Figures(model.Noun, frozen=True, kw_only=True):
             found.append("the disk is full: pushes are refused, pulls go on")
         if self.quarantined:
             found.append(f"{len(self.quarantined)} damaged blobs in quarantine: push them again")
-        return found
+        return found + (self.replica.troubles() if self.replica is not None else [])

@@ -251,11 +251,12 @@ class Follower:
 
     async def _want_of(self, fold: views.Repository) -> None:
         settled = self._looked_at.get(fold.name, frozenset())
-        lacking = {}
-        for known in fold.manifests.values():
-            for digest, size in needs(known).items():
-                if digest in self._wants or known.digest not in settled:
-                    lacking[digest] = size
+        lacking = {
+            digest: size
+            for known in fold.manifests.values()
+            for digest, size in needs(known).items()
+            if digest in self._wants or known.digest not in settled
+        }
         for digest, want in list(self._wants.items()):
             if digest not in lacking:
                 want.repositories.discard(fold.name)
@@ -266,7 +267,7 @@ class Follower:
                 self._wants[digest].repositories.add(fold.name)
             elif await self._catalog.blobs.stat(digest) is None:
                 self._wants[digest] = Want(size, self._world.boot_ns(), {fold.name})
-        self._looked_at[fold.name] = frozenset(fold.manifests)
+        self._looked_at[fold.name] = frozenset(map(model.Digest, fold.manifests))
 
     async def _complete(self) -> None:
         """Fetch what is wanted, several at once, in the order of its coming; small things first."""
@@ -292,9 +293,7 @@ class Follower:
 
     def _next(self) -> model.Digest | None:
         now_ns = self._world.boot_ns()
-        ready = [
-            digest for digest, want in self._wants.items() if not want.running and want.not_before_ns <= now_ns
-        ]
+        ready = [digest for digest, want in self._wants.items() if not want.running and want.not_before_ns <= now_ns]
         return min(ready, key=lambda digest: self._wants[digest].size_bytes > _SMALL, default=None)
 
     async def _one_blob(self, digest: model.Digest, want: Want) -> None:

@@ -12,7 +12,7 @@ from aiohttp import web
 from prometheus_client import core, exposition, registry
 
 from covey import gate, serve, server, settings, world
-from covey.registry import figures, tally
+from covey.registry import figures, standing, tally
 
 Count = tally.Count
 _CLASSES = {
@@ -59,6 +59,9 @@ class Metrics(registry.Collector):
     def collect(self) -> Iterator[core.Metric]:
         yield from self._of_processes()
         yield from self._of_storage()
+        seen = self._seen().replica
+        if seen is not None:
+            yield from _of_replica(seen)
 
     def _of_processes(self) -> Iterator[core.Metric]:
         sums = self._counts.sums()
@@ -87,6 +90,19 @@ class Metrics(registry.Collector):
         yield _gauge("collected_timestamp_seconds", "When a collection last ended; 0: never.", seen.collected_s)
         yield _gauge("collected_bytes", "What the last collection freed.", seen.collected_bytes)
         yield _gauge("scrubbed_timestamp_seconds", "When everything had last been read; 0: never.", seen.scrubbed_s)
+
+
+def _of_replica(seen: standing.Standing) -> Iterator[core.Metric]:
+    yield _gauge("replica_term", "The newest term of the push role that this server knows.", seen.term)
+    yield _gauge("replica_holder", "1 on the server that holds the push role.", int(seen.mine))
+    yield _gauge("replica_holder_reached", "1 when the push registry answers.", int(seen.reached))
+    yield _gauge("replica_lag_seconds", "Since when something of the push registry's is lacking here.", seen.lag_s)
+    yield _gauge("replica_lag_bytes", "Size of the blobs that are wanted and not here.", seen.lag_bytes)
+    yield _gauge("replica_missing_blobs", "Blobs that are wanted and not here.", seen.missing_blobs)
+    yield _gauge("replica_missing_entries", "Entries that could not be copied yet.", seen.missing_entries)
+    yield _gauge("replica_lost_blobs", "Wanted blobs that no server of the set has.", seen.nowhere_blobs)
+    yield _gauge("replica_aside_entries", "Entries that were set aside.", sum(seen.aside.values()))
+    yield _gauge("replica_rejected_blobs", "Blobs from peers that were not what they claim.", seen.rejected_blobs)
 
 
 def _gauge(name: str, doc: str, value: float) -> core.Metric:

@@ -6,8 +6,8 @@ the holder about first (safety S36, S14).
 * A miss (no such template, tag, manifest) is no answer yet: the holder may have taken the push a moment ago. Its log is
   asked for, and the request is answered anew. So is a request for "the newest one", and everything while this server
   does not hear from the holder.
-* When the holder cannot be asked, what is known here is the answer; but only a registry that can know says no: a miss is
-  then 503 and names the holder.
+* When the holder cannot be asked, what is known here is the answer; but only a registry that can know says no: a miss
+  is then 503 and names the holder.
 """
 
 import asyncio
@@ -59,9 +59,7 @@ class OnDemand:
 
     def routes(self, routes: Sequence[serve.Route]) -> list[serve.Route]:
         """The same routes; those that read look at the holder's logs where that may change their answer."""
-        return [
-            dataclasses.replace(route, handler=self._asking(route)) if _reads(route) else route for route in routes
-        ]
+        return [dataclasses.replace(route, handler=self._asking(route)) if _reads(route) else route for route in routes]
 
     def _asking(self, route: serve.Route) -> serve.Handler:
         async def handler(call: serve.Call) -> object:

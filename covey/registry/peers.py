@@ -26,7 +26,7 @@ from covey.client import http, line
 
 T = TypeVar("T")
 
-SECRET_HEADER = "Covey-Peer-Secret"
+SECRET_HEADER = "Covey-Peer-Secret"  # noqa: S105  its name
 _READ_BYTES = 1 << 20
 _STALL_S = 15.0  # a peer that sends nothing for so long, in the middle of a blob, is left
 _ASK_S = 10.0

@@ -1,5 +1,5 @@
-"""What a replica asks of its own disk beside `blobs.Blobs` and `blobs.Logs`: hints, logs that are made anew, and blobs on
-their way.
+"""What a replica asks of its own disk beside `blobs.Blobs` and `blobs.Logs`: hints, logs that are made anew, and blobs
+on their way.
 
     BASE_PATH/
     ├── repositories/_changes                        one line per entry made, the log's name: hints for who waits

@@ -129,12 +129,19 @@ class Registry:
         self._shared = shared
         self._counts = counts if counts is not None else tally.Tally(1)
         held = self._storage.replica
-        eras = None if held is None else held.eras
+        self.role = _role(config, world)
         self.catalog = catalog.Catalog(
-            self._storage.content, self._storage.logs, world, deletes=config.deletes, eras=eras
+            self._storage.content,
+            self._storage.logs,
+            world,
+            deletes=config.deletes,
+            role=self.role,
+            eras=None if held is None else held.eras,
         )
         self.replica = self._replica(config, held, world)
-        self.upkeep = upkeep.Upkeep(self.catalog, self._storage.care, self._storage.log_care, world, config.care)
+        self.upkeep = upkeep.Upkeep(
+            self.catalog, self._storage.care, self._storage.log_care, world, config.care, replica=held is not None
+        )
         absent = None if self.replica is None else self.replica.on_demand.blob
         apis = (
             content_api.ContentApi(self.catalog, absent),
@@ -162,17 +169,12 @@ class Registry:
         chosen = config.replicas
         if chosen is None or held is None:
             return None
-        view = role.View(term=1, holder=chosen.push_url, mine=chosen.push_url == chosen.own_url)
-
-        async def heard(term: int, holder: str) -> None:
-            return
-
         return replica.Replica(
             chosen.own_url,
             chosen.peers,
             chosen.registry_peer_secret,
-            lambda: view,
-            heard,
+            self.role.view,
+            self.role.heard,
             self.catalog,
             self._storage,
             held,
@@ -231,6 +233,14 @@ class Registry:
         self._counts.close()
         log.info("the registry has stopped", broken=broken)
         return broken
+
+
+def _role(config: Config, world: world.World) -> role.Role:
+    if config.replicas is None:
+        return role.Alone()
+    terms = role.Terms(config.base_path, world, fsync=config.fsync)
+    terms.enter(1, config.replicas.push_url)
+    return role.Appointed(config.replicas.own_url, terms, config.replicas.push_url)
 
 
 def tls_context(identity: Identity) -> ssl.SSLContext:

@@ -39,8 +39,10 @@ def on_disk(
         return
 
     def close() -> None:
-        for part in (files, logs, care, *([held] if held is not None else [])):
+        for part in (files, logs, care):
             part.close()
+        if held is not None:
+            held.close()
 
     return Storage(files, logs, care, care, ready, close, str(base), held)
 

@@ -19,6 +19,8 @@ newest" is repeated safely under an ``Idempotency-Key``.
 
 from collections.abc import Sequence
 
+import msgspec
+
 import covey
 from covey import errors, model, serve
 from covey.client import oci
@@ -58,7 +60,8 @@ class TemplateApi:
             "version": covey.__version__,
             "disk": oci.DiskView(total=seen.total_bytes, free=seen.free_bytes),
             "trouble": "; ".join(seen.troubles()),
-            "storage": seen,
+            "storage": msgspec.structs.replace(seen, replica=None),
+            **({"replica": seen.replica} if seen.replica is not None else {}),
         }
 
     async def list_v1(self, call: serve.Call) -> object:

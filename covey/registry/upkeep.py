@@ -12,7 +12,7 @@ import msgspec
 
 from covey import errors, model, observe, settings, world
 from covey.decide import garbage
-from covey.registry import blobs, catalog, elsewhere, figures, scrub, sweep
+from covey.registry import blobs, catalog, elsewhere, figures, scrub, standing, sweep
 
 log = observe.log("upkeep")
 
@@ -55,6 +55,8 @@ class Upkeep:
         log_care: blobs.LogCare,
         world: world.World,
         wanted: Settings,
+        *,
+        replica: bool = False,
     ) -> None:
         others = elsewhere.Registries(wanted.heal_from, catalog.blobs, ca_cert=wanted.ca_cert)
         self.figures = figures.Figures()
@@ -70,6 +72,7 @@ class Upkeep:
         self._care = care
         self._world = world
         self._wanted = wanted
+        self._replica = replica
         self._tasks: list[asyncio.Task[None]] = []
         self._complained: set[str] = set()
 
@@ -97,6 +100,7 @@ class Upkeep:
             total_bytes=space.total_bytes,
             free_bytes=space.free_bytes,
             pushes=space.free_bytes >= _LOW_BYTES,
+            replica=await standing.read(self._care) if self._replica else None,
         )
 
     async def survey(self) -> None:
