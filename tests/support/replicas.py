@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -62,6 +63,17 @@ class Replica(registry.Server):
         super().__init__(place.port, session)
         self.place = place
         self.program = program
+
+    async def call(
+        self, method: str, path: str, body: Any = None, **headers: str
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """As a patient client would: again when a connection broke, as all do when this process stood still (safety
+        S24)."""
+        for _ in range(20):
+            with contextlib.suppress(aiohttp.ClientConnectionError):
+                return await super().call(method, path, body, **headers)
+            await asyncio.sleep(0.1)
+        return await super().call(method, path, body, **headers)
 
     @property
     def base(self) -> Path:
