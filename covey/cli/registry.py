@@ -129,6 +129,30 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def promote(
+    context: typer.Context,
+    url: Annotated[str, typer.Argument(metavar="URL", help="The server that is to take pushes, as in REGISTRY_PEERS.")],
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Even if it lacks what only the present one has; that is then set aside, not lost."
+        ),
+    ] = False,
+    json: flags.Json = False,
+) -> None:
+    """Make another server of a set of replicas the one that takes pushes."""
+    from covey import settings
+    from covey.registry import reign
+
+    chosen = settings.registry(os.environ, context.obj)
+    view = asyncio.run(reign.promote(chosen, url, force=force))
+    if json:
+        out.as_json(view)
+        return
+    out.say(f"{view.holder} takes pushes now (term {view.term})")
+
+
 class _Care:
     """What the verbs work with: a storage, and who takes care of it."""
 

@@ -363,7 +363,7 @@ class Catalog:
             fold = await self.repository(repository)
             entry = decide(fold)
             if entry is None:  # it is in: the answer to the first request may have been that nobody knows
-                await self.role.settle(view, repository, fold.count - 1)
+                await self.role.settle(view, repository, fold.count - 1, entered=False)
                 return fold, None
             entry = msgspec.structs.replace(entry, term=view.term)
             if await self._append(view, repository, fold.count, msgspec.json.encode(entry), check):
@@ -389,7 +389,7 @@ class Catalog:
                 return False
         except role.Taken:
             return False
-        await self.role.settle(view, log, number)
+        await self.role.settle(view, log, number, entered=True)
         return True
 
     # ---- names of templates ----------------------------------------------------------------------------------------

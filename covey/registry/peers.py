@@ -114,6 +114,16 @@ def is_peer(call: serve.Call, secret: str) -> bool:
     return bool(secret) and hmac.compare_digest(given.encode(), secret.encode())
 
 
+def guarded(handler: serve.Handler, secret: str) -> serve.Handler:
+    """For peers alone."""
+
+    async def checked(call: serve.Call) -> object:
+        check(call, secret)
+        return await handler(call)
+
+    return checked
+
+
 # ---- over the network ----------------------------------------------------------------------------------------------
 
 

@@ -51,7 +51,8 @@ class Replica:
         self._peers = peers.Peers(urls, secret, ca_cert=ca_cert)
         others = self._peers.all
         self.heads = heads.Heads(store.logs, store.log_care, held, world)
-        copies = copying.Copying(store.logs, self.heads, held)
+        self.others = others
+        self.copying = copies = copying.Copying(store.logs, self.heads, held)
         self.fetching = fetching.Fetching(store.content, held, others, lambda: view().holder)
         self.on_demand = on_demand.OnDemand(known, copies, self.fetching, others, view, lambda: self._current(), world)
         known.fetch = self.on_demand.manifest

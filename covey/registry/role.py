@@ -55,8 +55,9 @@ class Role(Protocol):
         give this number to another entry, as far as that can be known. Raises NotHolder, `Taken`, and Unsure."""
         ...
 
-    async def settle(self, view: View, log: str, number: int) -> None:
-        """After it has its number, before that is answered. Raises Unsure: it is entered, but may be set aside."""
+    async def settle(self, view: View, log: str, number: int, *, entered: bool) -> None:
+        """Before it is answered that the log is right up to `number`; `entered` False: nothing had to be entered, as an
+        earlier request had seen to that. Raises Unsure: it is in this log, but may be set aside; and NotHolder."""
         ...
 
     async def heard(self, term: int, holder: str) -> None:
@@ -77,7 +78,7 @@ class Alone:
     async def accept(self, view: View, log: str, number: int, entry: bytes) -> None:
         return
 
-    async def settle(self, view: View, log: str, number: int) -> None:
+    async def settle(self, view: View, log: str, number: int, *, entered: bool) -> None:
         return
 
     async def heard(self, term: int, holder: str) -> None:
@@ -158,19 +159,20 @@ class Single:
 
 class Appointed:
     """A `Role` that people give. `first`: who holds it as long as nobody has said otherwise. A server whose disk is new
-    does not take pushes as the first holder before `ready`: it may be an old one that has lost what others know."""
+    does not take pushes as the first holder before it has heard all others (`campaign.Appointing`): it may be an old
+    one that has lost what they know. Until then `waits_for` says what is lacking."""
 
     def __init__(self, own_url: str, terms: Terms, first: str, copies: Copies | None = None) -> None:
         self._own_url = own_url
         self._terms = terms
-        self._first = first
+        self.first = first
+        self.waits_for = "the other servers of the set must be heard before this new registry takes pushes"
         self._copies = copies if copies is not None else Single()
 
     def view(self) -> View:
         term, holder, other = self._terms.last()
         if not term:
-            text = f"{self._first} takes pushes as soon as all servers of the set have been heard"
-            return View(holder=self._first, why_not=text if self._first == self._own_url else "")
+            return View(holder=self.first, why_not=self.waits_for if self.first == self._own_url else "")
         if other:
             text = (
                 f"both {holder} and {other} were made the registry that takes pushes (term {term}), so neither does:"
@@ -189,10 +191,12 @@ class Appointed:
         if not now.mine or now.term != view.term:
             raise not_holder(now, self._own_url)
 
-    async def settle(self, view: View, log: str, number: int) -> None:
+    async def settle(self, view: View, log: str, number: int, *, entered: bool) -> None:
         failpoint.reach("registry.entry.unsettled")
         now = self.view()
         if not now.mine or now.term != view.term:
+            if not entered:
+                raise not_holder(now, self._own_url)
             who = now.holder if now.holder != self._own_url else "another registry"
             raise errors.Unsure(f"{who} was made the one that takes pushes meanwhile; send it again")
         await self._copies.wait(log, number)

@@ -17,10 +17,12 @@ import msgspec
 
 from covey import errors, observe, origin, serve, server, settings, world
 from covey.registry import (
+    blobs,
     catalog,
     content_api,
     metrics,
     oci_faults,
+    reign,
     replica,
     replica_disk,
     role,
@@ -129,7 +131,8 @@ class Registry:
         self._shared = shared
         self._counts = counts if counts is not None else tally.Tally(1)
         held = self._storage.replica
-        self.role = _role(config, world)
+        self.reign = _reign(config, self._storage.logs, world)
+        self.role = role.Alone() if self.reign is None else self.reign.role
         self.catalog = catalog.Catalog(
             self._storage.content,
             self._storage.logs,
@@ -150,7 +153,7 @@ class Registry:
         )
         routes = [route for api in apis for route in api.routes()]
         self._server = server.Server(
-            routes if self.replica is None else self.replica.routes(routes),
+            self._of_replica(routes),
             world=world,
             error_bodies={"/v2/": oci_faults.error_body},
             trusted=config.trusted_proxies,
@@ -183,6 +186,14 @@ class Registry:
             ca_cert=config.ca_cert,
         )
 
+    def _of_replica(self, routes: list[serve.Route]) -> list[serve.Route]:
+        """The routes of a server that has peers, if it has any."""
+        if self.replica is None or self.reign is None:
+            return routes
+        known = self.replica
+        self.reign.join(self.catalog, known.others, known.heads, known.copying, campaigns=self._config.follows)
+        return self.reign.routes(known.routes(routes))
+
     def _count_connections(self) -> None:
         self._counts.put(tally.Count.CONNECTIONS, self._server.open)
         self._counting = asyncio.get_running_loop().call_later(_COUNT_S, self._count_connections)
@@ -193,6 +204,8 @@ class Registry:
         tls = None if config.tls is None else tls_context(config.tls)
         await self._storage.open()
         await self.upkeep.start()
+        if self.reign is not None:
+            await self.reign.start()
         if self.replica is not None:
             await self.replica.start()
         await self._server.start(config.host, config.port, tls=tls, shared=self._shared)
@@ -222,6 +235,8 @@ class Registry:
         await self.upkeep.stop()
         if self.replica is not None:
             await self.replica.stop()
+        if self.reign is not None:
+            await self.reign.stop()
         if self._counting is not None:
             self._counting.cancel()
         if self._warming is not None:
@@ -235,12 +250,10 @@ class Registry:
         return broken
 
 
-def _role(config: Config, world: world.World) -> role.Role:
+def _reign(config: Config, logs: blobs.Logs, world: world.World) -> reign.Reign | None:
     if config.replicas is None:
-        return role.Alone()
-    terms = role.Terms(config.base_path, world, fsync=config.fsync)
-    terms.enter(1, config.replicas.push_url)
-    return role.Appointed(config.replicas.own_url, terms, config.replicas.push_url)
+        return None
+    return reign.Reign(config.replicas, config.base_path, logs, world, fsync=config.fsync, ca_cert=config.ca_cert)
 
 
 def tls_context(identity: Identity) -> ssl.SSLContext:

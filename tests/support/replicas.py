@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 
 from covey import settings, world
-from covey.registry import service
+from covey.registry import role, service
 from tests.support import etcd, proxy, registry
 
 DEADLINE_S = 60.0
@@ -119,10 +119,14 @@ async def places(folder: Path, count: int) -> AsyncIterator[list[Place]]:
 
 
 @contextlib.asynccontextmanager
-async def one(all_places: list[Place], number: int, **more: object) -> AsyncIterator[Replica]:
-    """One of a set, in this process; `more` are fields of its `Config`."""
+async def one(all_places: list[Place], number: int, *, fresh: bool = False, **more: object) -> AsyncIterator[Replica]:
+    """One of a set, in this process; `more` are fields of its `Config`. It knows of the first term already, unless it
+    is to be `fresh`."""
     place, urls = all_places[number], [place.url for place in all_places]
     place.base.mkdir(exist_ok=True)
+    terms = role.Terms(place.base, world.System(), fsync=False)
+    if not fresh and not terms.last()[0]:
+        terms.enter(1, urls[0])
     chosen = {"grace_s": 2.0, "fsync": False, "reserved_bytes": 0, **more}
     config = service.Config(
         base_path=place.base,

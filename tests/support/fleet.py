@@ -1,0 +1,179 @@
+"""Sets of registries with disks of their own, as real processes that can be killed, frozen and cut off.
+
+    async with fleet.running(tmp_path, 3, cluster.endpoints) as servers:      # etcd says who takes pushes
+        holder = await fleet.holder(servers)
+        holder.freeze()                                                        # SIGSTOP; .thaw()
+        await servers[1].cut()                                                 # no peer and no etcd; .heal()
+
+What servers say to each other and to etcd goes through a `proxy.Proxy` of each, what clients say does not.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import aiohttp
+
+from tests.support import etcd, proxy, registry
+
+SECRET = "a secret for tests only"
+DEADLINE_S = 60.0
+
+
+class Member(registry.Server):
+    """One server of a set, whether it runs or not."""
+
+    def __init__(self, number: int, base: Path, session: aiohttp.ClientSession, line: proxy.Proxy) -> None:
+        super().__init__(line.target, session)
+        self.number = number
+        self.base = base
+        self.line = line
+        self.to_etcd: list[proxy.Proxy] = []
+        self.environ: dict[str, str] = {}
+        self.child: asyncio.subprocess.Process | None = None
+
+    @property
+    def known_as(self) -> str:
+        """Its URL for its peers."""
+        return f"http://{self.line.address}"
+
+    async def start(self, *, failpoints: str = "") -> None:
+        """And wait until it answers."""
+        await self.launch(failpoints=failpoints)
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                with contextlib.suppress(aiohttp.ClientError):
+                    if (await self.call("GET", "/livez"))[0] == 200:
+                        return
+                assert self.child is not None
+                assert self.child.returncode is None, self.log()[-3000:]
+                await asyncio.sleep(0.05)
+
+    async def launch(self, *, failpoints: str = "") -> None:
+        with (self.base.parent / f"r{self.number}.log").open("ab") as log:
+            self.child = await asyncio.create_subprocess_exec(
+                *("setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "covey", "registry"),
+                env={**os.environ, **self.environ, "COVEY_FAILPOINTS": failpoints},
+                stdout=log,
+                stderr=log,
+            )
+
+    def log(self) -> str:
+        return (self.base.parent / f"r{self.number}.log").read_text(errors="replace")
+
+    def send(self, number: signal.Signals) -> None:
+        if self.child is not None and self.child.returncode is None:
+            self.child.send_signal(number)
+
+    async def kill(self) -> None:
+        """kill -9, and wait for its end."""
+        self.send(signal.SIGKILL)
+        if self.child is not None:
+            await self.child.wait()
+            self.child = None
+
+    async def terminate(self) -> None:
+        self.send(signal.SIGTERM)
+        if self.child is not None:
+            await asyncio.wait_for(self.child.wait(), DEADLINE_S)
+            self.child = None
+
+    def freeze(self) -> None:
+        self.send(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.send(signal.SIGCONT)
+
+    async def cut(self, *, etcd: bool = True) -> None:
+        """Its peers do not reach it, and it does not reach etcd."""
+        await self.line.turn(proxy.Mood.CLOSED)
+        for one in self.to_etcd if etcd else ():
+            await one.turn(proxy.Mood.CLOSED)
+
+    async def heal(self) -> None:
+        for one in (self.line, *self.to_etcd):
+            await one.turn(proxy.Mood.HONEST)
+
+    async def says(self) -> dict[str, object]:
+        """How it stands: `standing.Standing`; nothing when it does not answer."""
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with asyncio.timeout(5):
+                status, _, content = await self.call("GET", "/readyz")
+                if status == 200:
+                    found: dict[str, object] = json.loads(content)["body"].get("replica") or {}
+                    return found
+        return {}
+
+    async def promote(self, *, force: bool = False) -> str:
+        """ "" or why not."""
+        body = json.dumps({"force": force}).encode()
+        status, _, content = await self.call("POST", "/replica/v1/promote", body, Covey_Peer_Secret=SECRET)
+        return "" if status == 200 and json.loads(content)["status"] == "OK" else content.decode()
+
+    def entries(self, name: str) -> list[bytes]:
+        """A log, as it lies on the disk."""
+        folder = self.base / "repositories" / name / "_log"
+        return [path.read_bytes() for path in sorted(folder.glob("*"))] if folder.exists() else []
+
+
+@contextlib.asynccontextmanager
+async def running(
+    folder: Path, count: int, etcd_endpoints: Sequence[str] = (), *, start: bool = True, **more: str
+) -> AsyncIterator[list[Member]]:
+    """A set, all of it started unless `start` is False. Without etcd the first one takes pushes first. `more` are
+    settings of all."""
+    async with contextlib.AsyncExitStack() as stack:
+        timeout = aiohttp.ClientTimeout(total=60)
+        session = await stack.enter_async_context(aiohttp.ClientSession(timeout=timeout))
+        members = []
+        for number in range(count):
+            line = await stack.enter_async_context(proxy.before(etcd.free_port()))
+            members.append(Member(number, folder / f"r{number}", session, line))
+            for endpoint in etcd_endpoints:
+                way = await stack.enter_async_context(proxy.before(int(endpoint.rpartition(":")[2])))
+                members[-1].to_etcd.append(way)
+        for member in members:
+            member.environ = {**_environ(member, members), **{f"COVEY_{name}": text for name, text in more.items()}}
+        try:
+            if start:
+                await asyncio.gather(*(member.start() for member in members))
+            yield members
+        finally:
+            await asyncio.gather(*(member.kill() for member in members))
+
+
+def _environ(member: Member, members: list[Member]) -> dict[str, str]:
+    settings = {
+        "CONFIG": "/dev/null",
+        "LISTEN_ADDR": f"127.0.0.1:{member.port}",
+        "BASE_PATH": str(member.base),
+        "REGISTRY_WORKERS": "1",
+        "REGISTRY_MODE": "replica",
+        "REGISTRY_ADVERTISE_URL": member.known_as,
+        "REGISTRY_PEERS": ",".join(one.known_as for one in members),
+        "REGISTRY_PEER_SECRET": SECRET,
+        "LOG_LEVEL": "info",
+        "LOG_JSON": "false",
+        "GRACEFUL_SHUTDOWN_TIMEOUT": "2s",
+    }
+    if member.to_etcd:
+        settings["ETCD_ENDPOINTS"] = ",".join(one.address for one in member.to_etcd)
+        settings["ETCD_REQUEST_TIMEOUT"] = "5s"
+    else:
+        settings["REGISTRY_PUSH"] = members[0].known_as
+    return {f"COVEY_{name}": text for name, text in settings.items()}
+
+
+async def holder(members: Sequence[Member], *, but: Member | None = None) -> Member:
+    """Wait until one of them, other than `but`, says that it takes pushes."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            for member in members:
+                if member is not but and (await member.says()).get("mine"):
+                    return member
+            await asyncio.sleep(0.1)
