@@ -22,7 +22,7 @@ import aiohttp
 import multidict
 from aiohttp import http_parser, web, web_protocol
 
-from covey import answer, dispatch, errors, gate, inlet, observe, origin, room, serve, world
+from covey import accepting, answer, dispatch, errors, gate, inlet, observe, origin, room, serve, world
 
 _AFTERSHOCK_S = 0.05  # connections accepted this soon after a gap had been waiting in the backlog …
 _AFTERSHOCK_TURNS = 3  # … and so many turns of the loop later
@@ -79,26 +79,33 @@ class Server:
         self._shaken = False
         self._calming: asyncio.Handle | None = None
         self._web: _WebServer | None = None
-        self._listener: asyncio.Server | None = None
+        self._listener: asyncio.Server | accepting.Accepting | None = None
         self._sockets: list[socket.socket] = []
 
     # ---- start and drain -------------------------------------------------------------------------------------------
 
     async def start(
-        self, host: str, port: int, *, tls: ssl.SSLContext | None = None, shared: socket.socket | None = None
+        self,
+        host: str,
+        port: int,
+        *,
+        tls: ssl.SSLContext | None = None,
+        shared: socket.socket | None = None,
+        rank: int = 0,
     ) -> None:
         """Listen on host:port ("" is every address, port 0 any free one). Raises SettingError in one clear line.
-        `shared`: a socket that listens there already, for several processes."""
+        `shared`: a socket that listens there already, for several processes; `rank`: see `accepting`."""
         self._sockets = [listen(host, port) if shared is None else shared]
         self.connection_limit = max(
             min(_CONNECTION_LIMIT, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES), 64
         )
         self._web = _WebServer(self._serve, self, self._read_ahead_bytes)
-        # Of a shared socket each process takes one connection at a time, or the first to look would take all.
-        many = _BACKLOG if shared is None else 1
-        loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(self._web, sock=self._sockets[0], backlog=many, ssl=tls)
-        self._sockets[0].listen(_BACKLOG)
+        if shared is None:
+            loop = asyncio.get_running_loop()
+            self._listener = await loop.create_server(self._web, sock=self._sockets[0], backlog=_BACKLOG, ssl=tls)
+        else:
+            self._listener = accepting.Accepting(shared, self._web, tls=tls, rank=rank)
+            self._listener.start()
         self.host, self.port = host, self._sockets[0].getsockname()[1]
         self.begin()
 

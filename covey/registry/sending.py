@@ -1,6 +1,6 @@
 """How the bytes of a blob leave: by the kernel, through this process, or from elsewhere.
 
-* A local file goes out by aiohttp's FileResponse: on a plain asyncio loop that is sendfile.
+* A local file goes out by aiohttp's FileResponse: in the clear that is the kernel's sendfile (`outlet`).
 * What is elsewhere (a bucket) is read in pieces and passed on; memory is a few pieces.
 * Where the storage has an address of its own for the blob, a GET is sent there with 307: the bytes do not touch this
   server at all.
@@ -11,6 +11,7 @@ change, so it is also their ETag; validators that are made of a file's times wou
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
+from typing import IO, Any
 
 import multidict
 from aiohttp import web
@@ -18,7 +19,7 @@ from aiohttp.abc import AbstractStreamWriter
 
 from covey import answer as answers
 from covey import serve
-from covey.registry import blobs, conditions
+from covey.registry import blobs, conditions, outlet
 
 _CONDITIONS = ("If-Match", "If-None-Match", "If-Range", "If-Modified-Since", "If-Unmodified-Since", "Range")
 _CHUNK = 1 << 20  # what FileResponse reads at once where there is no sendfile (TLS)
@@ -73,6 +74,23 @@ class _FileOnce(web.FileResponse):
         self.headers["ETag"] = self._etag_header
         self.headers.pop("Last-Modified", None)
         return await super()._start(request)
+
+    async def _sendfile(self, request: web.BaseRequest, fobj: IO[Any], offset: int, count: int) -> AbstractStreamWriter:
+        transport = request.transport
+        if transport is None or transport.get_extra_info("sslcontext") is not None:
+            return await super()._sendfile(request, fobj, offset, count)
+        writer = await web.StreamResponse.prepare(self, request)
+        assert writer is not None  # noqa: S101  it was not prepared before
+        transport.set_write_buffer_limits(0)
+        try:
+            await writer.drain()  # the head, and what may wait of an answer before this one
+            await outlet.send(transport, transport.get_extra_info("socket"), fobj.fileno(), offset, offset + count)
+        except outlet.NoSendfile:
+            return await self._sendfile_fallback(writer, fobj, offset, count)
+        finally:
+            transport.set_write_buffer_limits()
+        await web.StreamResponse.write_eof(self)
+        return writer
 
 
 class _Passed(web.StreamResponse):

@@ -208,7 +208,8 @@ class Registry:
             await self.reign.start()
         if self.replica is not None:
             await self.replica.start()
-        await self._server.start(config.host, config.port, tls=tls, shared=self._shared)
+        rank = self._counts.mine if tls is None else 0
+        await self._server.start(config.host, config.port, tls=tls, shared=self._shared, rank=rank)
         if self.metrics is not None:
             await self.metrics.start(config.host)
         self._counts.put(tally.Count.SERVING, os.getpid())

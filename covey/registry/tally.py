@@ -46,7 +46,8 @@ class Tally:
                 file = os.dup(made.fileno())
         self.file = file
         self.rows = rows
-        self._mine = mine * _ROW
+        self.mine = mine
+        self._row = mine * _ROW
         self._map = mmap.mmap(file, size)
         self._numbers = memoryview(self._map).cast("q")
 
@@ -56,10 +57,10 @@ class Tally:
         os.close(self.file)
 
     def add(self, count: Count, more: int = 1) -> None:
-        self._numbers[self._mine + count] += more
+        self._numbers[self._row + count] += more
 
     def put(self, count: Count, value: int) -> None:
-        self._numbers[self._mine + count] = value
+        self._numbers[self._row + count] = value
 
     def row(self, number: int) -> Mapping[Count, int]:
         return {count: self._numbers[number * _ROW + count] for count in Count}
