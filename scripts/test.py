@@ -56,35 +56,35 @@ class Part:
 
 # The longest first, so that no long one is left for the end.
 PARTS = (
-    Part("vm", 420, 1200, tests=("tests/vm",)),
+    Part("vm", 420, 1500, tests=("tests/vm",)),
     Part(
         "storm",
         400,
-        1200,
+        1500,
         tests=("tests/storm",),
         checks=(("python", "-m", "tests.storm", "--minutes", "5", "--seed", SEED),),
     ),
-    Part("outage", 300, 900, tests=("tests/outage",)),
-    Part("cluster", 330, 1200, tests=("tests/cluster",), workers=2),
-    Part("operate", 330, 1200, tests=("tests/operate",), workers=2),
-    Part("topology", 240, 900, tests=("tests/topology",)),
-    Part("registry", 200, 900, tests=("tests/registry",), workers=2),
-    Part("contract", 150, 900, tests=("tests/contract",)),
-    Part("mutants", 180, 1200, tests=("tests/mutants",)),
+    Part("outage", 300, 1500, tests=("tests/outage",)),
+    Part("cluster", 330, 1500, tests=("tests/cluster",), workers=2),
+    Part("operate", 330, 1500, tests=("tests/operate",), workers=2),
+    Part("topology", 240, 1500, tests=("tests/topology",)),
+    Part("registry", 200, 1500, tests=("tests/registry",), workers=2),
+    Part("contract", 150, 1500, tests=("tests/contract",)),
+    Part("mutants", 180, 1500, tests=("tests/mutants",)),
     Part(
         "sim",
         120,
-        900,
+        1500,
         tests=("tests/sim",),
         checks=(("python", "-m", "tests.sim", "--seeds", "1000", "--minutes", "1", "--first", SEED),),
     ),
-    Part("upgrade", 150, 900, tests=("tests/upgrade",)),
-    Part("unit", 180, 1200, tests=("tests/unit",), workers=2),
-    Part("conformance", 100, 900, tests=("tests/conformance",)),
+    Part("upgrade", 150, 1500, tests=("tests/upgrade",)),
+    Part("unit", 180, 1500, tests=("tests/unit",), workers=2),
+    Part("conformance", 100, 1500, tests=("tests/conformance",)),
     Part(
         "check",
         40,
-        900,
+        1500,
         checks=(
             ("ruff", "check", "."),
             ("ruff", "format", "--check", "."),
@@ -93,8 +93,8 @@ PARTS = (
             ("python", "scripts/gen_docs.py", "--check"),
         ),
     ),
-    Part("demo", 30, 600, checks=(("python", "scripts/demo.py"),)),
-    Part("tidy", 20, 600, tests=("tests/tidy",)),
+    Part("demo", 30, 1500, checks=(("python", "scripts/demo.py"),)),
+    Part("tidy", 20, 1500, tests=("tests/tidy",)),
 )
 
 

@@ -88,7 +88,7 @@ class Client(threading.Thread):
         if connection is None or _closed(connection):
             self._forget(url)
             where = urllib.parse.urlsplit(url)
-            connection = self._kept[url] = http.client.HTTPConnection(where.hostname or "", where.port, timeout=10)
+            connection = self._kept[url] = http.client.HTTPConnection(where.hostname or "", where.port, timeout=60)
         starts = turn % self._start_each == 0
         if starts:
             body = json.dumps({"vmid": self._template, "name": f"{self._number}-{turn}"})

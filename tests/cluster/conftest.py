@@ -23,7 +23,7 @@ T = TypeVar("T")
 Ran = ran.Ran
 COVEY = (sys.executable, "-m", "covey")
 ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")  # also when the test runner is killed
-PATIENCE_S = 40.0
+PATIENCE_S = 90.0
 
 
 def eventually(question: Callable[[], T], timeout_s: float = PATIENCE_S) -> T:
@@ -51,7 +51,7 @@ def covey(*argv: object, **env: str) -> Ran:
     """Run a command to its end."""
     words = [str(word) for word in argv]
     done = subprocess.run(
-        [*COVEY, *words], env=environment(**env), capture_output=True, text=True, timeout=90, check=False
+        [*COVEY, *words], env=environment(**env), capture_output=True, text=True, timeout=200, check=False
     )
     return Ran(done.returncode, done.stdout, done.stderr)
 
@@ -95,7 +95,7 @@ class Program:
 
         return eventually(look) or ""
 
-    def end(self, number: int = signal.SIGTERM, timeout_s: float = 40) -> int:
+    def end(self, number: int = signal.SIGTERM, timeout_s: float = PATIENCE_S) -> int:
         """Send a signal and wait; the exit code."""
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
@@ -167,7 +167,7 @@ def ask(
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, headers=dict(headers or {}), method=method)  # noqa: S310 (ours)
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         with error:

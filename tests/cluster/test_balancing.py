@@ -19,8 +19,7 @@ from tests.support import etcd
 eventually = conftest.eventually
 NODES = 24  # in one of five thousand runs one of three controllers would be the choice of none
 ESTABLISHED = "01"  # in /proc/net/tcp
-SLACK_S = 6.0  # of a busy machine, for placing, launching and looking at 24 VMs
-HEARTBEAT_S = 1.0  # as `fleet` sets it
+POLL_S = 10.0  # for so long at the least waits a node for a frozen controller that it does not leave
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +84,9 @@ def test_nodes_are_served_on_when_a_controller_is_killed_and_come_back_to_it(
     cloud: fleet.Fleet, third: fleet.Controller, nodes: list[str]
 ) -> None:
     eventually(lambda: all(clients(one) > 0 for one in (third, *cloud.controllers)))
+    usual_s = seconds_until_each_runs_a_vm(cloud, nodes)
     third.kill()
-    assert seconds_until_each_runs_a_vm(cloud, nodes) < SLACK_S
+    assert seconds_until_each_runs_a_vm(cloud, nodes) < usual_s + POLL_S / 2
     third.start()
     eventually(third.ready)
     eventually(lambda: clients(third) > 1)  # beside ours
@@ -96,8 +96,9 @@ def test_nodes_are_served_on_when_a_controller_freezes(
     cloud: fleet.Fleet, third: fleet.Controller, nodes: list[str]
 ) -> None:
     eventually(lambda: all(clients(one) > 0 for one in (third, *cloud.controllers)))
-    third.freeze()
-    assert seconds_until_each_runs_a_vm(cloud, nodes) < HEARTBEAT_S + 1.5 + SLACK_S
+    usual_s = seconds_until_each_runs_a_vm(cloud, nodes)
+    third.freeze()  # by design they are late by the heartbeat's interval, one second here, and 1.5 s
+    assert seconds_until_each_runs_a_vm(cloud, nodes) < usual_s + POLL_S
     assert len(active(cloud)) == NODES
 
 

@@ -19,7 +19,7 @@ def _request(method: str, path: str, body: bytes) -> bytes:
 
 def _answer(sock: socket.socket) -> bytes:
     """What comes until the connection ends; nothing at all when it was closed unread."""
-    sock.settimeout(20)
+    sock.settimeout(60)
     try:
         return sock.recv(65536)
     except ConnectionResetError:

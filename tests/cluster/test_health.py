@@ -67,7 +67,7 @@ def test_each_trouble_is_shown_with_its_remedy_and_a_dump_has_no_secret(cloud: f
     cloud.registry.kill()
     cloud.controllers[1].kill()
     wanted = {"etcd-member", "registry", "node-offline", "waiting"}
-    eventually(lambda: kinds(cloud) >= wanted, 120)
+    eventually(lambda: kinds(cloud) >= wanted, 180)
 
     told = troubles(cloud)
     assert set(told) >= wanted | {"controller-silent"}
@@ -102,7 +102,7 @@ def test_each_trouble_is_shown_with_its_remedy_and_a_dump_has_no_secret(cloud: f
 
     cloud.heal()
     cloud.terminate(waits)
-    eventually(lambda: kinds(cloud) == set(), 90)
+    eventually(lambda: kinds(cloud) == set(), 180)
     eventually(lambda: troubles(cloud) == {})
 
 

@@ -40,7 +40,7 @@ def lose_answer(
         conftest.eventually(doomed.ready)
         with pytest.raises((OSError, http.client.HTTPException)):
             conftest.ask(f"{doomed.url}/api/v1/vm", method, body, headers)
-        assert doomed.running.process.wait(10) == -signal.SIGKILL
+        assert doomed.running.process.wait(60) == -signal.SIGKILL
     finally:
         doomed.kill()
 

@@ -205,10 +205,10 @@ def test_a_silent_node_is_offline_after_its_time_out_and_its_vms_stay(cloud: fle
     """NODE_ACTIVE_TIMEOUT, on every controller; the instance is shown as not communicating, and stays (safety S1)."""
     id, node = started(cloud), host.node
     os.kill(host.pid, signal.SIGSTOP)
-    for _ in fleet.until(25):
+    for _ in fleet.until(20):
         assert cloud.shown(node)["state"] == "Active"
-    eventually(lambda: [cloud.shown(node, via)["state"] for via in range(2)] == ["Offline"] * 2, 15)
-    eventually(lambda: all("not communicating" in cloud.instance(id, via).get("message", "") for via in range(2)), 5)
+    eventually(lambda: [cloud.shown(node, via)["state"] for via in range(2)] == ["Offline"] * 2)
+    eventually(lambda: all("not communicating" in cloud.instance(id, via).get("message", "") for via in range(2)))
     assert [cloud.state(id, via) for via in range(2)] == ["Started"] * 2
     (waits,) = cloud.start()
     assert cloud.state(waits) == "Scheduling"

@@ -11,7 +11,7 @@ RESTARTS = 5
 
 @pytest.mark.timeout(300)
 def test_no_request_fails_while_controllers_are_restarted_one_after_the_other(tmp_path: Path) -> None:
-    with fleet.running(tmp_path, controllers=2, members=1, COVEY_SHUTDOWN_DELAY="1s") as cloud:
+    with fleet.running(tmp_path, controllers=2, members=1, COVEY_SHUTDOWN_DELAY="3s") as cloud:
         node = cloud.node("alpha")
         with clients.asking(cloud.urls, cloud.template) as load:
             for restart in range(RESTARTS):

@@ -62,7 +62,7 @@ def test_a_second_start_of_one_instance_leaves_an_orphan(cloud: fleet.Fleet) -> 
 
     Prevented by S1 (launch is one commit: only one of two placements gets past it), S10 and S11 (a placement that is
     withdrawn keeps its claim, and its node an order, until that node says `gone`)."""
-    slow = cloud.node("slow", COVEY_SYNTHETIC_PULL="3s")
+    slow = cloud.node("slow", COVEY_SYNTHETIC_PULL="20s")
     (id,) = cloud.start()
     eventually(lambda: cloud.instance(id).get("node_id") == slow.id)
     slow.freeze()
@@ -243,12 +243,12 @@ def test_terminate_while_pulling_orphans_the_vm(cloud: fleet.Fleet) -> None:
 
     Prevented by S6: the order is a tombstone on the node's disk before anything else; it cuts the pull short, and the
     start path looks for it just before the fork. `Terminated` is not shown before the node said `gone` (S11)."""
-    node = cloud.node("alpha", COVEY_SYNTHETIC_PULL="1200ms", COVEY_SYNTHETIC_BOOT="200ms")
+    node = cloud.node("alpha", COVEY_SYNTHETIC_PULL="5s", COVEY_SYNTHETIC_BOOT="500ms")
     ids = cloud.start(4)
     eventually(lambda: {cloud.state(id) for id in ids} == {"Pulling"})
     for number, id in enumerate(ids):
         cloud.terminate(id, via=number % 3)
-        time.sleep(0.45)  # so that the last of them are about to start, or have just started
+        time.sleep(1.7)  # so that the last of them are about to start, or have just started
     for id in ids:
         cloud.wait_until(id, "Terminated", "")
         assert id not in node.vms()
@@ -392,7 +392,7 @@ def test_an_outage_of_the_controllers_fails_healthy_vms_on_their_return(cloud: f
         for one, _ in losses:
             for node in one.nodes.values():
                 one.wait_until_active(node)
-        assert time.monotonic() - back < 20, "nodes are not back within seconds"
+        assert time.monotonic() - back < 60, "nodes are not back within seconds"
         for _ in fleet.until(5):
             assert [set(one.states().values()) for one, _ in losses] == [{"Started"}] * 2
             assert [_running(one) for one, _ in losses] == [sorted(vms) for vms in before]

@@ -12,7 +12,7 @@ from bench import chart, load, shapes, starts
 SHAPES = ["isolated", "back to back", "steady", "burst", "flat out", "beside", "full fleet"]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
 def test_every_shape_runs_and_its_numbers_add_up(tmp_path: pathlib.Path) -> None:
     figures, picture = tmp_path / "starts.json", tmp_path / "starts.svg"
     assert starts.main(["--quick", "--controllers", "1", "--json", str(figures), "--svg", str(picture)]) == 0

@@ -106,7 +106,7 @@ async def test_a_restore_is_found_out_by_who_was_there_and_by_who_was_not(member
                 assert restored.chain[-2] == before.chain[-1]
             finally:
                 await store.close()
-            async with asyncio.timeout(20):  # the one that was there sees it as soon as its watch goes on
+            async with asyncio.timeout(90):  # the one that was there sees it as soon as its watch goes on
                 while not await sees(copy, restored.breach):
                     await asyncio.sleep(0.05)
 

@@ -54,14 +54,14 @@ def fresh() -> str:
 
 async def soon(store: etcd.Etcd, txn: base.Txn) -> base.Outcome:
     """Commit, again as long as it was certainly not applied: a channel that was refused pauses before it connects."""
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         while True:
             with contextlib.suppress(errors.Unavailable):
                 return await store.commit(txn)
 
 
 async def first_batch(store: base.Store, key: str, revision: int) -> base.Batch:
-    async with asyncio.timeout(20), contextlib.aclosing(store.watch(key, "", revision)) as watch:  # type: ignore[type-var]
+    async with asyncio.timeout(60), contextlib.aclosing(store.watch(key, "", revision)) as watch:  # type: ignore[type-var]
         async for batch in watch:
             return batch
         raise AssertionError("the watch ended by itself")
@@ -102,7 +102,7 @@ class TestLostReplies:
             began = time.monotonic()
             with pytest.raises(errors.Unavailable):
                 await through.commit(put(key))
-            assert time.monotonic() - began < 1 + 0.5 + 1
+            assert time.monotonic() - began < 8, "the client's own time-out, not that of a call"
             await between.turn(proxy.Mood.HONEST)
             assert (await soon(through, put(key))).succeeded, "it was not applied, and it works again"
 
@@ -140,7 +140,7 @@ class TestLostReplies:
                 took_s = time.monotonic() - began
                 assert through.admin.present == cluster.endpoints[0]
                 await between.turn(proxy.Mood.HONEST)
-        assert 0.4 < took_s < 2, "one attempt's time, once"
+        assert 0.4 < took_s < 5, "one attempt's time, once: twenty times would be ten seconds"
 
     async def test_an_unsure_batch_is_unsure_for_each(self, store: etcd.Etcd, between: proxy.Proxy) -> None:
         """Safety S23."""
@@ -163,7 +163,7 @@ class TestLostReplies:
                 assert (await anext(watch)).revision == revision
                 await between.turn(proxy.Mood.DEAF)
                 revision = (await store.commit(base.Txn((), (base.Put(key, b"again"),)))).revision
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(60):
                     assert (await anext(watch)).revision == revision
                 await watch.aclose()  # type: ignore[attr-defined]
                 await between.turn(proxy.Mood.HONEST)
@@ -177,7 +177,7 @@ class TestLostReplies:
             began = time.monotonic()
             with pytest.raises(errors.LeaseLost):
                 await keeping
-            assert time.monotonic() - began < 2.5
+            assert time.monotonic() - began < 8
             assert lease.lost
             with pytest.raises(errors.Unavailable):
                 await through.renew([lease.id])
@@ -266,7 +266,7 @@ class TestSecurity:
         self, secure: etcd_server.Cluster, tls: etcd_endpoints.Tls, login: etcd_endpoints.Login | None
     ) -> None:
         async with connected(secure.endpoints, tls=tls, login=login) as store:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 with pytest.raises(errors.Rejected):
                     await store.commit(put(f"/covey{fresh()}"))
                 with pytest.raises(errors.Rejected):
@@ -321,13 +321,13 @@ class TestCare:
                 ]  # fmt: skip
                 newcomer.start()
                 try:
-                    async with asyncio.timeout(30):
+                    async with asyncio.timeout(90):
                         while not await promoted(store, added.id):
                             await asyncio.sleep(0.1)
                     assert [member.learner for member in await store.admin.members()] == [False, False]
                     await store.admin.move_leader(added.id)
                     old = next(member.id for member in await store.admin.members() if member.id != added.id)
-                    async with asyncio.timeout(20):
+                    async with asyncio.timeout(90):
                         while not await leads(store, old):
                             await asyncio.sleep(0.1)
                     assert len(await store.admin.remove_member(added.id)) == 1
@@ -349,7 +349,7 @@ class TestCare:
         await store.compact((await store.range(key)).revision)
         address = cluster.endpoints[0]
         before = await store.admin.status(address)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             while (await store.admin.status(address)).used_bytes > before.size_bytes / 2:
                 await store.commit(put(fresh()))  # etcd counts anew when it writes
                 await asyncio.sleep(0.1)

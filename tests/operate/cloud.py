@@ -50,7 +50,7 @@ class Cloud(fleet.Fleet):
                 found.update(line.split()[0] for line in path.read_text().splitlines() if line.split()[2] == what)
         return found
 
-    def wait_until_started(self, ids: list[str], timeout_s: float = 90.0) -> None:
+    def wait_until_started(self, ids: list[str], timeout_s: float = 180.0) -> None:
         def all_started() -> bool:
             time.sleep(0.2)  # a list of thousands is no small question
             return {id for id, state in self.states().items() if state == "Started"} >= wanted
@@ -86,7 +86,7 @@ def running(folder: Path, *, nodes: int = 10, controllers: int = 2, **env: str) 
             cloud.wait_until_ready()
             cloud.template = fleet.push(folder, registry_url)
             cloud.agent.start()
-            eventually(lambda: _active(cloud) == nodes, 60)
+            eventually(lambda: _active(cloud) == nodes)
             yield cloud
         finally:
             cloud.agent.end()

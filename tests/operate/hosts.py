@@ -19,6 +19,7 @@ from tests.cluster import conftest
 from tests.support import etcd, ran
 
 eventually = conftest.eventually
+PATIENCE_S = 120.0
 
 
 @dataclasses.dataclass
@@ -74,7 +75,7 @@ class Host:
 
     def refusal(self) -> str:
         """The command ends by itself with 1; the one line that it says why with."""
-        assert self.running.process.wait(60) == 1, self.running.err
+        assert self.running.process.wait(PATIENCE_S) == 1, self.running.err
         self.running.end()
         (line,) = [line for line in self.running.err if line.startswith("covey:")]
         self.program = None
@@ -128,17 +129,17 @@ class Cluster:
             rows = self.rows()
             return set(rows) == wanted and {row["role"] for row in rows.values()} <= {"leader", "follower"}
 
-        eventually(well, 60)
+        eventually(well, PATIENCE_S)
 
     def wait_until_well_without(self, lost: Host) -> None:
         def well() -> bool:
             rows = self.rows()
             return all(row["role"] in ("leader", "follower") for name, row in rows.items() if name != lost.name)
 
-        eventually(lambda: self.rows() and well(), 60)
+        eventually(lambda: self.rows() and well(), PATIENCE_S)
 
     def put(self, key: str, value: str) -> None:
-        eventually(lambda: self.ctl("put", key, value), 60)
+        eventually(lambda: self.ctl("put", key, value), PATIENCE_S)
 
     def get(self, key: str, at: Host) -> str:
         return self.ctl("get", key, "--print-value-only", at=at).strip()

@@ -9,7 +9,7 @@ import pytest
 from tests.cluster import conftest
 from tests.support import certificates, etcd, ran
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(480)
 LOGIN = {"COVEY_USE_ETCD_LOGIN": "true", "COVEY_ETCD_USERNAME": "root", "COVEY_ETCD_PASSWORD": "s3cret"}
 
 

@@ -13,7 +13,7 @@ from tests.support import etcd
 KEEP = 3
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_one_of_several_controllers_makes_each_and_the_oldest_go(tmp_path: Path) -> None:
     folder = tmp_path / "backups"
     folder.write_text("a file where the folder should be")

@@ -9,7 +9,7 @@ from tests.operate import hosts
 from tests.support import certificates
 
 eventually = hosts.eventually
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(480)
 
 
 def test_members_that_start_one_after_the_other_begin_one_cluster_and_go_on_after_a_restart() -> None:

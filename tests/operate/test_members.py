@@ -7,7 +7,7 @@ import pytest
 from tests.operate import hosts
 from tests.support import ran
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(480)
 
 
 def replacing(cluster: hosts.Cluster, *words: object) -> tuple[threading.Thread, list[ran.Ran]]:

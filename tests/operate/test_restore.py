@@ -20,7 +20,7 @@ def test_a_drill_everything_runs_on_and_is_accounted_for(tmp_path: Path, record_
     record_property("restore drill, seconds from the first etcd member's end", found.told())
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_a_restored_store_has_another_id_and_a_new_nonce_also_without_a_controller(tmp_path: Path) -> None:
     with hosts.some(1) as store:
         (host,) = store.hosts

@@ -53,7 +53,7 @@ async def compact(endpoint: str) -> list[str]:
     return said
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_a_full_etcd_is_told_and_the_way_out_leads_on(tmp_path: Path) -> None:
 
     flags = ("--quota-backend-bytes", str(QUOTA_BYTES))

@@ -32,9 +32,9 @@ def replace_lost(store: hosts.Cluster, name: str) -> None:
     )
     replacing.start()
     store.hosts[store.hosts.index(lost)] = newcomer
-    hosts.eventually(lambda: any(row["role"] == "not started" for row in store.rows().values()), 60)
+    hosts.eventually(lambda: any(row["role"] == "not started" for row in store.rows().values()))
     store.start(newcomer)
-    replacing.join(90)
+    replacing.join(200)
     assert done and done[0].code == 0, done
 
 
@@ -44,17 +44,17 @@ def exchange(cloud: clouds.Cloud, number: int, covey: Sequence[str], load: clien
     assert going.running.end(signal.SIGTERM) == 0, going.running.err[-5:]
     going.program, going.covey = None, covey
     going.start()
-    hosts.eventually(lambda: going.url in load.balancer.ready, 90)
+    hosts.eventually(lambda: going.url in load.balancer.ready)
     served = load.served[going.url]
-    hosts.eventually(lambda: load.served[going.url] > served + 20, 60)
+    hosts.eventually(lambda: load.served[going.url] > served + 20)
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(580)
 def test_no_request_fails_and_nothing_is_lost_while_etcd_is_cared_for(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     before = (str(wheels.covey_of(wheels.kept()[-1], tmp_path / "env")),)
-    with clouds.running(tmp_path, nodes=40, controllers=2, COVEY_SHUTDOWN_DELAY="1s") as cloud:
+    with clouds.running(tmp_path, nodes=40, controllers=2, COVEY_SHUTDOWN_DELAY="3s") as cloud:
         store = cloud.store
         with clients.asking(cloud.urls, cloud.template) as load:
             begun = time.monotonic()
@@ -78,7 +78,7 @@ def test_no_request_fails_and_nothing_is_lost_while_etcd_is_cared_for(
         assert load.failures == []
         started, served = load.started, sum(load.served.values())
         assert len(set(started)) == len(started) > 50 and served > 200
-        cloud.wait_until_started(started, 120)
+        cloud.wait_until_started(started)
         assert set(cloud.vms()) == set(cloud.states()) == set(started)
         starts = cloud.journal("start")
         assert {id: starts[id] for id in started if starts[id] != 1} == {}

@@ -112,10 +112,17 @@ class Load:
             self._stopping = True
             await asyncio.wait(writing)
             last = await self._last_revision()
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 while not self.batches or self.batches[-1].revision < last:
                     await asyncio.sleep(0.02)
             watching.cancel()
+
+    async def goes_on(self) -> None:
+        """Until writes succeed that ended after this moment, several of them; at once when all is well."""
+        known, ended_after = len(self.attempts), time.monotonic()
+        async with asyncio.timeout(60):
+            while sum(a.end is End.APPLIED and a.ended_at > ended_after for a in self.attempts[known:]) < 10:
+                await asyncio.sleep(0.02)
 
     async def verdict(self) -> Verdict:
         """Compare what was believed with what was."""

@@ -9,7 +9,7 @@ from bench import registry
 WAYS = ["pull", "pull, TLS", "push, fsync off", "push, fsync on"]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
 def test_every_way_runs_and_its_numbers_add_up(capsys: pytest.CaptureFixture[str]) -> None:
     tiny = ["--size", "2", "--rounds", "1", "--processes", "2", "--templates", "20", "--tags", "3", "--json"]
     assert registry.main([*tiny, "--only", "pull", "tls", "push", "names"]) == 0

@@ -95,7 +95,7 @@ async def test_kills_lose_nothing_and_leave_nothing(fleet: Fleet, tmp_path: Path
         await asyncio.sleep(chance.uniform(0.05, 0.4))
         await fleet.kill(chance.randrange(3))
     done.set()
-    await asyncio.wait_for(asyncio.gather(*working), 120)
+    await asyncio.wait_for(asyncio.gather(*working), 240)
     assert pulls >= 3
     with storage.opened(fleet.base) as place:
         for (name, tag), digest in accepted.items():
@@ -143,7 +143,7 @@ async def haproxy(folder: Path, servers: list[registry.Process]) -> AsyncIterato
     )
     try:
         url = f"http://127.0.0.1:{port}"
-        async with aiohttp.ClientSession() as session, asyncio.timeout(30):
+        async with aiohttp.ClientSession() as session, asyncio.timeout(90):
             while True:
                 with contextlib.suppress(aiohttp.ClientError):
                     async with session.get(url + "/readyz") as answer:

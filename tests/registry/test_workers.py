@@ -51,7 +51,7 @@ def _get(url: str) -> bytes:
     return content
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 async def test_a_worker_dies_and_another_one_goes_on(tmp_path: Path) -> None:
     program = made(tmp_path)
     try:
@@ -89,7 +89,7 @@ async def test_a_worker_dies_and_another_one_goes_on(tmp_path: Path) -> None:
         await asyncio.open_connection("127.0.0.1", program.port)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 async def test_the_end_waits_for_what_runs(tmp_path: Path) -> None:
     """An upload in the middle is cut at a durable offset, and goes on at the next server."""
     program = made(tmp_path, metrics=None)
@@ -119,7 +119,7 @@ async def test_the_end_waits_for_what_runs(tmp_path: Path) -> None:
         assert (status, found["Range"]) == (204, answered["Range"])
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 async def test_a_worker_that_cannot_start_stops_the_start(tmp_path: Path) -> None:
     config = service.Config(base_path=tmp_path, port=0, workers=2, grace_s=1.0)
     program = workers.Workers(config, world.System(), dict(os.environ), (sys.executable, "-c", "raise SystemExit(3)"))

@@ -16,7 +16,7 @@ def tell(*arguments: str) -> str:
         env={**os.environ, "PYTHONHASHSEED": "0"},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout[-20000:] + ended.stderr[-5000:]

@@ -88,10 +88,10 @@ class Pair:
     def wait_both_well(self) -> str:
         """Until one holds the address, through which the cloud answers, and the other could take it; the holder."""
         self.cloud.wait_ready(*self.haproxy.values())
-        self.cloud.until(lambda: len(self.holders()) == 1 and self.cloud.is_ready(self.url), 30, "one holder")
+        self.cloud.until(lambda: len(self.holders()) == 1 and self.cloud.is_ready(self.url), what="one holder")
         (holder,) = self.holders()
         spare = self.keepalived[next(host for host in PAIR if host != holder)]
-        self.cloud.until(lambda: spare.log().rfind("BACKUP STATE") > spare.log().rfind("FAULT STATE"), 30, "a spare")
+        self.cloud.until(lambda: spare.log().rfind("BACKUP STATE") > spare.log().rfind("FAULT STATE"), what="a spare")
         return holder
 
 

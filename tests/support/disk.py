@@ -33,7 +33,7 @@ class Small:
         """Give space back, or take away what is free."""
         enter = ("--mount",) if self._root else ("--user", "--preserve-credentials", "--mount")
         words = ("mount", "-o", f"remount,size={size_mib}m", str(self.folder))
-        subprocess.run(["nsenter", f"--target={pid}", *enter, *words], check=True, timeout=20)
+        subprocess.run(["nsenter", f"--target={pid}", *enter, *words], check=True, timeout=90)
 
     def files(self, pid: int, below: str = "") -> Mapping[str, int]:
         """Path below the disk → size in bytes."""

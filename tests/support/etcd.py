@@ -134,7 +134,7 @@ class Member:
     def healthy(self) -> bool:
         """It has a leader and answers a linearizable read."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.health_port}/health", timeout=1) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.health_port}/health", timeout=3) as answer:
                 return bool(json.load(answer)["health"] == "true")
         except (OSError, urllib.error.URLError, ValueError):
             return False
@@ -171,7 +171,7 @@ class Cluster:
         for member in self.members:
             member.kill()
 
-    def wait_ready_blocking(self, timeout_s: float = 30.0) -> None:
+    def wait_ready_blocking(self, timeout_s: float = 120.0) -> None:
         """Until every member answers; for fixtures that are no coroutines."""
         deadline = time.monotonic() + timeout_s
         for member in self.members:
@@ -181,11 +181,11 @@ class Cluster:
                     raise AssertionError(f"etcd {member.name} is not ready:\n{member.log()[-3000:]}")
                 time.sleep(0.02)
 
-    async def wait_ready(self, timeout_s: float = 30.0) -> None:
+    async def wait_ready(self, timeout_s: float = 120.0) -> None:
         """Until every member answers."""
         await asyncio.to_thread(self.wait_ready_blocking, timeout_s)
 
-    def ctl(self, *arguments: str, timeout_s: float = 15.0) -> str:
+    def ctl(self, *arguments: str, timeout_s: float = 60.0) -> str:
         """What `etcdctl` prints; raises AssertionError with its complaint when it fails."""
         done = subprocess.run(
             [*self._ctl(), *arguments], capture_output=True, text=True, timeout=timeout_s, check=False
@@ -214,7 +214,11 @@ class Cluster:
 
     def _ctl(self) -> list[str]:
         scheme = "https://" if self.security else ""
-        command = [binary("etcdctl"), "--endpoints=" + ",".join(scheme + endpoint for endpoint in self.endpoints)]
+        command = [
+            binary("etcdctl"),
+            "--command-timeout=30s",
+            "--endpoints=" + ",".join(scheme + endpoint for endpoint in self.endpoints),
+        ]
         if self.security:
             command += [f"--cacert={self.security.ca}", f"--cert={self.security.client_cert}"]
             command += [f"--key={self.security.client_key}"]
@@ -222,7 +226,7 @@ class Cluster:
 
     def leader(self) -> Member:
         """The member that all reachable members call their leader; waits for an election."""
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             named = set()
             for member in self.members:

@@ -37,7 +37,7 @@ from covey.agent import cpio, demo_guest, hypervisor, qemu, qemu_process
 _T = TypeVar("_T")
 REPOSITORY = Path(__file__).resolve().parents[2]
 CACHE = REPOSITORY / ".cache"
-BOOT_S = 90.0  # emulated, on a machine with other work
+BOOT_S = 180.0  # emulated, on a machine with other work
 LAYER_TEXT = "the layer on top"
 
 _GUARDIAN = """
@@ -177,7 +177,7 @@ async def phase(driver: hypervisor.Hypervisor, plan: hypervisor.Plan) -> hypervi
 def page(info: model.VmInfo) -> dict[str, str]:
     """What the guest's page on port 80 says, asked from the host through the forwarded port."""
     (forward,) = (rule for rule in info.forwards if rule.guest_port == 80)
-    with urllib.request.urlopen(f"http://{forward.host_ip}:{forward.host_port}/", timeout=20) as answer:
+    with urllib.request.urlopen(f"http://{forward.host_ip}:{forward.host_port}/", timeout=60) as answer:
         lines = answer.read().decode().splitlines()
     return dict(line.split(": ", 1) for line in lines)
 

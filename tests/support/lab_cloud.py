@@ -193,7 +193,7 @@ class Cloud:
         method: str = "GET",
         body: object = None,
         *,
-        timeout_s: float = 10,
+        timeout_s: float = 30,
         headers: Mapping[str, str] | None = None,
         source: str = "load",
     ) -> Answer:
@@ -244,7 +244,7 @@ class Cloud:
                     return member
             return None
 
-        found = self.until(look, 15, "a leader")
+        found = self.until(look, what="a leader")
         assert found is not None
         return found
 

@@ -368,7 +368,7 @@ class _Bridge:
     def _tool(self, *argv: str, text: str = "") -> None:
         """In the network namespace only: a pid on the command line is the machine's."""
         command = ["nsenter", "-t", str(self.host.holder), "-n", "--", *argv]
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=90, check=False)
         if done.returncode:
             raise LabError(f"{' '.join(argv)}: {done.stderr.strip()} {text}")
 

@@ -76,7 +76,9 @@ class Load:
     mix: Sequence[Kind]
     rate: float
     shots: list[Shot] = field(default_factory=list)
+    patience_s: float = CLIENT_S
     fault_at_s: float = 0.0
+    fault_has_come_s: float = 0.0  # when it had come for certain
     _ending: threading.Event = field(default_factory=threading.Event)
     _begun: float = field(default_factory=time.monotonic)
 
@@ -99,7 +101,7 @@ class Load:
 
     async def _shoot(self) -> None:
         self._begun = time.monotonic()
-        timeout = aiohttp.ClientTimeout(total=CLIENT_S)
+        timeout = aiohttp.ClientTimeout(total=self.patience_s)
         connector = aiohttp.TCPConnector(force_close=True, limit=0)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session, asyncio.TaskGroup() as group:
             for number, kind in enumerate(itertools.cycle(self.mix)):
@@ -161,7 +163,7 @@ class Load:
 
     def in_flight_at_fault(self, shot: Shot) -> bool:
         """Whether it may have been on its way when the fault began (1 s of grace for what came before its notice)."""
-        return shot.at_s < self.fault_at_s + 1
+        return shot.at_s < max(self.fault_at_s, self.fault_has_come_s) + 1
 
     def settle(self) -> None:
         """Repeat each start with a key that got no answer, with its key, until one comes: it succeeds."""
@@ -174,7 +176,7 @@ class Load:
                 )
                 return answer if answer.status == 200 else None
 
-            answer = self.cloud.until(again, 30, f"the repeat of {shot}")
+            answer = self.cloud.until(again, 60, f"the repeat of {shot}")
             assert answer is not None
             assert answer.body["status"] == "OK", answer
             self.shots[self.shots.index(shot)] = shot._replace(status=answer.status, said=answer.body)
@@ -218,10 +220,16 @@ class Load:
 
 @contextmanager
 def running(
-    cloud: lab_cloud.Cloud, url: str, *, label: str, mix: Sequence[Kind] = (Kind.GET,), rate: float = 40.0
+    cloud: lab_cloud.Cloud,
+    url: str,
+    *,
+    label: str,
+    mix: Sequence[Kind] = (Kind.GET,),
+    rate: float = 40.0,
+    patience_s: float = CLIENT_S,
 ) -> Iterator[Load]:
     """The load runs while the context is open; its end waits for the last answers."""
-    load = Load(cloud, url, label, mix, rate)
+    load = Load(cloud, url, label, mix, rate, patience_s=patience_s)
     finished: Callable[[], None] = cloud.lab["load"].calling(load.shoot)
     try:
         yield load

@@ -80,12 +80,15 @@ def run(
     quiet_s: float = 1.0,
     under_s: float = 3.0,
     after_s: float = 1.0,
+    patience_s: float = open_load.CLIENT_S,
 ) -> open_load.Load:
-    """The load with the fault in its midst, its last answer included. The load remembers when the fault began."""
-    with open_load.running(cloud, url, label=label, mix=mix) as load:
+    """The load with the fault in its midst, its last answer included. The load remembers when the fault
+    began, and by when it had. `patience_s` is each client's."""
+    with open_load.running(cloud, url, label=label, mix=mix, patience_s=patience_s) as load:
         load.wait(quiet_s)
         load.fault_at_s = load.now_s
         with fault(cloud):
+            load.fault_has_come_s = load.now_s
             load.wait(under_s)
         load.wait(after_s)
     return load

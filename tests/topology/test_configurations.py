@@ -11,6 +11,7 @@ import pytest
 from tests.support import balancers, lab_cloud, netlab, upstream
 
 KEY = {"Idempotency-Key": "once"}
+_JUDGED = 3  # when so many checks more were seen, the balancer has heard the answers to two of them
 
 
 class Stage(NamedTuple):
@@ -102,7 +103,7 @@ def test_an_upload_is_passed_on_as_it_comes(stage: Stage) -> None:
     with upstream.connected(stage.cloud.lab["load"], stage.cloud.lab["lb"].ip, 8089) as client:
         path = "/v2/templates/x/blobs/uploads/1"
         client.sendall(f"PATCH {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {2 * len(half)}\r\n\r\n".encode() + half)
-        stage.cloud.until(lambda: stage.registry.body_bytes - before >= len(half), 10, "the first half is there")
+        stage.cloud.until(lambda: stage.registry.body_bytes - before >= len(half), what="the first half is there")
         client.sendall(half)
         assert client.recv(100).startswith(b"HTTP/1.1 200")
     assert stage.registry.body_bytes - before == 2 * len(half)
@@ -139,11 +140,11 @@ def test_a_red_server_gets_nothing_new_and_finishes_what_it_has(stage: Stage) ->
         clients = [stack.enter_context(upstream.connected(load, stage.cloud.lab["lb"].ip, 8090)) for _ in range(6)]
         for client in clients:
             client.sendall(b"GET /api/v1/long HTTP/1.1\r\nHost: x\r\n\r\n")
-        stage.cloud.until(lambda: sum(stage.times_seen("/api/v1/long")) == 6, 5)
+        stage.cloud.until(lambda: sum(stage.times_seen("/api/v1/long")) == 6)
         red.ready = False
         if stage.which == "haproxy":
             checks = red.checks
-            stage.cloud.until(lambda: red.checks >= checks + 2, 5)
+            stage.cloud.until(lambda: red.checks >= checks + _JUDGED)
         before = stage.times_seen("/api/v1/status?late")[0]
         for _ in range(12):
             assert stage.ask("GET", "/api/v1/status?late").status == 200
@@ -153,7 +154,7 @@ def test_a_red_server_gets_nothing_new_and_finishes_what_it_has(stage: Stage) ->
     red.ready = True
     if stage.which == "haproxy":
         before = red.checks
-        stage.cloud.until(lambda: red.checks >= before + 2, 5)
+        stage.cloud.until(lambda: red.checks >= before + _JUDGED)
         for _ in range(6):
             stage.ask("GET", "/api/v1/status?back")
         assert stage.times_seen("/api/v1/status?back")[0]
@@ -166,7 +167,7 @@ def test_when_no_server_is_well_all_are_tried(stage: Stage) -> None:
     checks = [server.checks for server in stage.controllers]
     if stage.which == "haproxy":
         stage.cloud.until(
-            lambda: all(s.checks >= before + 2 for s, before in zip(stage.controllers, checks, strict=True)), 5
+            lambda: all(s.checks >= before + _JUDGED for s, before in zip(stage.controllers, checks, strict=True))
         )
     for _ in range(6):
         assert stage.ask("GET", "/api/v1/status?all").status == 200

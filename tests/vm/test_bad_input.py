@@ -123,7 +123,7 @@ def _push_by_hand(registry: str, template: str, tag: str, layer: bytes, **change
     base = f"{registry}/v2/templates/{template}"
     digest = "sha256:" + hashlib.sha256(layer).hexdigest()
     _send("POST", f"{base}/blobs/uploads/?digest={digest}", layer, "application/octet-stream")
-    with urllib.request.urlopen(f"{base}/manifests/v1", timeout=20) as answer:  # noqa: S310 (our own server)
+    with urllib.request.urlopen(f"{base}/manifests/v1", timeout=60) as answer:  # noqa: S310 (our own server)
         manifest: dict[str, Any] = json.load(answer)
     manifest["layers"][0].update(digest=digest, size=len(layer), **change)
     manifest["annotations"]["dev.covey.tag"] = tag
@@ -132,7 +132,7 @@ def _push_by_hand(registry: str, template: str, tag: str, layer: bytes, **change
 
 def _send(method: str, url: str, body: bytes, kind: str) -> None:
     request = urllib.request.Request(url, data=body, method=method, headers={"Content-Type": kind})  # noqa: S310
-    with urllib.request.urlopen(request, timeout=20) as answer:  # noqa: S310
+    with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
         assert answer.status == 201
 
 

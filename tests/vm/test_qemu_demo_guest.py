@@ -25,7 +25,7 @@ def build(directory: Path, cache: Path, path: str) -> subprocess.CompletedProces
     """Build in a process of its own, which sees the tools of `path`."""
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(guest.REPOSITORY)}
     words = [sys.executable, "-c", BUILD, str(directory), str(cache)]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=250, check=False)
 
 
 def test_a_host_without_apt_is_told_what_is_missing(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ async def test_kill_9_of_qemu_is_noticed_and_told(host: guest.Host) -> None:
         await driver.start(plan.instance, 1)
         host.woken.clear()
         os.kill(host.processes()[0], signal.SIGKILL)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await host.woken.wait()
         (vm,) = await driver.list()
         assert (vm.phase, vm.why) == (Phase.ENDED, "QEMU was killed")
@@ -81,7 +81,7 @@ async def test_a_frozen_qemu_hangs_no_verb(host: guest.Host) -> None:
         await driver.stop(plan.instance, 1)
         assert await guest.phase(driver, plan) is Phase.STOPPED
         await driver.destroy(plan.instance, 1)
-        assert time.monotonic() - begun < 30
+        assert time.monotonic() - begun < 100
         assert host.processes() == []
 
 
@@ -103,7 +103,7 @@ async def test_a_frozen_qemu_can_be_destroyed(host: guest.Host) -> None:
 async def test_agent_killed_around_the_fork(host: guest.Host, failpoint: str, phase: Phase) -> None:
     """Marker without holder: it ended, and may have run. Lock held: it runs, and is adopted (safety S5)."""
     plan = host.plan()
-    assert await asyncio.to_thread(guest.agent(host, plan, failpoints=failpoint).wait, 60) == -signal.SIGKILL
+    assert await asyncio.to_thread(guest.agent(host, plan, failpoints=failpoint).wait, 200) == -signal.SIGKILL
     async with host.hypervisor() as driver:
         assert await guest.phase(driver, plan) is phase
         with pytest.raises(errors.HypervisorError, match="never started twice"):

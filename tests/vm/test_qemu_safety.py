@@ -198,7 +198,7 @@ async def test_the_guest_cannot_reach_the_hosts_loopback(host: guest.Host, machi
     if os.geteuid() == 0:
         with socket.create_server(("0.0.0.0", 0)) as outside:  # noqa: S104  reached by the host's other address
             address, port = _other_address(), outside.getsockname()[1]
-            outside.settimeout(10)
+            outside.settimeout(60)
             reaching = asyncio.ensure_future(inside(host, machine, f"nc -w 3 {address} {port} </dev/null"))
             connection, _peer = await asyncio.to_thread(outside.accept)
             connection.close()
@@ -240,7 +240,7 @@ async def _vnc_login(port: int, password: bytes) -> int:
     """RFC 6143: version, security type 2, the challenge encrypted with the password; 0 is welcome."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(90):
             assert (await reader.readexactly(12)).startswith(b"RFB 003.008")
             writer.write(b"RFB 003.008\n")
             (count,) = await reader.readexactly(1)

@@ -76,7 +76,7 @@ async def test_a_hanging_script_is_killed_with_its_whole_group(machine: Machine)
     text = (
         "trap '' TERM; sleep 4321 & sh -c 'trap \"\" TERM; sleep 4321; sleep 4321' & echo begun; wait; wait; sleep 4321"
     )
-    assert await machine.run("hang", text, timeout_s=1.5) is None
+    assert await machine.run("hang", text, timeout_s=5) is None
     assert machine.out("hang") == b"begun\n"
     with machine.talk() as inside:
         left = await inside.shell("ps | grep -c '[s]leep 4321'", "look")
@@ -87,13 +87,13 @@ async def test_a_background_child_that_keeps_stdout_open_does_not_hold_the_scrip
     begun = time.monotonic()
     assert await machine.run("background", "sleep 300 & echo done; exit 4") == 4
     assert machine.out("background") == b"done\n"
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - begun < 200
 
 
 async def test_twenty_megabytes_of_output_keep_the_last_sixteen(machine: Machine) -> None:
     line = "x" * 99
     text = f"yes {line} | head -n 200000; echo the end"
-    assert await machine.run("much", text, timeout_s=100) == 0
+    assert await machine.run("much", text, timeout_s=250) == 0
     kept = machine.out("much")
     assert len(kept) == tail.KEPT_BYTES
     assert kept.endswith(f"{line}\n{line}\nthe end\n".encode())

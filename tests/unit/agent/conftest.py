@@ -103,6 +103,11 @@ class Program:
         lines = journal.read_text().splitlines() if journal.exists() else []
         return [" ".join(line.split()[:2]) for line in lines if line.split()[2] == "start"]
 
+    @property
+    def stopped(self) -> bool:
+        """By SIGSTOP."""
+        return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
     async def ended(self, limit_s: float = 60.0) -> int:
         await fake.until(lambda: self.process.poll() is not None, "the agent's process ended", limit_s)
         return self.process.returncode
@@ -114,7 +119,7 @@ class Program:
     def close(self) -> None:
         self.kill(signal.SIGCONT)
         self.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 def _die_with_parent() -> None:

@@ -71,7 +71,7 @@ async def test_an_agent_frozen_with_a_launch_in_hand_does_not_use_it_after_its_l
     cloud.ttl_s = 6.0
     frozen = make_program("agent.granted=stop")
     cloud.want(RUN, VM)
-    await fake.until(lambda: cloud.granted, "launch granted")
+    await fake.until(lambda: cloud.granted and frozen.stopped, "launch granted, and frozen with it in hand")
     await asyncio.sleep(1.5)  # the lease the agent believes in is one second long
     cloud.deny.add(VM)
     asked = len(cloud.launches)
@@ -89,7 +89,7 @@ async def test_an_agent_frozen_while_another_life_took_over_starts_nothing(
     cloud.ttl_s = 6.0
     frozen = make_program("agent.granted=stop")
     cloud.want(RUN, VM)
-    await fake.until(lambda: cloud.granted, "launch granted")
+    await fake.until(lambda: cloud.granted and frozen.stopped, "launch granted, and frozen with it in hand")
     await asyncio.sleep(1.5)
     cloud.counter, cloud.secret = cloud.counter + 1, "another life's"
     joins = len(cloud.joins)

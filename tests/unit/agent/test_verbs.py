@@ -68,7 +68,7 @@ async def test_an_order_cuts_a_long_pull_short(cloud: fake.Controller, make_node
     cloud.want(wire.Verb.RUN, vm)
     await fake.until(lambda: wire.ReportEvent.ACKNOWLEDGED in cloud.said(vm), "it pulls")
     cloud.want(wire.Verb.DESTROY, vm)
-    await fake.until(lambda: wire.ReportEvent.GONE in cloud.said(vm), "gone", 10.0)
+    await fake.until(lambda: wire.ReportEvent.GONE in cloud.said(vm), "gone", 40.0)
 
 
 class NoImages(synthetic.Images):

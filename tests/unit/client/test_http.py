@@ -336,7 +336,7 @@ async def test_sockets_know_what_certainly_was_not_sent(sockets: http.Sockets) -
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(http.NotSent, match="refused"):
-        await sockets.send(f"http://127.0.0.1:{port}", "POST", "/x", b"{}", {}, 5.0)
+        await sockets.send(f"http://127.0.0.1:{port}", "POST", "/x", b"{}", {}, 30.0)
 
 
 async def test_sockets_do_not_know_what_a_silent_peer_did(sockets: http.Sockets) -> None:
@@ -349,4 +349,4 @@ async def test_sockets_do_not_know_what_a_silent_peer_did(sockets: http.Sockets)
 async def test_sockets_do_not_know_what_a_peer_did_that_broke_off(sockets: http.Sockets) -> None:
     async with proxy.before(1) as nasty:  # nothing listens behind it
         with pytest.raises(http.Lost):
-            await sockets.send(f"http://{nasty.address}", "GET", "/x", None, {}, 5.0)
+            await sockets.send(f"http://{nasty.address}", "GET", "/x", None, {}, 30.0)

@@ -22,7 +22,7 @@ TEMPLATE = model.TemplateId("11111111-1111-4111-8111-111111111111")
 DIGEST = "sha256:" + "a" * 64
 
 
-async def until(true: Callable[[], bool | Awaitable[bool]], limit_s: float = 40.0) -> None:
+async def until(true: Callable[[], bool | Awaitable[bool]], limit_s: float = 90.0) -> None:
     """Wait for a condition, with a deadline."""
     end = time.monotonic() + limit_s
     while True:
@@ -231,7 +231,7 @@ class Agent:
 
     async def work(self, verb: wire.Verb) -> wire.Wanted:
         """The one thing wanted, once it is wanted with this verb."""
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while time.monotonic() < end:
             state = await self.wanted(wait_s=1.0)
             found = [want for want in state.wanted if want.verb == verb]

@@ -24,7 +24,7 @@ async def until_told(house: cloud.Cloud, kind: str) -> dict[str, Any]:
         told.update({one["kind"]: one for one in (await health(house))["troubles"]})
         return kind in told
 
-    await cloud.until(look, 30)
+    await cloud.until(look)
     return dict(told[kind])
 
 
@@ -75,7 +75,7 @@ async def test_a_red_controller_answers_at_once_and_says_what_it_knew() -> None:
     async with cloud.running(wrap=wrap) as house:
         await house.api.start()
         stores[0].partition(True)
-        await cloud.until(lambda: red(house), 30)
+        await cloud.until(lambda: red(house))
         shown = await health(house)
         assert shown["why"]
         assert shown["troubles"][0]["kind"] == troubles.Kind.CONTROLLER_RED

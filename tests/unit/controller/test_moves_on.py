@@ -152,8 +152,8 @@ async def test_a_mass_of_waiting_grows_older_without_holding_up_other_work() -> 
         (over,) = await c.create()
         await c.terminate(over)
         async with looping(c, spans=spans):
-            await until(lambda: _gone(c, over), limit_s=10)
-            await until(lambda: _all_aged(c), limit_s=30)
+            await until(lambda: _gone(c, over))
+            await until(lambda: _all_aged(c))
 
 
 async def _gone(c: cloud.Cloud, id: str) -> bool:
@@ -186,7 +186,7 @@ async def test_nodes_that_all_lose_the_registry_at_once_use_up_no_attempts() -> 
         await until(lambda: _on_one_of(c, id, nodes))
         now = await c.instance(id)
         assert now.state == State.PULLING
-        assert 4 <= len(now.refused) <= 6
+        assert 3 <= len(now.refused) <= 6
         assert now.refused[0] != now.refused[1], "another node is asked at once"
         await c.report(now.node, nouns.item(Said.REFUSED, me, epoch=now.epoch, message="no registry"))
         await until(lambda: looped._true("refused by host, host, host and" in looped.why(one, id)))

@@ -29,7 +29,7 @@ async def test_a_running_upload_is_cut_at_an_offset_from_which_it_resumes(tmp_pa
         location = headers["Location"]
         gate = asyncio.Event()
         upload = asyncio.create_task(server.call("PATCH", location, slowly(gate), Content_Length=str(len(content))))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not any(path.stat().st_size for path in tmp_path.glob("uploads/*/data.*")):
                 await asyncio.sleep(0.01)
         server.send(signal.SIGTERM)
