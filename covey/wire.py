@@ -229,10 +229,11 @@ class Adopt(model.Noun, frozen=True, kw_only=True):
     vms: tuple[Held, ...] = ()
     buried: tuple[Buried, ...] = ()
     last: bool = False
+    begun: Seen = Seen()  # of all parts but the first: the view that the first one's answer named
 
 
 class Adopted(model.Noun, frozen=True, kw_only=True):
-    """`seen`: the view to go on from, once the part marked `last` was taken."""
+    """`seen`: the view in which it was taken; that of the part marked `last` is the one to go on from."""
 
     lease: LeaseTerms
     seen: Seen

@@ -12,14 +12,13 @@ all is told again, which changes nothing.
 
 from collections.abc import Iterator, Sequence
 
-from covey import observe, wire, world
+from covey import failpoint, observe, wire, world
 from covey.agent import hypervisor, look, records, session
 from covey.decide import convergence
 
 PATIENCE_NS = 10 * 1_000_000_000
 LEAST_ANSWERS = 3  # a host that slept has heard no more than one
 PAUSE_S = 2.0  # between two polls on hold, at most
-_VMS = 100  # per message
 _GRAVES = 500
 _LAUNCHED = (convergence.Stage.LAUNCHED, convergence.Stage.BOOTED, convergence.Stage.STOPPED)
 
@@ -29,11 +28,20 @@ _log = observe.log("agent")
 class Adoption:
     """One node's holds. `held` and `over` are told of every answer to a poll."""
 
-    def __init__(self, clock: world.World, standing: session.Session, known: records.Records, look: look.Look) -> None:
+    def __init__(
+        self,
+        clock: world.World,
+        standing: session.Session,
+        known: records.Records,
+        look: look.Look,
+        at_once: int,
+    ) -> None:
+        """`at_once`: so many VMs are told in one message."""
         self._clock = clock
         self._session = standing
         self._records = known
         self._look = look
+        self._at_once = at_once
         self._since_ns: int | None = None
         self._answers = 0
 
@@ -58,9 +66,14 @@ class Adoption:
         vms = [_held(record, self._records, found) for record in self._own()]
         graves = [_buried(tombstone) for tombstone in self._records.tombstones() if tombstone.final]
         answer: wire.Adopted | None = None
-        for part, last in _parts(vms, graves):
-            told = wire.Adopt(seen=before, messages=self._session.count(), vms=part[0], buried=part[1], last=last)
+        begun = wire.Seen()
+        for part, last in _parts(vms, graves, self._at_once):
+            told = wire.Adopt(
+                seen=before, messages=self._session.count(), vms=part[0], buried=part[1], last=last, begun=begun
+            )
             answer = await self._session.call("adopt", wire.Adopted, told)
+            failpoint.reach("agent.told")
+            begun = begun if begun.revision else answer.seen
         if answer is not None:
             self._session.adopted(answer.seen)
             _log.warning("this node has told a restored store what it has", vms=len(vms), ended=len(graves))
@@ -72,10 +85,10 @@ class Adoption:
 _Part = tuple[tuple[wire.Held, ...], tuple[wire.Buried, ...]]
 
 
-def _parts(vms: Sequence[wire.Held], graves: Sequence[wire.Buried]) -> Iterator[tuple[_Part, bool]]:
+def _parts(vms: Sequence[wire.Held], graves: Sequence[wire.Buried], at_once: int) -> Iterator[tuple[_Part, bool]]:
     """What has ended first, so that it is not made again from a VM that is left of it; the last part is marked."""
     pieces: list[_Part] = [((), tuple(graves[start : start + _GRAVES])) for start in range(0, len(graves), _GRAVES)]
-    pieces += [(tuple(vms[start : start + _VMS]), ()) for start in range(0, len(vms), _VMS)]
+    pieces += [(tuple(vms[start : start + at_once]), ()) for start in range(0, len(vms), at_once)]
     pieces = pieces or [((), ())]
     return ((piece, index == len(pieces) - 1) for index, piece in enumerate(pieces))
 

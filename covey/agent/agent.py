@@ -107,7 +107,7 @@ class Agent:
             suspect=self._suspect,
         )
         self._questions = questions.Questions(self._parts)
-        self._adoption = adoption.Adoption(clock, self.session, self._records, self._look)
+        self._adoption = adoption.Adoption(clock, self.session, self._records, self._look, config.limits.told_at_once)
         self._workers: dict[model.InstanceId, worker.Worker] = {}
         self._group: asyncio.TaskGroup | None = None
         self._found: look.Found = {}

@@ -12,6 +12,7 @@ class Limits(model.Noun, frozen=True, kw_only=True):
 
     boot_s: float = 600.0  # from launch until the guest answers
     quick_s: float = 0.5  # a preparation that takes longer is acknowledged by a report of its own (safety S10)
+    told_at_once: int = 100  # VMs, no patience: of which one message tells a restored store (safety S19)
     jump_s: float = 5.0  # a launch older than this is asked for again before it is used (safety S9)
 
 

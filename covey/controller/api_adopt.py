@@ -6,7 +6,7 @@ this store cannot have had is moreover a proof that the store was restored: the 
 is decided, for all nodes.
 """
 
-from covey import answer, model, observe, wire
+from covey import answer, errors, model, observe, wire
 from covey.decide import permission
 from covey.store import commit, commit_adopt, commit_cloud, commit_reports, view
 
@@ -40,9 +40,12 @@ async def adopt(
     told: wire.Adopt,
     until_ns: int,
 ) -> None:
-    """Take a part of what an agent tells. Raises Fault 409 when its session is not the newest."""
+    """Take a part of what an agent tells. Raises Fault 409 when its session is not the newest, and Unavailable when
+    it must begin anew."""
     taken = await commit_adopt.adopt(writer, snapshot, life.node, life.counter, told, until_ns)
     if isinstance(taken, commit_reports.StaleSession):
         raise answer.Fault(409, STALE)
+    if isinstance(taken, commit_adopt.Torn):
+        raise errors.Unavailable("the store was restored again meanwhile: tell everything anew")
     if told.last:
         log.info("a node has told what it runs", node=life.node, restored=snapshot.breach_why)

@@ -32,6 +32,11 @@ class Told(NamedTuple):
     """A part of what a node tells was taken."""
 
 
+class Torn(NamedTuple):
+    """The store was restored again since the first part was taken, so that one may be forgotten: all must be told
+    anew."""
+
+
 Answer = Told | commit_reports.StaleSession
 
 
@@ -42,8 +47,10 @@ async def adopt(
     session: int,
     told: wire.Adopt,
     until_ns: int = 0,
-) -> Answer:
+) -> Answer | Torn:
     """Take one part. With `last` the node is released from its hold, as the last of the transactions."""
+    if told.begun.revision and not _goes_on(snapshot, told.begun):
+        return Torn()
     for start in range(0, len(told.buried), _AT_ONCE):
         graves = [grave for grave in told.buried[start : start + _AT_ONCE] if _is_news(snapshot, grave)]
         taken = await _fold(writer, snapshot, node, session, (), graves, until_ns) if graves else Told()
@@ -55,6 +62,12 @@ async def adopt(
         if isinstance(taken, commit_reports.StaleSession):
             return taken
     return await _release(writer, snapshot, node, session, told.seen, until_ns) if told.last else Told()
+
+
+def _goes_on(snapshot: view.Snapshot, begun: wire.Seen) -> bool:
+    """Whether what was taken in the view `begun` is still known."""
+    own = snapshot.kinship(begun) is permission.Kinship.OWN
+    return own and begun.revision >= snapshot.breach.revision
 
 
 def _is_news(snapshot: view.Snapshot, grave: wire.Buried) -> bool:

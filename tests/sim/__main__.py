@@ -1,6 +1,7 @@
 """``python -m tests.sim``: stories from many seeds, a process of its own for each, or one seed with all that happens.
 
     --seeds N --first S    N stories; those after the first failure are not begun
+    --step K               every K-th seed: 4 tells stories with a restore only
     --minutes M            no story is begun after so long
     --seed N               one story, told line by line
 
@@ -100,15 +101,15 @@ def tell_in_child(seed: int, storm_s: float) -> tuple[int, int]:
     return child, ours
 
 
-def tell_many(first: int, count: int, jobs: int, storm_s: float, limit_s: float) -> Iterator[Ended]:
+def tell_many(first: int, count: int, jobs: int, storm_s: float, limit_s: float, step: int = 1) -> Iterator[Ended]:
     """The ends of the stories as they come, until the first that is bad."""
     running: dict[int, tuple[int, int]] = {}  # process -> (seed, where to read)
-    begun_s, seed = time.monotonic(), first
+    begun_s, seed, end = time.monotonic(), first, first + count * step
     while True:
-        while len(running) < jobs and seed < first + count and time.monotonic() - begun_s < limit_s:
+        while len(running) < jobs and seed < end and time.monotonic() - begun_s < limit_s:
             child, out = tell_in_child(seed, storm_s)
             running[child] = (seed, out)
-            seed += 1
+            seed += step
         if not running:
             return
         child, status = os.wait()
@@ -118,13 +119,14 @@ def tell_many(first: int, count: int, jobs: int, storm_s: float, limit_s: float)
         ended = msgspec.json.decode(content, type=Ended) if content else Ended(its_seed, f"it died: {status}", {})
         yield ended
         if ended.why:
-            seed = first + count
+            seed = end
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--first", type=int, default=1)
+    parser.add_argument("--step", type=int, default=1, help="from one seed to the next")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2, help="stories at once")
     parser.add_argument("--storm", type=float, default=90.0, help="simulated seconds of bad weather")
     parser.add_argument("--minutes", type=float, default=60.0, help="begin no story after so long")
@@ -151,7 +153,7 @@ def _many(chosen: argparse.Namespace) -> int:
     counts: Counter[str] = Counter()
     told = 0
     failed: list[Ended] = []
-    for ended in tell_many(chosen.first, chosen.seeds, chosen.jobs, chosen.storm, 60 * chosen.minutes):
+    for ended in tell_many(chosen.first, chosen.seeds, chosen.jobs, chosen.storm, 60 * chosen.minutes, chosen.step):
         told += 1
         counts.update(ended.counts)
         if ended.why:

@@ -73,6 +73,7 @@ class Node:
         self.process = clockwork.Process(name)
         self.process.kill()
         self.killed_at = ""  # the failpoint at which the agent is to die
+        self.frozen_at = ""  # … to stand still
         self.explicit = False
         self.crowded = False  # it was removed and joined again: what it runs from before counts only once it said so
         self.agent: agent.Agent | None = None
@@ -117,7 +118,7 @@ class Node:
             sync=False,
             name=self.name,
             explicit=self.explicit,
-            limits=parts.Limits(boot_s=_BOOT_LIMIT_S),
+            limits=parts.Limits(boot_s=_BOOT_LIMIT_S, told_at_once=1),
         )
         self.explicit = False
         self.agent = agent.Agent(config, self.world, driver, Images(self), endpoints)
@@ -149,6 +150,9 @@ class Node:
             self.killed_at = ""
             self.kill()
             raise Killed(point)
+        if point == self.frozen_at and self.chance.random() < 0.5:
+            self.frozen_at = ""
+            self.process.freeze()
 
     def lose_power(self) -> None:
         """The host stops and begins again: no VM runs any more, its clock starts anew, files may be torn."""

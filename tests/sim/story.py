@@ -16,10 +16,11 @@ import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 
 from covey import failpoint
+from covey.store import memory
 from tests.sim import clockwork, network, replica, sea, truth, weather, work
 from tests.sim import node as nodes
 
@@ -27,6 +28,8 @@ _CALM_S = 240.0  # pauses after refusals, silent nodes and doors that are being 
 _END_S = 300.0
 _LOOK_S = 2.0
 _RESTORED = 4  # every so many seeds
+_TWICE = 0.4  # of the restores are followed by another one while nodes tell what they have
+_TELLING_LOOKS = 250  # for one that does: they are patient for ten seconds
 _RUN_LOOKS = 200  # for one at which some of that runs
 _BACKUP_LOOKS = 100  # for a moment at which something waits for a node
 
@@ -171,9 +174,25 @@ class Story:
             await asyncio.sleep(0.1)
         for start in crowd:
             start.cancel()
+        await self._begin_from(backup, self.replicas if chance.random() < 0.3 else [], chance)
+        if crowded:
+            away = self._stay_away(waiting, chance.uniform(5.0, 30.0), chance)
+        else:
+            more = [asyncio.create_task(self.clients[0].start(())) for _ in range(4)]
+            away = self._stay_away(self.truth.lost(), chance.uniform(0.5, 4.0), chance)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(away)
+            if chance.random() < _TWICE:
+                await self._restore_again(backup, chance)
+        if not crowded:
+            await asyncio.gather(*more)
+
+    async def _begin_from(
+        self, backup: memory.Backup, replicas: Sequence[replica.Replica], chance: random.Random
+    ) -> None:
+        """Stop the store and begin it again from the backup; those replicas are away meanwhile."""
         self._tell("operator: stops the store")
         self.sea.stop()
-        replicas = self.replicas if chance.random() < 0.3 else []
         for one in replicas:
             one.kill()
         try:
@@ -185,12 +204,22 @@ class Story:
             self.truth.restored(self.nodes)
         for one in replicas:
             one.start()
-        if crowded:
-            await self._stay_away(waiting, chance.uniform(5.0, 30.0), chance)
-        else:
-            more = [asyncio.create_task(self.clients[0].start(())) for _ in range(4)]
-            await self._stay_away(self.truth.lost(), chance.uniform(0.5, 4.0), chance)
-            await asyncio.gather(*more)
+
+    async def _restore_again(self, backup: memory.Backup, chance: random.Random) -> None:
+        """Some node has told a part of what it has, and stands still while the store is restored once more."""
+        for node in self.nodes:
+            node.frozen_at = "agent.told"
+        for _ in range(_TELLING_LOOKS):
+            if any(not node.frozen_at for node in self.nodes):
+                break
+            await asyncio.sleep(0.1)
+        telling = [node for node in self.nodes if not node.frozen_at]
+        for node in self.nodes:
+            node.frozen_at = ""
+        await self._begin_from(backup, [], chance)
+        await asyncio.sleep(chance.uniform(0.0, 4.0))
+        for node in telling:
+            node.process.thaw()
 
     def _running(self, instances: set[str]) -> list[nodes.Node]:
         """The nodes on which guest code of one of them runs."""

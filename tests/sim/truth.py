@@ -232,14 +232,14 @@ class Truth:
     def restored(self, cloud: Sequence[nodes.Node]) -> None:
         """The store holds what it held at the backup."""
         self.restores += 1
-        for name, value in self._backup.items():
+        for name, value in copy.deepcopy(self._backup).items():
             setattr(self, name, value)
         self.revision += 1
         for id, history in self._history.items():
             now = self.instances.get(id)
             history.append((self.revision, None if now is None else now.state))
         lost = self._history.keys() - self.instances.keys() - self.forgotten
-        self._lost = {id: id in self.accepted for id in lost}
+        self._lost = {id: id in self.accepted or self._lost.get(id, False) for id in lost}
         self.accepted -= lost
         for ask in self.asks.values():
             ask.unsure_by = None

@@ -17,7 +17,7 @@ from tests.support import flaky
 
 FAILPOINTS = (
     *("agent.accepted", "agent.pulled", "agent.prepared", "agent.granted", "agent.launched", "agent.started"),
-    *("agent.answered", "agent.booted", "agent.destroying", "agent.destroyed"),
+    *("agent.answered", "agent.booted", "agent.destroying", "agent.destroyed", "agent.told"),
     *("synthetic.forking", "synthetic.forked", "synthetic.destroy"),
 )
 
@@ -81,8 +81,9 @@ class Weather:
             one.process.thaw()
             one.start()
         for node in self._nodes:
+            node.killed_at = node.frozen_at = ""
             node.process.thaw()
-            node.temper.trouble, node.temper.broken, node.killed_at = 0.0, False, ""
+            node.temper.trouble, node.temper.broken = 0.0, False
             node.start()
 
     def _replica(self) -> replica.Replica:

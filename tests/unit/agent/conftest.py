@@ -35,7 +35,7 @@ class Node:
         self.driver = synthetic.Synthetic(self.clock, knobs, root=None if data is None else data / "vms")
         self.images = synthetic.Images(knobs.pull_s)
         self.endpoints = http.Endpoints([url], timeout_s=5)
-        config = agent.Config(data_dir=str(data or ""), limits=parts.Limits(boot_s=2.0, quick_s=0.1))
+        config = agent.Config(data_dir=str(data or ""), limits=parts.Limits(boot_s=2.0, quick_s=0.1, told_at_once=2))
         self.place = host.Place()
         self.agent = agent.Agent(config, self.clock, self.driver, self.images, self.endpoints, place=self._where)
         self.driver._wake = self.agent.wake

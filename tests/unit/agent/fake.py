@@ -52,6 +52,7 @@ class Controller:
         self.refuse = ""  # joins are refused with these words
         self.controllers: tuple[str, ...] = ()  # announced to agents
         self.before_launch_answer: Callable[[], None] = lambda: None
+        self.before_adopt: Callable[[wire.Adopt], None] = lambda _told: None
         self._numbers: set[tuple[int, str, int, int]] = set()
         self._changed = asyncio.Event()
         self._runner: web.AppRunner | None = None
@@ -103,9 +104,9 @@ class Controller:
         del self.wants[instance, epoch]
         self.changed()
 
-    def restore(self, revision: int = 5) -> None:
+    def restore(self, revision: int = 5, history: str = "restored") -> None:
         """Another history, at a lower revision: this node must tell what it has first."""
-        self.hold, self.history, self.revision = True, "restored", revision
+        self.hold, self.history, self.revision = True, history, revision
         self.changed()
 
     def changed(self) -> None:
@@ -194,9 +195,12 @@ class Controller:
         self.questions = [question for question in self.questions if question.nonce != answer.nonce]
         return wire.Answered(lease=self._lease(), seen=self._seen(), taken=True)
 
-    async def _adopt(self, body: bytes) -> wire.Adopted:
+    async def _adopt(self, body: bytes) -> wire.Adopted | web.Response:
         told = msgspec.json.decode(body, type=wire.Adopt)
+        self.before_adopt(told)
         self.adopts.append(told)
+        if told.begun.revision and told.begun.history != self.history:
+            return _envelope("the store was restored again meanwhile", 503)
         self.messages.append(told.messages)
         self.hold = self.hold and not told.last
         return wire.Adopted(lease=self._lease(), seen=self._seen())

@@ -93,6 +93,30 @@ async def test_what_was_told_and_not_answered_is_told_again(cloud: fake.Controll
     assert await node.phases() == {("vm", 1): "running"}
 
 
+async def test_everything_is_told_anew_when_the_store_is_restored_between_two_parts(
+    cloud: fake.Controller, make_node: MakeNode
+) -> None:
+    """Safety S19: what the first part told is forgotten then."""
+    node = make_node()
+    await node.start()
+    for vm in ("one", "two", "three"):
+        await started(cloud, vm)
+
+    def restore_once(told: wire.Adopt) -> None:
+        if told.begun.revision:
+            cloud.before_adopt = lambda _told: None
+            cloud.restore(history="restored again")
+
+    cloud.before_adopt = restore_once
+    cloud.restore()
+    await held_for_long(cloud, node)
+    await fake.until(lambda: node.agent.session.seen.history == "restored again", "goes on")
+    told = [(len(part.vms), part.begun.history, part.last) for part in cloud.adopts]
+    assert told[:2] == [(2, "", False), (1, "restored", True)]
+    assert told[-2:] == [(2, "", False), (1, "restored again", True)]
+    assert {vm.instance for part in cloud.adopts[-2:] for vm in part.vms} == {"one", "two", "three"}
+
+
 async def test_a_controller_that_cannot_take_what_is_told_is_left_for_another_one(
     cloud: fake.Controller, make_node: MakeNode
 ) -> None:

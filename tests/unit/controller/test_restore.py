@@ -122,6 +122,28 @@ async def test_who_was_away_for_longer_than_history_is_kept_tells_alone(house: c
     assert not (await agent.wanted()).hold
 
 
+async def test_a_node_that_tells_in_parts_begins_anew_when_the_store_is_restored_between_two(
+    house: cloud.Cloud,
+) -> None:
+    """Safety S19."""
+    agent = cloud.Agent(house.api)
+    await agent.join()
+    backup = saved(house)
+    await house.api.start()
+    await restored(house, backup)
+    first = await tell(agent, last=False)
+    await restored(house, backup)
+    rest = wire.Adopt(seen=agent.seen, messages=agent.messages, last=True, begun=first.seen)
+    status, envelope = await agent.call("adopt", rest)
+    assert (status, "restored again" in envelope["message"]) == (503, True)
+    assert (await agent.wanted()).hold
+    begun = (await tell(agent, last=False)).seen
+    status, envelope = await agent.call("adopt", msgspec.structs.replace(rest, begun=begun))
+    assert status == 200
+    agent.seen = msgspec.convert(envelope["body"], wire.Adopted).seen
+    assert not (await agent.wanted()).hold
+
+
 async def test_people_are_served_on_nodes_that_have_told_and_may_give_up_the_others(house: cloud.Cloud) -> None:
     told, lost = cloud.Agent(house.api), cloud.Agent(house.api, host_key="host-key-2", secret="secret-2")
     await told.join()

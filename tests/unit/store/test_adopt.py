@@ -51,7 +51,12 @@ def buried(id: str, epoch: int = 1, **changes: Any) -> wire.Buried:
 
 
 async def tell(
-    c: cloud.Cloud, node: str, *what: wire.Held | wire.Buried, last: bool = True, session: int = 1
+    c: cloud.Cloud,
+    node: str,
+    *what: wire.Held | wire.Buried,
+    last: bool = True,
+    session: int = 1,
+    begun: wire.Seen | None = None,
 ) -> object:
     told = wire.Adopt(
         seen=wire.Seen(history="lost", revision=99),
@@ -59,6 +64,7 @@ async def tell(
         vms=tuple(one for one in what if isinstance(one, wire.Held)),
         buried=tuple(one for one in what if isinstance(one, wire.Buried)),
         last=last,
+        begun=begun or wire.Seen(),
     )
     return await commit_adopt.adopt(c.writer, await c.look(), model.NodeId(node), session, told)
 
@@ -420,6 +426,26 @@ async def test_the_older_epoch_may_tell_last_or_first() -> None:
             found = await c.instance(id)
             assert (found.node, found.epoch, found.state) == (new, 2, State.STARTED)
             assert await c.claims(old) == [(id, 1)]
+
+
+async def test_a_part_does_not_release_a_node_whose_first_part_a_second_restore_has_forgotten() -> None:
+    """Safety S19, promise I2: what that part told would begin again elsewhere."""
+    async with cloud.running() as c:
+        node, saved = await c.join(), backup(c)
+        first, second = nouns.instance_id(), nouns.instance_id()
+        await restore(c, saved, cluster="another")
+        view = (await c.look()).seen
+        assert await tell(c, node, held(first), last=False) == commit_adopt.Told()
+        await restore(c, saved, cluster="a third")
+        for last in (False, True):
+            assert await tell(c, node, held(second), last=last, begun=view) == commit_adopt.Torn()
+        assert (await c.look()).held(node)
+        view = (await c.look()).seen
+        assert await tell(c, node, held(first), last=False) == commit_adopt.Told()
+        await commit_cloud.add_nonce(c.writer)  # a controller that begins is no break
+        assert await tell(c, node, held(second), begun=view) == commit_adopt.Told()
+        assert not (await c.look()).held(node)
+        assert {(await c.instance(id)).state for id in (first, second)} == {State.STARTED}
 
 
 async def test_an_instance_that_the_store_never_knew_is_made_again() -> None:
