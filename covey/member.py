@@ -1,6 +1,6 @@
 """One member of etcd's cluster, begun the right way by itself: `covey etcd bootstrap`.
 
-    look      at the data directory, at what peers say, at who else waits; decide (decide/bootstrap)
+    look      at the data directory, at what peers say and can prove, at who else waits; decide (decide/bootstrap)
     wait      until that says how to begin; meanwhile tell at our own peer address that we wait
     run       etcd takes this process's place; or runs as its child while there is something left to do:
                   a newcomer gets its vote once it has caught up
@@ -35,10 +35,11 @@ from covey.store import (
     etcd_connect,
     etcd_flags,
     etcd_member,
+    schema,
 )
 
 _LOOK_S = 0.5
-_SURE = 10  # looks: a member that has just started tells of less until it has read its own log
+_PROOF_S = 5.0
 _PROMOTE_S = 24 * 3600.0
 
 Say = Callable[[str], None]
@@ -67,11 +68,6 @@ def check(plan: Plan) -> None:
     """Raises SettingError naming what is wrong and the remedy."""
     if plan.name not in plan.members:
         raise errors.SettingError(f"--name {plan.name} is not among --members {', '.join(plan.members)}")
-    if len(plan.members) % 2 == 0:
-        raise errors.SettingError(
-            f"--members names {len(plan.members)}: take one, three or five; an even number survives no more losses than"
-            " one fewer"
-        )
     if len(set(plan.members.values())) < len(plan.members):
         raise errors.SettingError("--members gives two members the same address")
     if len(plan.members) > 1 and _loopback(plan.client_url) and not _loopback(plan.url):
@@ -98,26 +94,30 @@ async def prepare(plan: Plan, access: settings.Etcd, world: worlds.World, say: S
     """Wait until it is known how to begin. Raises SettingError with one sentence when that needs the operator."""
     disk = etcd_member.on_disk(plan.data_dir)
     if disk is not None:
+        etcd_member.forget_agreement(plan.data_dir)
         return await _decided(plan, disk, access, world, say)
-    sign = etcd_member.Sign(plan.members, plan.token)
-    async with etcd_member.rendezvous(plan.name, sign, plan.listen_peer, _server_tls(plan)):
+    sign = etcd_member.Sign(plan.members, plan.token).text()
+
+    def agreed() -> bool:
+        return etcd_member.agreed(plan.data_dir, sign)
+
+    await _listen(plan)  # one that does not fit ends before the others hear of it
+    async with etcd_member.rendezvous(plan.name, sign, plan.listen_peer, _server_tls(plan), agreed):
         return await _decided(plan, disk, access, world, say)
 
 
 async def _decided(
     plan: Plan, disk: bootstrap.Disk | None, access: settings.Etcd, world: worlds.World, say: Say
 ) -> Found:
-    ids = etcd_member.member_ids(plan.members, plan.token)
-    cluster = etcd_member.cluster_id(ids)
-    me = bootstrap.Me(plan.name, plan.url, plan.members, str(plan.data_dir), cluster, frozenset(ids))
-    said, looks = "", 0
+    said = ""
     while True:
         heard, waiting = await _listen(plan)
-        decision = bootstrap.decide(me, disk, heard, waiting)
+        if disk is None or any(disk.member not in {known.id for known in one.members} for one in heard):
+            heard = await asyncio.gather(*(_proved(plan, one, access, world) for one in heard))
+        decision = bootstrap.decide(_me(plan), disk, heard, waiting)
         clients = tuple(url for one in heard for member in one.members for url in member.client_urls)
-        looks = looks + 1 if isinstance(decision, bootstrap.Run) else 0
         match decision:
-            case bootstrap.Run() if disk is not None or not heard or looks >= _SURE:
+            case bootstrap.Run():
                 return Found(decision, tuple(dict.fromkeys((*clients, plan.client_url))))
             case bootstrap.Refuse():
                 raise errors.SettingError(decision.why)
@@ -125,14 +125,25 @@ async def _decided(
                 if not plan.rejoin:
                     raise errors.SettingError(decision.why)
                 await _rejoin(plan, decision.id, _to(access, clients), world, say)
-            case bootstrap.Wait() if decision.why != said:
+            case bootstrap.Agree():
+                etcd_member.agree(plan.data_dir, etcd_member.Sign(plan.members, plan.token).text())
+                continue
+            case bootstrap.Wait() if decision.why not in ("", said):
                 said = decision.why
                 say(f"{plan.name}: {said}")
         await asyncio.sleep(_LOOK_S)
 
 
-async def _listen(plan: Plan) -> tuple[list[bootstrap.Heard], set[str]]:
-    """What is at the other members' addresses. Raises SettingError when they were given another list."""
+def _me(plan: Plan) -> bootstrap.Me:
+    ids = etcd_member.member_ids(plan.members, plan.token)
+    agreed = etcd_member.agreed(plan.data_dir, etcd_member.Sign(plan.members, plan.token).text())
+    cluster = etcd_member.cluster_id(ids)
+    return bootstrap.Me(plan.name, plan.url, plan.members, str(plan.data_dir), cluster, frozenset(ids), agreed)
+
+
+async def _listen(plan: Plan) -> tuple[list[bootstrap.Heard], dict[str, bool]]:
+    """What is at the other members' addresses: clusters, and who waits. Raises SettingError when they were given
+    another list."""
     tls = _client_tls(plan)
     others = {name: url for name, url in plan.members.items() if name != plan.name}
     words = await asyncio.gather(*(etcd_member.ask(url, tls) for url in others.values()))
@@ -143,8 +154,32 @@ async def _listen(plan: Plan) -> tuple[list[bootstrap.Heard], set[str]]:
                 f"{others[name]} waits as {word.name} with other --members or another --token than this one: give every"
                 " host the same"
             )
-    waiting = {word.name for word in words if isinstance(word, etcd_member.Waiting)}
+    waiting = {word.name: word.agreed for word in words if isinstance(word, etcd_member.Waiting)}
     return [word for word in words if isinstance(word, bootstrap.Heard)], waiting
+
+
+# etcd judges who may read after the linearizable read itself (etcdserver/v3_server.go Range)
+_REFUSED_AFTER_READING = ("user name is empty", "permission denied")
+
+
+async def _proved(plan: Plan, heard: bootstrap.Heard, access: settings.Etcd, world: worlds.World) -> bootstrap.Heard:
+    """Have the member that told this list do a linearizable read, and ask it for its list again."""
+    own = [url for one in heard.members if heard.url in one.peer_urls for url in one.client_urls]
+    if not own:
+        return heard._replace(doubt=f"the member at {heard.url} has just begun")
+    store = etcd_connect.connect(there := _to(access, own), world)
+    try:
+        async with asyncio.timeout(_PROOF_S):
+            await store.range(schema.FORMAT_KEY)
+    except TimeoutError:
+        return heard._replace(doubt=await etcd_connect.trouble(there) or "it has no leader")
+    except errors.StoreError as error:
+        if not any(text in str(error) for text in _REFUSED_AFTER_READING):
+            return heard._replace(doubt=await etcd_connect.explain(there, error))
+    finally:
+        await store.close()
+    again = await etcd_member.ask(heard.url, _client_tls(plan))
+    return again._replace(doubt="") if isinstance(again, bootstrap.Heard) else heard._replace(doubt="it went away")
 
 
 async def _rejoin(plan: Plan, id: int, access: settings.Etcd, world: worlds.World, say: Say) -> None:

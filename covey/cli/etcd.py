@@ -4,7 +4,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -17,7 +17,7 @@ from covey.cli import flags, out
 if TYPE_CHECKING:
     from covey import member as etcd_program
     from covey import settings
-    from covey.store import etcd, etcd_care, schema
+    from covey.store import etcd, etcd_admin, etcd_care, schema
 
 app = typer.Typer(help="etcd, which holds all control state: its members, backups and space.", no_args_is_help=True)
 
@@ -220,14 +220,41 @@ def remove(flags: flags.Flags, member: _Name, force: _Force = False) -> None:
     _on_etcd(flags, run)
 
 
+_PeerUrl = Annotated[str, typer.Option("--peer-url", help="Where the new machine is for its peers.")]
+_Wait = Annotated[str, typer.Option("--wait", help="How long to wait until it votes.", metavar="TIME")]
+
+
+@app.command()
+@_ACCESS
+def add(
+    flags: flags.Flags,
+    name: Annotated[str, typer.Argument(help="The new member's name.", metavar="NAME")],
+    peer_url: _PeerUrl,
+    wait: _Wait = "10m",
+) -> None:
+    """Let the cluster grow by one member, as from one to three; waits until the newcomer has caught up and votes."""
+    from covey import settings_reader
+
+    wait_s = settings_reader.duration_s(wait)
+
+    async def run(store: "etcd.Etcd", _: "settings.Etcd") -> None:
+        from covey.store import etcd_care
+
+        url = peer_url.rstrip("/")
+        how = _how_to_begin(await store.admin.members(), name)
+        await etcd_care.add(store.admin, name, url, out.say, how, wait_s=wait_s)
+
+    _on_etcd(flags, run)
+
+
 @app.command()
 @_ACCESS
 def replace(
     flags: flags.Flags,
     member: _Name,
-    peer_url: Annotated[str, typer.Option("--peer-url", help="Where the new machine is for its peers.")],
+    peer_url: _PeerUrl,
     name: Annotated[str, typer.Option("--name", help="The new member's name; by default the old one's.")] = "",
-    wait: Annotated[str, typer.Option("--wait", help="How long to wait until it votes.", metavar="TIME")] = "10m",
+    wait: _Wait = "10m",
 ) -> None:
     """Put a new machine in the place of a member, lost or not; waits until the newcomer has caught up and votes."""
     from covey import settings_reader
@@ -237,16 +264,22 @@ def replace(
     async def run(store: "etcd.Etcd", _: "settings.Etcd") -> None:
         from covey.store import etcd_care
 
-        members = await store.admin.members()
-        others = {one.name: one.peer_urls[0] for one in members if one.name and one.name != member}
-
-        def how(url: str) -> None:
-            listed = ",".join(f"{each}={at}" for each, at in sorted({**others, (name or member): url}.items()))
-            out.say(f"Run there: covey etcd bootstrap --name {name or member} --members {listed} --data-dir DIR")
-
+        others = [one for one in await store.admin.members() if one.name != member]
+        how = _how_to_begin(others, name or member)
         await etcd_care.replace(store.admin, member, peer_url.rstrip("/"), out.say, how, wait_s=wait_s)
 
     _on_etcd(flags, run)
+
+
+def _how_to_begin(others: "Sequence[etcd_admin.Member]", name: str) -> Callable[[str], None]:
+    """Says what to run on a new member's machine, given its peer URL."""
+    listed = {one.name: one.peer_urls[0] for one in others if one.name}
+
+    def how(url: str) -> None:
+        members = ",".join(f"{each}={at}" for each, at in sorted({**listed, name: url}.items()))
+        out.say(f"Run there: covey etcd bootstrap --name {name} --members {members} --data-dir DIR")
+
+    return how
 
 
 # ---- backups -------------------------------------------------------------------------------------------------------

@@ -12,9 +12,16 @@ A new cluster begins only when every member waits without data: one whose disk w
 that it is known, and never begins a second cluster under the old one's name; nor does it vote with an empty log for
 what it has forgotten. "Never started" is what a cluster says of a member without client addresses: it enters them as
 soon as it runs.
+
+A member that has just been started tells of less than it knows, until it has read its own log again, however long that
+takes. So nothing follows from its list without `proved`: it has answered a linearizable read before it told the list,
+which it cannot before it has applied all that was ever committed. Those who begin a cluster have no leader yet that
+could prove anything; what they know instead is that all have waited together. Each writes that down where its data will
+be, and tells it (`agreed`); the first starts when all have told it. So whoever sees others run already knows by itself
+that it has its part in the beginning.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -29,11 +36,17 @@ class Listed(NamedTuple):
 
 
 class Heard(NamedTuple):
-    """What an etcd says at another member's address."""
+    """What an etcd says at another member's address. `doubt`: why the list may be older than what is true; "": it is
+    proved."""
 
     url: str
     cluster: int
     members: tuple[Listed, ...]
+    doubt: str = ""
+
+    @property
+    def proved(self) -> bool:
+        return not self.doubt
 
 
 class Disk(NamedTuple):
@@ -50,6 +63,7 @@ class Me(NamedTuple):
     data_dir: str
     cluster: int  # the id that a cluster begun from this list has
     ids: frozenset[int]  # and those of its members
+    agreed: bool = False  # all waited together once, and no data was written here since
 
 
 class Run(NamedTuple):
@@ -67,6 +81,10 @@ class Rejoin(NamedTuple):
     why: str
 
 
+class Agree(NamedTuple):
+    """All wait together: write that down and tell it."""
+
+
 class Wait(NamedTuple):
     why: str
 
@@ -75,11 +93,11 @@ class Refuse(NamedTuple):
     why: str
 
 
-Decision = Run | Rejoin | Wait | Refuse
+Decision = Run | Rejoin | Agree | Wait | Refuse
 
 
-def decide(me: Me, disk: Disk | None, heard: Sequence[Heard], waiting: Collection[str]) -> Decision:
-    """`waiting`: names of those who have no data and run this same command on the same list."""
+def decide(me: Me, disk: Disk | None, heard: Sequence[Heard], waiting: Mapping[str, bool]) -> Decision:
+    """`waiting`: those who have no data and run this same command on the same list, and whether they have agreed."""
     clusters = {one.cluster: one for one in heard}
     if len(clusters) > 1:
         first, second = sorted(clusters.values(), key=lambda one: one.url)[:2]
@@ -89,17 +107,25 @@ def decide(me: Me, disk: Disk | None, heard: Sequence[Heard], waiting: Collectio
         )
     if not heard:
         return _alone(me, disk, waiting)
-    found = heard[0]
+    found = next((one for one in heard if one.proved), heard[0])
     return _without_data(me, found) if disk is None else _with_data(me, disk, found)
 
 
-def _alone(me: Me, disk: Disk | None, waiting: Collection[str]) -> Decision:
+def _alone(me: Me, disk: Disk | None, waiting: Mapping[str, bool]) -> Decision:
     if disk is not None:
         return Run("existing", me.members)
-    missing = [f"{name} at {url}" for name, url in me.members.items() if name != me.name and name not in waiting]
+    if len(me.members) % 2 == 0:
+        return Refuse(
+            f"--members names {len(me.members)}, and no cluster answers there that {me.name} could join: to begin one"
+            " take one, three or five; an even number survives no more losses than one fewer"
+        )
+    others = {name: url for name, url in me.members.items() if name != me.name}
+    missing = [f"{name} at {url}" for name, url in others.items() if name not in waiting]
     if missing:
         return Wait(f"a new cluster begins when all have come; waiting for {', '.join(missing)}")
-    return Run("new", me.members)
+    if not me.agreed:
+        return Agree()
+    return Run("new", me.members) if all(waiting[name] for name in others) else Wait("")
 
 
 def _with_data(me: Me, disk: Disk, found: Heard) -> Decision:
@@ -110,6 +136,8 @@ def _with_data(me: Me, disk: Disk, found: Heard) -> Decision:
             f" {found.cluster:x}: if that is the right one, {aside}"
         )
     mine = next((one for one in found.members if one.id == disk.member), None)
+    if mine is None and not found.proved:  # it may be needed for a majority; etcd finds out whether it was removed
+        return Run("existing", me.members)
     if mine is None:
         return Refuse(
             f"{me.data_dir} holds the data of member {disk.member:x}, which was removed from the cluster at"
@@ -119,13 +147,20 @@ def _with_data(me: Me, disk: Disk, found: Heard) -> Decision:
 
 
 def _without_data(me: Me, found: Heard) -> Decision:
+    if not found.proved:
+        if me.agreed and found.cluster == me.cluster:
+            return Run("new", me.members)
+        return Wait(
+            f"the cluster at {found.url} cannot tell yet whether {me.name} has ever run ({found.doubt}); if a majority"
+            " of its members is lost, restore a backup (covey etcd restore)"
+        )
     mine = next((one for one in found.members if me.url in one.peer_urls), None)
     namesake = next((one for one in found.members if one.name == me.name), None)
     if mine is None and namesake is None:
         return Refuse(
             f"the cluster that answers at {found.url} has no member {me.name} at {me.url}: enter it first"
-            f" (covey etcd replace OLD_MEMBER --peer-url {me.url}); or, if that is an old cluster, end it there and"
-            " move its data directories away"
+            f" (covey etcd add {me.name} --peer-url {me.url}, or covey etcd replace OLD_MEMBER …); or, if that is an"
+            " old cluster, end it there and move its data directories away"
         )
     known = namesake or mine
     if known is not None and (mine is None or mine.name not in ("", me.name)):

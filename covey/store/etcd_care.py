@@ -3,6 +3,7 @@
     survey      who is there, who leads, who lags, how full everyone is, which alarms are raised
     compact     drop revisions that are older than 15 minutes by this process's own clock
     defragment  one member after the other, never the leader, never when that would stop writes
+    add         one more member, which has no vote before it has caught up; one at a time, while all are well
     remove      a member that is no more; never one whose going would stop writes
     replace     a lost machine by another one; the newcomer has no vote before it has caught up
 
@@ -272,6 +273,58 @@ async def welcome(admin: etcd_admin.Admin, peer_urls: Sequence[str]) -> etcd_adm
         return found[0]
 
 
+async def add(
+    admin: etcd_admin.Admin, name: str, peer_url: str, say: Say, how: Say, *, wait_s: float
+) -> etcd_admin.Member:
+    """One more member, called `name`. `how` is told once it can be started. Raises Rejected where that would weaken the
+    cluster; Unavailable when it does not come in `wait_s`: repeat the command then, it goes on where it was."""
+    now = await survey(admin)
+    there = next((one for one in now.standings if peer_url in one.member.peer_urls), None)
+    if there is None:
+        _may_grow(now, name)
+        newcomer = await welcome(admin, [peer_url])
+    elif there.member.name in ("", name):
+        newcomer = there.member
+    else:
+        raise errors.Rejected(f"the member at {peer_url} is {there.label}, not {name}")
+    if newcomer.learner:
+        await _wait_for_vote(admin, newcomer, peer_url, say, how, wait_s)
+    voters = len((await survey(admin)).voters)
+    say(f"{voters} members vote now" + _even(voters))
+    return newcomer
+
+
+def _may_grow(now: Survey, name: str) -> None:
+    if any(one.member.name == name for one in now.standings):
+        raise errors.Rejected(f"there is a member {name} at another address: to move it use covey etcd replace {name}")
+    for one in now.standings:
+        if one.member.learner:
+            raise errors.Rejected(
+                f"{one.label} at {', '.join(one.member.peer_urls)} has no vote yet: members are added one at a time;"
+                f" start it, or take it out (covey etcd remove {one.member.name or f'{one.member.id:x}'})"
+            )
+        if not one.well:
+            raise errors.Rejected(
+                f"{one.label} is not well: one more member would make the majority larger, not safer; bring it back, or"
+                f" put the new machine in its place (covey etcd replace {one.label})"
+            )
+
+
+def _even(voters: int) -> str:
+    if voters % 2:
+        return ""
+    return f"; {voters} survive no more losses than {voters - 1}, and need one more to be there: add another one soon"
+
+
+async def _wait_for_vote(
+    admin: etcd_admin.Admin, newcomer: etcd_admin.Member, peer_url: str, say: Say, how: Say, wait_s: float
+) -> None:
+    say(f"A member at {peer_url} is awaited; it has no vote until it has caught up")
+    how(peer_url)
+    await promote(admin, newcomer.id, wait_s)
+    say(f"The member at {peer_url} has caught up and votes now")
+
+
 async def replace(
     admin: etcd_admin.Admin, name: str, peer_url: str, say: Say, how: Say, *, wait_s: float
 ) -> etcd_admin.Member:
@@ -294,10 +347,7 @@ async def replace(
             now.named(name)
         newcomer = await welcome(admin, [peer_url])
     if newcomer.learner:
-        say(f"A member at {peer_url} is awaited; it has no vote until it has caught up")
-        how(peer_url)
-        await promote(admin, newcomer.id, wait_s)
-        say(f"The member at {peer_url} has caught up and votes now")
+        await _wait_for_vote(admin, newcomer, peer_url, say, how, wait_s)
     if old is not None and old.member.id != newcomer.id:
         await remove(admin, f"{old.member.id:x}", say)
     return newcomer

@@ -3,7 +3,8 @@
 * The first record of a member's write-ahead log names member and cluster (etcd: server/wal/wal.go; frames of 8 bytes
   length, little-endian, padded to 8; a record is protobuf of type, crc and data; type 1 is the metadata).
 * Every etcd tells its members to its peers: GET /members at a peer address, the cluster's id in X-Etcd-Cluster-ID.
-* A member without data answers at its own peer address, before etcd does, that it waits: `Rendezvous`.
+* A member without data answers at its own peer address, before etcd does, that it waits: `rendezvous`. That all have
+  waited together is written down in `member/`, which etcd makes too: whoever removes its data removes the word with it.
 * A cluster's id follows from the peer addresses and the token that it begins with (server/etcdserver/api/membership:
   member.go computeMemberID, cluster.go genID).
 """
@@ -15,16 +16,17 @@ import json
 import ssl
 import struct
 import urllib.parse
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
 
-from covey import errors
+from covey import durable, errors
 from covey.decide import bootstrap
 
 _METADATA = 1
+_AGREED = "covey-agreed"
 _ASK_S = 3.0
 
 
@@ -43,6 +45,29 @@ def on_disk(data_dir: Path) -> bootstrap.Disk | None:
         raise errors.SettingError(
             f"{logs[0]} does not tell whose data it is ({error}): move {data_dir} away and start this again"
         ) from error
+
+
+def agreed(data_dir: Path, sign: str) -> bool:
+    """Whether all have waited together with the same sign, and this member has not run since."""
+    try:
+        return (data_dir / "member" / _AGREED).read_text() == sign
+    except OSError:
+        return False
+
+
+def agree(data_dir: Path, sign: str) -> None:
+    """Write it down, surely. Raises OSError."""
+    place = data_dir / "member"
+    durable.make_dirs(place)
+    for folder in (data_dir, place):
+        folder.chmod(0o700)  # as etcd wants them
+    durable.replace(place / _AGREED, sign.encode())
+
+
+def forget_agreement(data_dir: Path) -> None:
+    """It has run: the data tells from now on."""
+    with contextlib.suppress(OSError):
+        durable.remove(data_dir / "member" / _AGREED)
 
 
 def _metadata(head: bytes) -> bootstrap.Disk:
@@ -117,10 +142,11 @@ class Sign(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """Somebody without data waits at another member's address."""
+    """Somebody without data waits at another member's address. `agreed`: it knows that all have waited together."""
 
     name: str
     sign: str
+    agreed: bool
 
 
 async def ask(url: str, tls: ssl.SSLContext | None) -> bootstrap.Heard | Waiting | None:
@@ -133,8 +159,9 @@ async def ask(url: str, tls: ssl.SSLContext | None) -> bootstrap.Heard | Waiting
         ):
             said = json.loads(await answer.read())
             if isinstance(said, dict) and "waiting" in said:
-                return Waiting(str(said["waiting"]), str(said["sign"]))
-            return bootstrap.Heard(url, int(answer.headers["X-Etcd-Cluster-ID"], 16), tuple(map(_listed, said)))
+                return Waiting(str(said["waiting"]), str(said["sign"]), bool(said.get("agreed", True)))
+            cluster = int(answer.headers["X-Etcd-Cluster-ID"], 16)
+            return bootstrap.Heard(url, cluster, tuple(map(_listed, said)), doubt="it was not asked")
     except aiohttp.ClientConnectorCertificateError as error:
         raise errors.SettingError(
             f"the certificate that {url} shows to its peers is not believed ({error.certificate_error}): is"
@@ -155,19 +182,17 @@ def _listed(one: dict[str, Any]) -> bootstrap.Listed:
 
 
 @contextlib.asynccontextmanager
-async def rendezvous(me: str, sign: Sign, url: str, tls: ssl.SSLContext | None) -> AsyncIterator[None]:
+async def rendezvous(
+    me: str, sign: str, url: str, tls: ssl.SSLContext | None, agreed: Callable[[], bool]
+) -> AsyncIterator[None]:
     """Tell at our own peer address (where etcd is to listen) that we wait. Raises SettingError when it is taken."""
     where = urllib.parse.urlsplit(url)
-    body = json.dumps({"waiting": me, "sign": sign.text()}).encode()
-    head = (
-        f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    )
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             async with asyncio.timeout(_ASK_S):
                 await reader.readuntil(b"\r\n\r\n")
-                writer.write(head.encode() + body)
+                writer.write(_answer({"waiting": me, "sign": sign, "agreed": agreed()}))
                 await writer.drain()
         writer.close()
 
@@ -182,3 +207,9 @@ async def rendezvous(me: str, sign: Sign, url: str, tls: ssl.SSLContext | None) 
     finally:
         server.close()
         await server.wait_closed()
+
+
+def _answer(said: dict[str, Any]) -> bytes:
+    body = json.dumps(said).encode()
+    length = f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    return f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n{length}".encode() + body

@@ -1,11 +1,12 @@
 """One command on every host, at every start: members begin rightly, whatever lies on their disks (safety S28)."""
 
+import contextlib
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.operate import hosts
+from tests.operate import early, hosts
 from tests.support import certificates
 
 eventually = hosts.eventually
@@ -80,6 +81,48 @@ def test_a_member_that_lost_its_disk_begins_no_second_cluster_while_the_others_a
         assert cluster.get("/x", others[0]) == "1"
 
 
+def test_what_a_member_tells_before_it_has_read_its_own_log_is_never_mistaken() -> None:
+    """However long that takes: others list this one as they did before it ever ran, and cannot prove it."""
+    with hosts.some(3) as cluster:
+        cluster.start()
+        cluster.wait_until_well()
+        cluster.put("/x", "1")
+        lost, *others = cluster.hosts
+        young = [early.of(host.peer_port) for host in others]
+        for host in cluster.hosts:
+            host.kill()
+        lost.wipe()
+        with contextlib.ExitStack() as stack:
+            for told in young:
+                stack.enter_context(told.answering())
+            cluster.start(lost)
+            said = lost.running.wait_until_said("cannot tell yet whether n1 has ever run")
+            assert "has just begun" in said, said
+            asked = [told.asked for told in young]
+            eventually(lambda: all(told.asked > before + 15 for told, before in zip(young, asked, strict=True)), 60)
+            assert lost.running.process.poll() is None
+            assert not lost.data.exists(), "it began a log of its own"
+        cluster.start(*others)
+        assert "counts on data of n1" in lost.refusal()
+
+
+def test_one_that_is_killed_as_the_cluster_begins_has_its_part_in_it_all_the_same() -> None:
+    with hosts.some(3) as cluster:
+        victim = cluster.hosts[2]
+        cluster.start()
+        eventually(lambda: (victim.data / "member" / "covey-agreed").exists(), 60)
+        victim.kill()
+        cluster.start(victim)
+        cluster.wait_until_well()
+        cluster.put("/x", "1")
+        assert cluster.get("/x", victim) == "1"
+        victim.end()
+        cluster.start(victim)
+        victim.running.wait_until_said("goes on with")
+        assert not (victim.data / "member" / "covey-agreed").exists(), "the data tells from now on"
+        cluster.wait_until_well()
+
+
 def test_data_of_another_cluster_is_told_and_left_alone() -> None:
     with hosts.some(3) as cluster, hosts.some(1) as old:
         stale = cluster.hosts[2]
@@ -111,7 +154,7 @@ def test_what_does_not_fit_is_one_sentence() -> None:
         assert ran.code == 1
         assert "other --members or another --token" in ran.err and len(ran.err.splitlines()) == 1
         ran = cluster.covey(*two.argv(f"n2={two.peer_url},n3=http://127.0.0.1:1")[1:])
-        assert ran.code == 1 and "names 2: take one, three or five" in ran.err
+        assert ran.code == 1 and "names 2, and no cluster answers there" in ran.err
         ran = cluster.covey(*two.argv("n7=http://127.0.0.1:1")[1:])
         assert ran.code == 1 and "--name n2 is not among --members n7" in ran.err
         ran = cluster.covey(*two.argv(cluster.members)[1:], "--unsafe-no-fsync")
