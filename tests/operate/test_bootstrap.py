@@ -99,7 +99,7 @@ def test_what_a_member_tells_before_it_has_read_its_own_log_is_never_mistaken() 
             said = lost.running.wait_until_said("cannot tell yet whether n1 has ever run")
             assert "has just begun" in said, said
             asked = [told.asked for told in young]
-            eventually(lambda: all(told.asked > before + 15 for told, before in zip(young, asked, strict=True)), 60)
+            eventually(lambda: all(told.asked > before + 15 for told, before in zip(young, asked, strict=True)), hosts.PATIENCE_S)
             assert lost.running.process.poll() is None
             assert not lost.data.exists(), "it began a log of its own"
         cluster.start(*others)
@@ -110,7 +110,7 @@ def test_one_that_is_killed_as_the_cluster_begins_has_its_part_in_it_all_the_sam
     with hosts.some(3) as cluster:
         victim = cluster.hosts[2]
         cluster.start()
-        eventually(lambda: (victim.data / "member" / "covey-agreed").exists(), 60)
+        eventually(lambda: (victim.data / "member" / "covey-agreed").exists(), hosts.PATIENCE_S)
         victim.kill()
         cluster.start(victim)
         cluster.wait_until_well()

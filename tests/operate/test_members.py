@@ -25,10 +25,10 @@ def replacing(cluster: hosts.Cluster, *words: object) -> tuple[threading.Thread,
 def add(cluster: hosts.Cluster, newcomer: hosts.Host) -> str:
     """Grow by one; what the command says."""
     thread, done = waiting(cluster, "add", newcomer.name, "--peer-url", newcomer.peer_url)
-    hosts.eventually(lambda: any(row["role"] == "not started" for row in cluster.rows().values()), 60)
+    hosts.eventually(lambda: any(row["role"] == "not started" for row in cluster.rows().values()), hosts.PATIENCE_S)
     cluster.hosts.append(newcomer)
     cluster.start(newcomer)
-    thread.join(90)
+    thread.join(hosts.PATIENCE_S)
     assert done and done[0].code == 0, done
     cluster.wait_until_well()
     return done[0].out
@@ -73,7 +73,7 @@ def test_one_member_grows_to_three_and_goes_back_to_one() -> None:
             ran = cluster.covey("remove", host.name, at=third)
             assert ran.code == 0, ran
             cluster.hosts.remove(host)
-            assert host.running.process.wait(60) == 0, "etcd ends by itself where it is no member"
+            assert host.running.process.wait(hosts.PATIENCE_S) == 0, "etcd ends by itself where it is no member"
             host.end()
             cluster.wait_until_well()
         cluster.put("/x", "4")
@@ -90,9 +90,9 @@ def test_a_machine_that_is_lost_is_replaced_at_a_new_address_and_clients_learn_i
         newcomer = cluster.host("n2")
         thread, done = replacing(cluster, "n2", "--peer-url", newcomer.peer_url)
         cluster.hosts[1] = newcomer
-        hosts.eventually(lambda: any(row["role"] == "not started" for row in cluster.rows().values()), 60)
+        hosts.eventually(lambda: any(row["role"] == "not started" for row in cluster.rows().values()), hosts.PATIENCE_S)
         cluster.start(newcomer)
-        thread.join(90)
+        thread.join(hosts.PATIENCE_S)
         assert done and done[0].code == 0, done
         assert f"Run there: covey etcd bootstrap --name n2 --members n1={cluster.hosts[0].peer_url}" in done[0].out
         cluster.wait_until_well()
@@ -112,10 +112,10 @@ def test_a_machine_that_works_stays_until_the_new_one_votes() -> None:
         old = next(host for host in cluster.hosts if cluster.rows()[host.name]["role"] == "leader")
         newcomer = cluster.host("n9")
         thread, done = replacing(cluster, old.name, "--peer-url", newcomer.peer_url, "--name", "n9")
-        hosts.eventually(lambda: any(row["role"] == "not started" for row in cluster.rows().values()), 60)
+        hosts.eventually(lambda: any(row["role"] == "not started" for row in cluster.rows().values()), hosts.PATIENCE_S)
         cluster.hosts[cluster.hosts.index(old)] = newcomer
         cluster.start(newcomer)
-        thread.join(90)
+        thread.join(hosts.PATIENCE_S)
         assert done and done[0].code == 0, done
         cluster.wait_until_well()
         old.kill()
