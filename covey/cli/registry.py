@@ -167,8 +167,15 @@ class _Care:
         self._storage = service.storage_of(config, os.environ, system)
         self.open, self.close = self._storage.open, self._storage.close
         care, log_care = self._storage.care, self._storage.log_care
-        known = catalog.Catalog(self._storage.content, self._storage.logs, system, deletes=chosen.registry_deletes)
-        working = upkeep.Upkeep(known, care, log_care, system, upkeep.of(chosen))
+        held = self._storage.replica
+        known = catalog.Catalog(
+            self._storage.content,
+            self._storage.logs,
+            system,
+            deletes=chosen.registry_deletes and held is None,  # of several disks' logs, only the push registry writes
+            eras=None if held is None else held.eras,
+        )
+        working = upkeep.Upkeep(known, care, log_care, system, upkeep.of(chosen), held=held)
         self.collector, self.scrub = working.collector, working.scrub
         self.verification = functools.partial(verify.Verification, known, care, log_care)
 

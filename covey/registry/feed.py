@@ -24,6 +24,10 @@ class Feed:
         self._heads = heads
         self._view = view
 
+    def word(self) -> peers.Word:
+        term, holder = self._view()
+        return peers.Word(term=term, holder=holder)
+
     async def feed(
         self, cursor: str, wait_s: float, ending: asyncio.Event, known: tuple[int, str] | None
     ) -> peers.Feed:
@@ -45,7 +49,7 @@ class Feed:
         while True:
             fold = await self._heads.fold(log)
             found = (await self._logs.read({log: start}))[log] if start < fold.count else []
-            if (await self._heads.fold(log)) is fold:
+            if (await self._heads.fold(log)).era == fold.era:
                 break
         before = fold.chain(min(start, fold.count))
         return peers.Part(before=before, count=fold.count, entries=_first(found[: max(0, fold.count - start)]))

@@ -1,5 +1,6 @@
 """For peers only: what they follow this server by. Not part of the public API; it may change with any version.
 
+    GET  /replica/v1/word                                             who takes pushes, as this server knows
     GET  /replica/v1/feed?after=CURSOR&wait=SECONDS[&term=&holder=]   heads that changed; waits until there is something
     GET  /replica/v1/log/<name>?start=NUMBER                          entries of one log
     GET  /replica/v1/inventory                                        the heads of all logs
@@ -31,6 +32,7 @@ class FeedApi:
 
     def routes(self) -> Sequence[serve.Route]:
         return [
+            self._route("/replica/v1/word", self.word),
             self._route("/replica/v1/feed", self.feed),
             self._route("/replica/v1/log/{log:path}", self.entries),
             self._route("/replica/v1/inventory", self.inventory),
@@ -46,6 +48,9 @@ class FeedApi:
             return web.Response(body=answer.ascii_json(found), headers=answer.HEADERS)
 
         return serve.Route("GET", path, guarded, time_limit_s=None, lane=gate.Lane.OPEN)
+
+    async def word(self, _call: serve.Call) -> peers.Word:
+        return self._feed.word()
 
     async def feed(self, call: serve.Call) -> peers.Feed:
         wait_s = min(float(_number(call, "wait")), _WAIT_LIMIT_S)

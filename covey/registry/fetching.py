@@ -138,7 +138,7 @@ class Fetching:
                 raise errors.RemoteError(f"{peer.url}: {partial.digest} ended at {partial.size_bytes}")
 
     async def _receive(self, source: peers.Source, partial: replica_disk.Partial) -> None:
-        """Bytes from the network to a thread, one batch being written and hashed while the next one gathers."""
+        """Bytes from the network to a thread: what comes while one batch is written and hashed is the next one."""
         writing: asyncio.Future[None] | None = None
         batch: list[bytes] = []
         size = 0
@@ -147,10 +147,11 @@ class Fetching:
                 batch.append(piece)
                 size += len(piece)
                 self.fetched_bytes += len(piece)
-                if size >= _BATCH:
-                    if writing is not None:
-                        await writing
-                    writing, batch, size = asyncio.ensure_future(self._write(partial, batch)), [], 0
+                if writing is not None and not writing.done() and size < _BATCH:
+                    continue
+                if writing is not None:
+                    await writing
+                writing, batch, size = asyncio.ensure_future(self._write(partial, batch)), [], 0
         finally:
             if writing is not None:
                 await writing

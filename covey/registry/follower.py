@@ -40,6 +40,7 @@ log = observe.log("replica")
 
 _WAIT_S = 10.0
 _PAUSE_S = 0.5  # after a fault
+_LISTEN_S = 2.0
 _COMPARE_S = 180.0
 _NOTE_S = 1.0
 _AGAIN_S = 20.0  # a blob that nobody had is asked for again
@@ -93,7 +94,11 @@ class Follower:
         care: blobs.Care,
         log_care: blobs.LogCare,
         world: world.World,
+        *,
+        wait_s: float = _WAIT_S,
     ) -> None:
+        """`wait_s`: how long one question for news waits for its answer."""
+        self._wait_s = wait_s
         self._own_url = own_url
         self._others = others
         self._view = view
@@ -111,7 +116,6 @@ class Follower:
         self._wants: dict[model.Digest, Want] = {}
         self._looked_at: dict[str, frozenset[model.Digest]] = {}  # manifests whose needs are settled, by repository
         self._behind: dict[str, int] = {}  # logs that could not be copied, and how many entries they lack
-        self._heard_ns = 0  # when the holder last said something; 0: not since the start
         self._behind_ns = world.boot_ns()  # since when something is lacking
         self._reached = False
         self._trouble = ""
@@ -147,26 +151,28 @@ class Follower:
     # ---- entries ---------------------------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
-        """One answer of the holder's feed, and everything that follows from it."""
+        if not await self.follow_once():
+            await asyncio.sleep(_PAUSE_S)
+
+    async def follow_once(self) -> bool:
+        """One answer of the holder's feed, and everything that follows from it; False: there was none that counts."""
         role = self._view()
         peer = self._others.get(role.holder)
         if role.mine or peer is None:
             self._reached = role.holder == self._own_url
             self._cursor = ""
-            await asyncio.sleep(_PAUSE_S)
-            return
+            return False
         try:
-            told = await peer.feed(self._cursor, _WAIT_S)
+            told = await peer.feed(self._cursor, self._wait_s)
         except errors.RemoteError:
             self._reached = False
-            await asyncio.sleep(_PAUSE_S)
-            return
+            return False
         if not await self._counts(peer, told.term, told.holder):
-            await asyncio.sleep(_PAUSE_S)
-            return
+            return False
         await self._take(peer, told.heads, whole=False)
         self._cursor = told.cursor if not self._behind else ""
-        self._reached, self._heard_ns = True, self._world.boot_ns()
+        self._reached = True
+        return not self._behind
 
     async def _counts(self, peer: peers.Peer, term: int, holder: str) -> bool:
         """Whether this peer's word is to be followed: it holds the role, under no older term than we know."""
@@ -215,6 +221,10 @@ class Follower:
             await self._survey_aside()
 
     async def _compare(self) -> None:
+        await self.compare_once()
+        await asyncio.sleep(_COMPARE_S)
+
+    async def compare_once(self) -> None:
         """Compare everything with the holder's list, and the shelf with everything that is needed."""
         role = self._view()
         peer = self._others.get(role.holder)
@@ -229,15 +239,16 @@ class Follower:
             if digest not in self._wants:
                 await self._held.give_up(digest)
         await self._survey_aside()
-        await asyncio.sleep(_COMPARE_S)
 
     async def _listen(self) -> None:
         """Hear from every peer who holds the role, whoever it is."""
-        for peer in self._others.values():
-            with contextlib.suppress(errors.RemoteError):
-                told = await peer.feed("none", 0.0)
-                await self._heard(told.term, told.holder)
-        await asyncio.sleep(2.0)
+        await asyncio.gather(*(self._hear(peer) for peer in self._others.values()))
+        await asyncio.sleep(_LISTEN_S)
+
+    async def _hear(self, peer: peers.Peer) -> None:
+        with contextlib.suppress(errors.RemoteError):
+            told = await peer.word()
+            await self._heard(told.term, told.holder)
 
     # ---- blobs -----------------------------------------------------------------------------------------------------
 
@@ -277,19 +288,24 @@ class Follower:
 
     async def _fetch_on(self) -> None:
         while True:
-            digest = self._next()
-            if digest is None:
+            if not await self.fetch_once():
                 self._news.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(1.0):
                         await self._news.wait()
-                continue
-            want = self._wants[digest]
-            want.running = True
-            try:
-                await self._one_blob(digest, want)
-            finally:
-                want.running = False
+
+    async def fetch_once(self) -> bool:
+        """Try to have one blob that is wanted; False: there is none to be tried now."""
+        digest = self._next()
+        if digest is None:
+            return False
+        want = self._wants[digest]
+        want.running = True
+        try:
+            await self._one_blob(digest, want)
+        finally:
+            want.running = False
+        return True
 
     def _next(self) -> model.Digest | None:
         now_ns = self._world.boot_ns()

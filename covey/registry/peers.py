@@ -30,6 +30,14 @@ SECRET_HEADER = "Covey-Peer-Secret"  # noqa: S105  its name
 _READ_BYTES = 1 << 20
 _STALL_S = 15.0  # a peer that sends nothing for so long, in the middle of a blob, is left
 _ASK_S = 10.0
+_WORD_S = 3.0
+
+
+class Word(model.Noun, frozen=True, kw_only=True):
+    """Who takes pushes, as a server knows."""
+
+    term: int
+    holder: str
 
 
 class Head(model.Noun, frozen=True, kw_only=True):
@@ -81,6 +89,10 @@ class Peer(Protocol):
 
     @property
     def url(self) -> str: ...
+
+    async def word(self) -> Word:
+        """Who it believes to take pushes."""
+        ...
 
     async def feed(self, cursor: str, wait_s: float) -> Feed:
         """What is new; waits for so long until there is something."""
@@ -155,6 +167,9 @@ class _Remote:
             return msgspec.json.decode(reply.body, type=kind)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise errors.RemoteError(f"{self.url}{path.partition('?')[0]}: unexpected body: {error}") from error
+
+    async def word(self) -> Word:
+        return await self._ask("/replica/v1/word", Word, _WORD_S)
 
     async def feed(self, cursor: str, wait_s: float) -> Feed:
         query = line.query(after=cursor, wait=f"{wait_s:g}")

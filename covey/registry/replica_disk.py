@@ -2,7 +2,7 @@
 on their way.
 
     BASE_PATH/
-    ├── repositories/_changes                        one line per entry made, the log's name: hints for who waits
+    ├── repositories/_changes[.old]                  one line per entry made, the log's name: hints for who waits
     ├── repositories/<name>/_aside.<number>.<token>  a log as it was before its entries from that number on were set
     │                                                aside; kept until somebody removes the folder
     └── fetching/<algorithm>-<hex>                   the first bytes of a blob that comes from a peer, locked (flock) by
@@ -78,7 +78,7 @@ class ReplicaDisk:
             try:
                 durable.write_all(handle, f"{log}\n".encode())
                 if os.fstat(handle).st_size > _CHANGES_LIMIT:
-                    self._changes.unlink()
+                    self._changes.rename(self._changes.with_suffix(".old"))  # kept: the next one has another inode
             finally:
                 os.close(handle)
 

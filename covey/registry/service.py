@@ -143,7 +143,7 @@ class Registry:
         )
         self.replica = self._replica(config, held, world)
         self.upkeep = upkeep.Upkeep(
-            self.catalog, self._storage.care, self._storage.log_care, world, config.care, replica=held is not None
+            self.catalog, self._storage.care, self._storage.log_care, world, config.care, held=held
         )
         absent = None if self.replica is None else self.replica.on_demand.blob
         apis = (

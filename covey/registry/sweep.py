@@ -22,7 +22,7 @@ that needs it takes it back before that.
 """
 
 import collections
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
 import msgspec
 
@@ -34,6 +34,7 @@ log = observe.log("collector")
 
 NOTE = "gc"  # written when a run begins and when it ends, read by all servers
 _PAGE = 200  # repositories read at once
+Aside = Callable[[], Awaitable[Mapping[str, Sequence[bytes]]]]
 Place, Fate = blobs.Place, garbage.Fate
 
 
@@ -73,11 +74,19 @@ class Needed(model.Noun, frozen=True, kw_only=True):
 
 
 class Collector:
-    """One run after the other, by whoever asks for it."""
+    """One run after the other, by whoever asks for it. `aside`: entries that were set aside, by log; what they refer to
+    stays."""
 
     def __init__(
-        self, catalog: catalog.Catalog, care: blobs.Care, log_care: blobs.LogCare, periods: garbage.Periods
+        self,
+        catalog: catalog.Catalog,
+        care: blobs.Care,
+        log_care: blobs.LogCare,
+        periods: garbage.Periods,
+        *,
+        aside: Aside | None = None,
     ) -> None:
+        self._aside = aside
         self._catalog = catalog
         self._care = care
         self._log_care = log_care
@@ -92,6 +101,8 @@ class Collector:
         """Everything that manifests and pushes refer to. The order matters: pending entries first."""
         pushes = _of_pushes(await self._log_care.pending())
         reasons = dict.fromkeys(pushes, "an unfinished push needs it")
+        for name, entries in (await self._aside()).items() if self._aside is not None else ():
+            reasons.update(dict.fromkeys(_of_pushes(entries), f"an entry of {name} that was set aside needs it"))
         by_repository: dict[str, frozenset[model.Digest]] = {}
         async for fold in self._folds():
             for known in fold.manifests.values():
@@ -141,8 +152,10 @@ class Collector:
 
     async def _forget(self, now_s: float, *, dry_run: bool) -> list[str]:
         """Manifests of template versions that were replaced or taken back: an instance that was accepted before that
-        has the grace to pull what it was promised."""
-        found = []
+        has the grace to pull what it was promised. That is an entry: where others enter, they forget."""
+        found: list[str] = []
+        if not self._catalog.role.view().mine:
+            return found
         async for fold in self._folds():
             if not views.untagged(fold):
                 continue

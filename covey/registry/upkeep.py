@@ -12,7 +12,7 @@ import msgspec
 
 from covey import errors, model, observe, settings, world
 from covey.decide import garbage
-from covey.registry import blobs, catalog, elsewhere, figures, scrub, standing, sweep
+from covey.registry import blobs, catalog, elsewhere, figures, replica_disk, scrub, standing, sweep
 
 log = observe.log("upkeep")
 
@@ -56,11 +56,14 @@ class Upkeep:
         world: world.World,
         wanted: Settings,
         *,
-        replica: bool = False,
+        held: replica_disk.ReplicaDisk | None = None,
     ) -> None:
+        """`held`: of one of several registries with disks of their own."""
         others = elsewhere.Registries(wanted.heal_from, catalog.blobs, ca_cert=wanted.ca_cert)
         self.figures = figures.Figures()
-        self.collector = sweep.Collector(catalog, care, log_care, wanted.periods)
+        self.collector = sweep.Collector(
+            catalog, care, log_care, wanted.periods, aside=None if held is None else held.aside
+        )
         self.scrub = scrub.Scrub(
             self.collector,
             care,
@@ -72,7 +75,7 @@ class Upkeep:
         self._care = care
         self._world = world
         self._wanted = wanted
-        self._replica = replica
+        self._replica = held is not None
         self._tasks: list[asyncio.Task[None]] = []
         self._complained: set[str] = set()
 

@@ -49,8 +49,9 @@ class Workers:
         self._storage = service.storage_of(config, environ, world)
         held = catalog.Catalog(self._storage.content, self._storage.logs, world)
         idle = service.onlooker(config).care
-        replica = config.replicas is not None
-        self._upkeep = upkeep.Upkeep(held, self._storage.care, self._storage.log_care, world, idle, replica=replica)
+        self._upkeep = upkeep.Upkeep(
+            held, self._storage.care, self._storage.log_care, world, idle, held=self._storage.replica
+        )
         self.metrics: metrics.Metrics | None = None
         if config.metrics is not None:
             self.metrics = metrics.Metrics(config.metrics, self._counts, lambda: self._upkeep.figures, world)
