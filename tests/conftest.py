@@ -24,7 +24,7 @@ hypothesis.settings.register_profile("covey", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("covey")
 
 MARK = "COVEY_TEST_RUN"
-GRACE_S = float(os.environ.get("COVEY_TEST_GRACE_S", "5"))
+GRACE_S = float(os.environ.get("COVEY_TEST_GRACE_S", "20"))
 FDS_SLACK = 24  # libraries open a few of their own at first use (epoll, eventfd, wake-up pipes)
 OWN_HELPERS = (b"resource_tracker", b"forkserver")  # of Python's multiprocessing; they end with the runner
 

@@ -9,7 +9,7 @@ from tests.cluster import clients, conftest, fleet
 RESTARTS = 5
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
 def test_no_request_fails_while_controllers_are_restarted_one_after_the_other(tmp_path: Path) -> None:
     with fleet.running(tmp_path, controllers=2, members=1, COVEY_SHUTDOWN_DELAY="3s") as cloud:
         node = cloud.node("alpha")

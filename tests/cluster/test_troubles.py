@@ -164,7 +164,7 @@ def _or_none(ask: Any) -> Any:
 # ---- 4 -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(500)
 def test_vms_are_lost_at_random_when_agents_balance_over_controllers_with_three_members(cloud: fleet.Fleet) -> None:
     """Users saw: agents that were given several controllers, each with an etcd member of its own, killed running VMs at
     random, beside errors like "required revision is a future revision": the next controller was a little behind, did
@@ -363,7 +363,7 @@ def _configured(cloud: fleet.Fleet, node: fleet.Node, via: int = 0) -> dict[str,
 # ---- 10 ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(500)
 def test_an_outage_of_the_controllers_fails_healthy_vms_on_their_return(cloud: fleet.Fleet, tmp_path: Path) -> None:
     """Users saw: the controllers were down for ten minutes; the first thing they did on their return was to compare
     stored times with the clock, find every host silent for ten minutes, and fail every healthy VM.

@@ -15,6 +15,7 @@ import pytest
 from tests.support import power, power_stories
 
 LIMIT_S = 400.0
+pytestmark = pytest.mark.timeout(500)
 STRIDES = {"xfs": 1, "ext4": 3}  # every step on one, to be quick
 STEPS = {
     "push": {

@@ -75,7 +75,7 @@ def test_leaks_are_found(tmp_path: Path) -> None:
         env={**os.environ, "COVEY_TEST_GRACE_S": "0.5"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=280,
         check=False,
     )
     blamed = re.findall(r"^ERROR \S+::(\w+) - Failed: (\w+)", done.stdout, flags=re.MULTILINE)
