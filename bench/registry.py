@@ -38,7 +38,7 @@ from typing import NamedTuple
 import msgspec
 
 from bench import registry_names
-from covey import durable, world
+from covey import durable, settings, world
 from covey.registry import disk, service, workers
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -74,7 +74,7 @@ class Spec(msgspec.Struct, kw_only=True):
     processes: int = 1
 
     def config(self) -> service.Config:
-        tls = service.Identity(cert=Path(self.cert), key=Path(self.key)) if self.cert else None
+        tls = settings.Tls(cert=Path(self.cert), key=Path(self.key)) if self.cert else None
         return service.Config(
             base_path=Path(self.base), port=self.port, fsync=self.fsync, tls=tls, workers=self.processes, grace_s=2.0
         )

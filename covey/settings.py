@@ -9,6 +9,7 @@
 Nothing here reads the environment by itself: it arrives as an argument. The rows are in `settings_table`.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -35,9 +36,20 @@ class _Settings(msgspec.Struct, frozen=True, kw_only=True):
     notices: tuple[str, ...]
 
 
+class Tls(msgspec.Struct, frozen=True, kw_only=True):
+    """With what a server proves who it is (files in PEM), and what it takes. `ciphers` (): the library's."""
+
+    cert: Path
+    key: Path
+    lowest: str = "1.2"
+    highest: str = "1.3"
+    ciphers: tuple[str, ...] = ()
+
+
 class Controller(_Settings, frozen=True, kw_only=True):
     """A controller replica. Endpoints of etcd are host:port."""
 
+    tls: Tls | None  # None: plain HTTP
     ca_cert: Path | None  # believed where registries are reached by https
     listen: settings_reader.Address
     advertise_url: str  # "": nodes do not learn of this controller
@@ -114,8 +126,7 @@ class Registry(_Settings, frozen=True, kw_only=True):
     """A registry server."""
 
     workers: int  # 0: as many as are worth it
-    server_cert: Path | None  # None: plain HTTP
-    server_key: Path | None
+    tls: Tls | None  # None: plain HTTP
     ca_cert: Path | None
     metrics: Metrics | None
     s3: S3 | None  # None: on disk, below `base_path`
@@ -209,6 +220,7 @@ def controller(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Controlle
     if kept < 1:
         raise errors.SettingError("ETCD_BACKUP_KEEP is 0: keep one backup at least, or unset ETCD_BACKUP_DIR")
     return Controller(
+        tls=_tls(read),
         ca_cert=read.file("CA_CERT"),
         listen=read.listen("LISTEN_ADDR"),
         advertise_url=read.one_url("ADVERTISE_URL"),
@@ -259,11 +271,9 @@ def _way_to_etcd(read: settings_reader.Reader) -> dict[str, Any]:
 def registry(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Registry:
     """Settings of `covey registry`."""
     read = settings_reader.Reader(Part.REGISTRY, environ, flags)
-    cert, key = _server_identity(read)
     return Registry(
         workers=read.number("REGISTRY_WORKERS"),
-        server_cert=cert,
-        server_key=key,
+        tls=_tls(read),
         ca_cert=read.file("CA_CERT"),
         metrics=_metrics(read),
         s3=_s3(read),
@@ -370,15 +380,31 @@ def _peer_secret(read: settings_reader.Reader) -> str:
     return secret
 
 
-def _server_identity(read: settings_reader.Reader) -> tuple[Path | None, Path | None]:
-    """Certificate and key of a server that speaks TLS; None for one that does not."""
+def _tls(read: settings_reader.Reader) -> Tls | None:
+    """What a server that speaks TLS needs; None for one that does not."""
     if not read.switch("USE_HTTPS"):
-        return None, None
+        return None
     cert, key = read.file("SERVER_CERT"), read.file("SERVER_KEY")
     if cert is None or key is None:
         missing = "SERVER_CERT" if cert is None else "SERVER_KEY"
         raise errors.SettingError(f"USE_HTTPS is true but {missing} is not set: name the file, or unset USE_HTTPS")
-    return cert, key
+    lowest, highest = _tls_version(read, "MIN_TLS_VERSION"), _tls_version(read, "MAX_TLS_VERSION")
+    if lowest > highest:
+        raise errors.SettingError(
+            f"MIN_TLS_VERSION={lowest} is above MAX_TLS_VERSION={highest}, which leaves none: unset one of them"
+        )
+    return Tls(cert=cert, key=key, lowest=lowest, highest=highest, ciphers=read.items("CIPHER_SUITES"))
+
+
+_TLS_VERSION = re.compile(r"(?:version)?(?:tls)?[ _]?v?(1)[._]?([0-9])", re.IGNORECASE)  # 1.2, TLSv1.2, VersionTLS12
+
+
+def _tls_version(read: settings_reader.Reader, name: str) -> str:
+    text = read.text(name)
+    found = _TLS_VERSION.fullmatch(text)
+    if found is None or found[2] not in "23":
+        raise errors.SettingError(f"{name}={text} is not 1.2 or 1.3: older versions of TLS are not safe")
+    return f"{found[1]}.{found[2]}"
 
 
 def _metrics(read: settings_reader.Reader) -> Metrics | None:

@@ -54,6 +54,7 @@ class Setting:
 _C, _R, _A, _S = (Part.CONTROLLER,), (Part.REGISTRY,), (Part.AGENT,), (Part.STANDALONE,)
 _CS, _RS = (Part.CONTROLLER, Part.STANDALONE), (Part.REGISTRY, Part.STANDALONE)
 _CE = (Part.CONTROLLER, Part.ETCD)
+_CR = (Part.CONTROLLER, Part.REGISTRY)
 _CER = (Part.CONTROLLER, Part.ETCD, Part.REGISTRY)
 _SERVERS = (Part.CONTROLLER, Part.REGISTRY, Part.STANDALONE)
 _ALL = (Part.CONTROLLER, Part.REGISTRY, Part.AGENT, Part.STANDALONE)
@@ -293,6 +294,22 @@ _TIMES = (
 
 # ---- a registry ------------------------------------------------------------------------------------------------
 
+_TLS = (
+    Setting("USE_HTTPS", _CR, _K.SWITCH, "false", "Speak TLS, with SERVER_CERT and SERVER_KEY."),
+    Setting("SERVER_CERT", _CR, _K.PATH, "", "The server's certificate and what leads to its authority, PEM."),
+    Setting("SERVER_KEY", _CR, _K.PATH, "", "Its private key, PEM."),
+    Setting("MIN_TLS_VERSION", _CR, _K.TEXT, "1.2", "The oldest TLS that clients may speak: 1.2 or 1.3."),
+    Setting("MAX_TLS_VERSION", _CR, _K.TEXT, "1.3", "The newest one."),
+    Setting(
+        "CIPHER_SUITES",
+        _CR,
+        _K.LIST,
+        "",
+        "Ciphers of TLS 1.2 in their order, by OpenSSL's or IANA's names; unset: the good ones that OpenSSL has."
+        " Those of TLS 1.3 are always on.",
+    ),
+)
+
 _REGISTRY = (
     Setting(
         "REGISTRY_WORKERS",
@@ -302,9 +319,6 @@ _REGISTRY = (
         "How many processes serve one listener; 0 takes one for each processor, four at most. The all-in-one service"
         " runs one unless this is set.",
     ),
-    Setting("USE_HTTPS", _R, _K.SWITCH, "false", "Speak TLS, with SERVER_CERT and SERVER_KEY."),
-    Setting("SERVER_CERT", _R, _K.PATH, "", "The registry's certificate and what leads to its authority, PEM."),
-    Setting("SERVER_KEY", _R, _K.PATH, "", "Its private key, PEM."),
     Setting(
         "CA_CERT",
         (Part.CONTROLLER, Part.REGISTRY, Part.AGENT, Part.STANDALONE, Part.CLIENT),
@@ -468,7 +482,8 @@ _AGENT = (
 # ---- named by existing deployments, not built or without effect ------------------------------------------------
 
 _AUTH = "authentication is not built yet"
-_TLS = "TLS on a controller's own listener is not built yet; put a TLS proxy before it"
+_ALONE = "the all-in-one service speaks no TLS yet; run its programs apart, or put a TLS proxy before it"
+_TRUST = "certificates are always checked; name the authority to believe in CA_CERT"
 _METRICS = "metrics of a controller are not built yet"
 _FOLDER = "Covey keeps all data of the registry below BASE_PATH"
 
@@ -486,11 +501,11 @@ _LATER = (
     *_unbuilt("OIDC_PROVIDER_URL OIDC_CLIENT_ID OIDC_DISPLAY_NAME OIDC_SCOPES", _K.TEXT, _AUTH),
     Setting("OIDC_GROUPS_CLAIM", _SERVERS, _K.TEXT, "groups", f"Not built: {_AUTH}.", unbuilt=_AUTH),
     Setting("OIDC_USERNAME_CLAIM", _SERVERS, _K.TEXT, "name", f"Not built: {_AUTH}.", unbuilt=_AUTH),
-    *_unbuilt("USE_HTTPS", _K.SWITCH, _TLS, _CS),
-    *_unbuilt("SKIP_TLS_VERIFICATION", _K.SWITCH, _TLS),
-    *_unbuilt("SERVER_CERT SERVER_KEY", _K.PATH, _TLS, _CS),
-    *_unbuilt("CRL", _K.PATH, _TLS),
-    *_unbuilt("MIN_TLS_VERSION MAX_TLS_VERSION CIPHER_SUITES", _K.TEXT, _TLS),
+    *_unbuilt("USE_HTTPS", _K.SWITCH, _ALONE, _S),
+    *_unbuilt("SERVER_CERT SERVER_KEY", _K.PATH, _ALONE, _S),
+    *_unbuilt("MIN_TLS_VERSION MAX_TLS_VERSION CIPHER_SUITES", _K.TEXT, _ALONE, _S),
+    *_unbuilt("SKIP_TLS_VERIFICATION", _K.SWITCH, _TRUST),
+    *_unbuilt("CRL", _K.PATH, _AUTH),
     *_unbuilt("ENABLE_METRICS", _K.SWITCH, _METRICS, _CS),
     Setting("METRICS_PORT", _CS, _K.NUMBER, "2112", f"Not built: {_METRICS}.", unbuilt=_METRICS),
     Setting("METRICS_PATH", _CS, _K.TEXT, "/metrics", f"Not built: {_METRICS}.", unbuilt=_METRICS),
@@ -502,7 +517,7 @@ _LATER = (
     ),
 )
 
-TABLE: tuple[Setting, ...] = (*_PLACES, *_ETCD, *_TIMES, *_REGISTRY, *_REPLICAS, *_STANDALONE, *_AGENT, *_LATER)
+TABLE: tuple[Setting, ...] = (*_PLACES, *_ETCD, *_TIMES, *_TLS, *_REGISTRY, *_REPLICAS, *_STANDALONE, *_AGENT, *_LATER)
 
 # Read elsewhere than through a table row: where the settings file is.
 CONFIG = "CONFIG"

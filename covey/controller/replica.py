@@ -13,7 +13,7 @@ import functools
 from collections.abc import Awaitable, Callable, Sequence
 
 import covey
-from covey import errors, gate, observe, serve, server, settings, settings_reader
+from covey import errors, gate, observe, serve, server, settings, settings_reader, tls_context
 from covey import world as worlds
 from covey.client import http
 from covey.controller import (
@@ -150,10 +150,12 @@ class Replica:
     # ---- start and stop --------------------------------------------------------------------------------------------
 
     async def start(self, listen: bool = True) -> None:
-        """Listen, and go about everything else in the background. Raises SettingError when the port is taken.
+        """Listen, and go about everything else in the background. Raises SettingError when the port is taken,
+        or the certificate is none.
         Without `listen`, requests come through `server.hand` alone."""
         if listen:
-            await self.server.start(self._chosen.listen.host, self._chosen.listen.port)
+            tls = None if self._chosen.tls is None else tls_context.of(self._chosen.tls)
+            await self.server.start(self._chosen.listen.host, self._chosen.listen.port, tls=tls)
         else:
             self.server.begin()
         log.info("the controller listens", host=self._chosen.listen.host, port=self.server.port, id=self._id)

@@ -9,13 +9,12 @@ import asyncio
 import contextlib
 import os
 import socket
-import ssl
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from covey import errors, observe, origin, serve, server, settings, world
+from covey import errors, observe, origin, serve, server, settings, tls_context, world
 from covey.registry import (
     blobs,
     catalog,
@@ -40,13 +39,6 @@ _PROCESSES = 4
 _COUNT_S = 1.0
 
 
-class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """With what a server proves who it is. Both are PEM files."""
-
-    cert: Path
-    key: Path
-
-
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """What a registry must be told. `reserved_bytes` of the disk are never given to uploads."""
 
@@ -54,7 +46,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     bucket: s3_bucket.Config | None = None  # None: below `base_path`
     host: str = "127.0.0.1"
     port: int = 8089
-    tls: Identity | None = None  # None: plain HTTP
+    tls: settings.Tls | None = None  # None: plain HTTP
     ca_cert: Path | None = None  # believed where peers are reached by https
     metrics: settings.Metrics | None = None
     workers: int = 1
@@ -70,9 +62,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
 def configured(chosen: settings.Registry) -> Config:
     """As the program's settings say."""
-    tls = None
-    if chosen.server_cert is not None and chosen.server_key is not None:
-        tls = Identity(cert=chosen.server_cert, key=chosen.server_key)
     bucket = None
     if chosen.s3 is not None:
         bucket = s3_bucket.Config(ca_cert=chosen.ca_cert, **msgspec.structs.asdict(chosen.s3))
@@ -81,7 +70,7 @@ def configured(chosen: settings.Registry) -> Config:
         bucket=bucket,
         host=chosen.listen.host,
         port=chosen.listen.port,
-        tls=tls,
+        tls=chosen.tls,
         metrics=chosen.metrics,
         workers=chosen.workers or min(_PROCESSES, os.cpu_count() or 1),
         grace_s=chosen.graceful_shutdown_timeout_s,
@@ -201,7 +190,7 @@ class Registry:
     async def start(self) -> None:
         """Listen. Raises SettingError when the address is taken."""
         config = self._config
-        tls = None if config.tls is None else tls_context(config.tls)
+        tls = None if config.tls is None else tls_context.of(config.tls)
         await self._storage.open()
         await self.upkeep.start()
         if self.reign is not None:
@@ -255,16 +244,3 @@ def _reign(config: Config, logs: blobs.Logs, world: world.World) -> reign.Reign 
     if config.replicas is None:
         return None
     return reign.Reign(config.replicas, config.base_path, logs, world, fsync=config.fsync, ca_cert=config.ca_cert)
-
-
-def tls_context(identity: Identity) -> ssl.SSLContext:
-    """TLS 1.2 or newer. Raises SettingError for files that do not fit."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(identity.cert, identity.key)
-    except (OSError, ssl.SSLError) as error:
-        text = (
-            f"SERVER_CERT {identity.cert} and SERVER_KEY {identity.key} are no certificate and its key in PEM: {error}"
-        )
-        raise errors.SettingError(text) from error
-    return context

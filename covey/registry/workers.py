@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Mapping
 
-from covey import observe, server, supervise, world
+from covey import observe, server, supervise, tls_context, world
 from covey.registry import catalog, metrics, service, tally, upkeep
 
 log = observe.log("registry")
@@ -59,7 +59,7 @@ class Workers:
     async def start(self) -> None:
         """Run all workers and wait until they serve. Raises SettingError when one cannot."""
         if self._config.tls is not None:
-            service.tls_context(self._config.tls)  # what is wrong with the settings is said here, once
+            tls_context.of(self._config.tls)  # what is wrong with the settings is said here, once
         await self._storage.open()
         if self.metrics is not None:
             await self._upkeep.start()

@@ -186,8 +186,7 @@ def test_a_file_that_is_named_must_exist_and_be_toml(tmp_path: Path) -> None:
         ("ENABLE_AUTH", "true"),
         ("ROOT_TOKEN", "0123456789"),
         ("ENABLE_API_KEYS", "true"),
-        ("USE_HTTPS", "1"),
-        ("SERVER_CERT", "/etc/cert.pem"),
+        ("SKIP_TLS_VERIFICATION", "1"),
         ("CRL", "/etc/crl.pem"),
         ("OIDC_PROVIDER_URL", "https://id"),
         ("ENABLE_METRICS", "true"),
@@ -202,6 +201,11 @@ def test_a_feature_that_is_not_built_is_never_ignored(prefix: str, name: str, va
     text = refusal({prefix + name: value})
     assert text.startswith(f"{prefix}{name} is set, but ")
     assert value not in text  # it may be a secret
+
+
+def test_the_all_in_one_service_says_that_it_speaks_no_tls() -> None:
+    with pytest.raises(errors.SettingError, match="COVEY_USE_HTTPS is set, but the all-in-one service speaks no TLS"):
+        settings.standalone({"COVEY_CONFIG": "/dev/null", "COVEY_USE_HTTPS": "true"})
 
 
 def registry(environ: Mapping[str, str]) -> settings.Registry:
@@ -228,11 +232,20 @@ def test_a_registry_in_a_bucket() -> None:
 def test_a_registry_with_tls_and_figures(tmp_path: Path) -> None:
     (tmp_path / "x.pem").touch()
     pem = str(tmp_path / "x.pem")
-    chosen = registry({"ANKA_USE_HTTPS": "true", "ANKA_SERVER_CERT": pem, "ANKA_SERVER_KEY": pem})
-    assert chosen.server_cert == chosen.server_key == tmp_path / "x.pem"
-    assert registry({"ANKA_SERVER_CERT": pem}).server_cert is None
+    secure = {"ANKA_USE_HTTPS": "true", "ANKA_SERVER_CERT": pem, "ANKA_SERVER_KEY": pem}
+    assert registry(secure).tls == settings.Tls(cert=tmp_path / "x.pem", key=tmp_path / "x.pem")
+    assert registry({"ANKA_SERVER_CERT": pem}).tls is None
+    controller = {"COVEY_CONFIG": "/dev/null", "ANKA_ALLOW_EMPTY_REGISTRY": "true"}
+    more = {"ANKA_MIN_TLS_VERSION": "VersionTLS13", "ANKA_MAX_TLS_VERSION": "TLSv1.3", "ANKA_CIPHER_SUITES": "A, B"}
+    assert settings.controller(controller).tls is None
+    assert settings.controller({**controller, **secure, **more}).tls == settings.Tls(
+        cert=tmp_path / "x.pem", key=tmp_path / "x.pem", lowest="1.3", highest="1.3", ciphers=("A", "B")
+    )
     assert registry({"ANKA_ENABLE_METRICS": "true"}).metrics == settings.Metrics(port=2112, path="/metrics")
     assert registry({}).metrics is None
+
+
+_HTTPS = {"USE_HTTPS": "true", "SERVER_CERT": "/dev/null", "SERVER_KEY": "/dev/null"}
 
 
 @pytest.mark.parametrize(
@@ -243,6 +256,9 @@ def test_a_registry_with_tls_and_figures(tmp_path: Path) -> None:
         ({"BACKEND_S3_UPLOAD_PART_SIZE": "4"}, "BACKEND_S3_UPLOAD_PART_SIZE=4 is not 5 to 1024 MiB"),
         ({"BACKEND_S3_UPLOAD_CONCURRENCY": "0"}, "BACKEND_S3_UPLOAD_CONCURRENCY=0 is not 1 to 64"),
         ({"USE_HTTPS": "true"}, "USE_HTTPS is true but SERVER_CERT is not set"),
+        ({**_HTTPS, "MIN_TLS_VERSION": "1.1"}, "MIN_TLS_VERSION=1.1 is not 1.2 or 1.3"),
+        ({**_HTTPS, "MAX_TLS_VERSION": "2"}, "MAX_TLS_VERSION=2 is not 1.2 or 1.3"),
+        ({**_HTTPS, "MIN_TLS_VERSION": "1.3", "MAX_TLS_VERSION": "1.2"}, "MIN_TLS_VERSION=1.3 is above MAX_TLS_V"),
         ({"ENABLE_METRICS": "true", "METRICS_PATH": "metrics"}, "METRICS_PATH=metrics is not a path"),
         ({"ENABLE_METRICS": "true", "METRICS_PORT": "70000"}, "METRICS_PORT=70000 is not a port"),
     ],
