@@ -1,8 +1,8 @@
 """Keeping nodes' leases alive on their agents' behalf (safety S8).
 
 Each message of an agent's session renews its lease once; nothing else does: no parked poll, no open socket, no timer.
-Renewals that come in while one batch is on its way travel together in the next, and a message that comes less than a
-second after a renewal was sent rests on that one. An agent learns how old the renewal is that its answer rests on, and
+Renewals that come in while one batch is on its way travel together in the next, and a message that comes less than
+three seconds after a renewal was sent rests on that one: a node that has much to say has no need of more. An agent learns how old the renewal is that its answer rests on, and
 believes in its lease from *its* clock when it sent the message, less that age: so what it believes ends no later than
 what etcd was asked for, whichever renewal that was.
 """
@@ -11,9 +11,10 @@ import asyncio
 from typing import NamedTuple
 
 from covey import errors, wire, world
+from covey.decide import heartbeat
 from covey.store import base
 
-_RECENT_NS = 1_000_000_000
+_RECENT_NS = int(heartbeat.SHARED_S * 1e9)
 
 
 class Renewed(NamedTuple):

@@ -7,7 +7,8 @@ so many messages a second for the mere being there of nodes:
 
     messages a second = nodes / controllers × (1 / POLL_LIMIT_S + 1 / interval)
 
-It ends at half of the time for which an agent believes in its lease. Two signs of life still fit into that time, so one
+It ends at half of the time for which an agent believes in its lease at least, which is less by how old the renewal may
+be that an answer rests on. Two signs of life still fit into that time, so one
 may get lost; and as polls come more often, they alone are the sign then: nothing cheaper would keep the lease.
 
 Whoever is told is not written down, and an old agent may not heed it. So silence is judged by the longest interval
@@ -19,7 +20,8 @@ import msgspec
 from covey import model, wire
 
 BUDGET = 200.0  # messages a second that a controller takes for granted: about a fifth of a core
-MOST_S = (wire.LEASE_TTL_S - wire.LEASE_MARGIN_S) / 2
+SHARED_S = 3.0  # for so long the messages of a node rest on one renewal of its lease
+MOST_S = (wire.LEASE_TTL_S - wire.LEASE_MARGIN_S - SHARED_S) / 2
 
 
 def interval_s(nodes: int, controllers: int, least_s: float) -> float:
