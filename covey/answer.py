@@ -6,7 +6,7 @@ Every answer is one object: ``status`` ("OK" or "FAIL"), ``message`` (always a s
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from aiohttp import web
@@ -31,6 +31,17 @@ class Fault(errors.CoveyError):
 
 class Cut(errors.CoveyError):
     """The server goes down: end this transfer at a durable offset and say where."""
+
+
+class Plain(NamedTuple):
+    """An answer that is all there, as nearly every one is."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def response(self) -> web.Response:
+        return web.Response(status=self.status, body=self.body, headers=self.headers)
 
 
 class _Envelope(msgspec.Struct, omit_defaults=False):
@@ -104,6 +115,6 @@ def as_fault(error: errors.CoveyError) -> Fault:
     return Fault(500, f"{type(error).__name__}: {error}", code="UNKNOWN")
 
 
-def respond(fault: Fault, body: ErrorBody) -> web.Response:
-    """A fault as the response of a path whose error body is made by `body`."""
-    return web.Response(status=fault.status, body=body(fault), headers={**HEADERS, **fault.headers})
+def respond(fault: Fault, body: ErrorBody) -> Plain:
+    """A fault as the answer of a path whose error body is made by `body`."""
+    return Plain(fault.status, {**HEADERS, **fault.headers}, body(fault))

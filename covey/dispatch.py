@@ -93,12 +93,10 @@ class Dispatch:
             response = await self.answer(request)
             if request.gone():
                 raise ConnectionResetError("the connection was closed unread")
-            if not isinstance(response, web.Response):
-                raise TypeError("an answer that streams needs a socket")
-            raw = response.body if isinstance(response.body, bytes | bytearray) else b""
-            return Reply(response.status, response.headers, b"" if method == "HEAD" else bytes(raw))
+            reply = whole(response)
+            return Reply(reply.status, reply.headers, b"" if method == "HEAD" else reply.body)
 
-    async def answer(self, request: serve.Request) -> web.StreamResponse:
+    async def answer(self, request: serve.Request) -> answer.Plain | web.StreamResponse:
         """The answer, faults included. Raises ConnectionResetError when nobody waits for it any more."""
         path = paths.plain(request.path)
         try:
@@ -114,7 +112,7 @@ class Dispatch:
         else:
             if isinstance(result, web.StreamResponse):
                 return result
-            return web.Response(body=answer.envelope("OK", body=result), headers=answer.HEADERS)
+            return answer.Plain(200, answer.HEADERS, answer.envelope("OK", body=result))
         body = next(
             (make for prefix, make in self._error_bodies.items() if path.startswith(prefix)), answer.enveloped_fault
         )
@@ -123,9 +121,13 @@ class Dispatch:
     async def _handle(self, route: serve.Route, request: serve.Request, params: Mapping[str, str]) -> object:
         address = origin.address(request.peer, request.headers, self._trusted)
         call = serve.Call(self, route, request, params, address)
-        async with self._gate.entered(route.lane, origin.client(address, request.headers)) as ticket:
+        ticket = await self._gate.enter(route.lane, origin.client(address, request.headers))
+        try:
             call.admit(ticket)
             return await self._run(call)
+        finally:
+            if ticket is not None:
+                ticket.end()
 
     async def _run(self, call: serve.Call) -> object:
         route, request = call.route, call.request
@@ -206,6 +208,16 @@ class Dispatch:
             tell(gap_s)
 
 
+def whole(response: answer.Plain | web.StreamResponse) -> answer.Plain:
+    """The answer as one piece. Raises TypeError for one that streams."""
+    if isinstance(response, answer.Plain):
+        return response
+    if not isinstance(response, web.Response):
+        raise TypeError("an answer that streams needs a socket")
+    raw = response.body if isinstance(response.body, bytes | bytearray) else b""
+    return answer.Plain(response.status, response.headers, bytes(raw))
+
+
 class _Handed:
     """A request that came without a socket. Its connection breaks when a gap is found."""
 
@@ -222,6 +234,7 @@ class _Handed:
         self.peer = peer
         self.size_bytes = len(body)
         self.has_body = bool(body)
+        self.whole = body
         self._left = body
         self._dispatch = dispatch
         self._epoch = dispatch.gaps

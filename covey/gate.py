@@ -20,7 +20,7 @@ their bodies. What is refused was not begun: nothing was done.
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -92,21 +92,16 @@ class Gate:
         self._paused = 0
         self._refused = 0
 
-    @contextlib.asynccontextmanager
-    async def entered(self, lane: Lane, client: str) -> AsyncIterator[Ticket | None]:
-        """Raises Fault 503 when there is no room in time: nothing was done."""
+    async def enter(self, lane: Lane, client: str) -> Ticket | None:
+        """Leave, to be given back by `end`; None in an open lane. Raises Fault 503 when there is no room in time:
+        nothing was done."""
         room = self._lanes.get(lane)
         if room is None:
-            yield None
-            return
+            return None
         if not await room.enter(client):
             await self._pause(room.pause_s)
             raise _busy("this server has too much to do and nothing was done; try again")
-        ticket = Ticket(room, client)
-        try:
-            yield ticket
-        finally:
-            ticket.end()
+        return Ticket(room, client)
 
     async def _pause(self, pause_s: float) -> None:
         if self._paused < _PAUSED_LIMIT:

@@ -28,6 +28,8 @@ class Table:
         """The route, or Fault 404 or 405. HEAD is answered as GET without its body where no route takes it."""
         found: list[tuple[dict[str, serve.Route], Mapping[str, str]]] = []
         if path in self._literal:
+            if method in self._literal[path]:
+                return self._literal[path][method], {}
             found.append((self._literal[path], {}))
         found += [
             (methods, hit.groupdict()) for regex, methods in self._patterns.values() if (hit := regex.fullmatch(path))
@@ -44,7 +46,7 @@ class Table:
 
 def plain(path: str) -> str:
     """The path with each run of slashes as one: clients join base URLs and paths carelessly."""
-    return re.sub("/{2,}", "/", path)
+    return re.sub("/{2,}", "/", path) if "//" in path else path
 
 
 def _pattern(path: str) -> re.Pattern[str]:

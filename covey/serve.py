@@ -74,6 +74,11 @@ class Request(Protocol):
     def has_body(self) -> bool: ...
 
     @property
+    def whole(self) -> bytes | None:
+        """The body, when all of it has arrived already."""
+        ...
+
+    @property
     def size_bytes(self) -> int | None:
         """Of the body, as announced; None when that was left open."""
         ...
@@ -185,6 +190,13 @@ class Call:
     async def read(self) -> bytes:
         """The whole body, up to the route's limit. Raises Fault 503 when bodies fill too much memory already, and
         Unavailable when it does not come in time: whoever is gone without a word must not keep a place for ever."""
+        whole = self.request.whole
+        if whole is not None:
+            if len(whole) > self.route.body_limit_bytes:
+                raise answer.too_large(self.route.body_limit_bytes)
+            if self._ticket is not None:
+                self._ticket.hold(len(whole))
+            return whole
         try:
             async with asyncio.timeout(max(AGE_LIMIT_S - self.age_s, 0.0)):
                 return await self._read()

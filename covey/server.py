@@ -1,6 +1,7 @@
 """The HTTP server that controller and registry share: sockets, drain, and waking up frozen.
 
-    connection ──► aiohttp's parser ──► dispatch (routes, limits, envelope) ──► the answer's last byte
+    connection ──┬──► aiohttp's parser ──┬──► dispatch (routes, limits, envelope) ──► the answer's last byte
+                 └──► plain ─────────────┘    small requests that arrive whole, where nothing streams
 
 Frozen (safety S24): after a gap of the event loop what lies in the sockets is of unknown age. Every client connection
 is closed unread, the backlog too.
@@ -15,25 +16,36 @@ import errno
 import resource
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import aiohttp
 import multidict
-from aiohttp import http_parser, web, web_protocol
+from aiohttp import web, web_protocol
 
-from covey import accepting, answer, dispatch, errors, gate, inlet, observe, origin, room, serve, world
+from covey import (
+    accepting,
+    answer,
+    connection,
+    dispatch,
+    errors,
+    gate,
+    inlet,
+    observe,
+    origin,
+    plain,
+    room,
+    serve,
+    world,
+)
 
 _AFTERSHOCK_S = 0.05  # connections accepted this soon after a gap had been waiting in the backlog …
 _AFTERSHOCK_TURNS = 3  # … and so many turns of the loop later
-_KEEPALIVE_S = 150.0  # above 120 s: a client's pooled connection must not be closed under its POST
-_LINGER_S = 3.0
 _BACKLOG = 4096
 _CUT_SHARE = 0.7  # uploads are cut after this share of the grace
 _CONNECTION_LIMIT = 10_000
 _SPARE_FILES = 256  # descriptors left for everything else
 _PIECE = 1 << 18  # larger answers are sent in pieces of this size
-_FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 log = observe.log("http")
 
@@ -62,7 +74,10 @@ class Server:
         trusted: Sequence[origin.Network] = (),
         read_ahead_bytes: int = 1 << 16,
         on_served: Callable[[Served], None] | None = None,
+        streams: bool = True,
     ) -> None:
+        """`streams`: some handlers take a body, or give an answer, piece by piece. Without any, small requests take the
+        short way (`plain`)."""
         self.host = ""
         self.port = 0
         self.open = 0  # connections
@@ -73,12 +88,13 @@ class Server:
         )
         self._read_ahead_bytes = read_ahead_bytes
         self._on_served = on_served
+        self.streams = streams
         self._dispatch.on_gap += [on_gap, self._close_unread] if on_gap is not None else [self._close_unread]
         self.draining = self._dispatch.draining
         self.hand = self._dispatch.hand
         self._shaken = False
         self._calming: asyncio.Handle | None = None
-        self._web: _WebServer | None = None
+        self._web: connection.Connections | None = None
         self._listener: asyncio.Server | accepting.Accepting | None = None
         self._sockets: list[socket.socket] = []
 
@@ -99,7 +115,7 @@ class Server:
         self.connection_limit = max(
             min(_CONNECTION_LIMIT, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES), 64
         )
-        self._web = _WebServer(self._serve, self, self._read_ahead_bytes)
+        self._web = connection.Connections(self._serve, self, self._read_ahead_bytes)
         if shared is None:
             loop = asyncio.get_running_loop()
             self._listener = await loop.create_server(self._web, sock=self._sockets[0], backlog=_BACKLOG, ssl=tls)
@@ -135,7 +151,7 @@ class Server:
         return broken
 
     def _unsent_bytes(self) -> int:
-        transports = (connection.transport for connection in self.connections)
+        transports = (one.transport for one in self.connections)
         return sum(transport.get_write_buffer_size() for transport in transports if transport is not None)
 
     @property
@@ -155,9 +171,9 @@ class Server:
                     sock.accept()[0].close()
             except OSError:  # BlockingIOError: the backlog is empty
                 continue
-        for connection in self.connections:
-            if connection.transport is not None:
-                connection.transport.abort()
+        for one in self.connections:
+            if one.transport is not None:
+                one.transport.abort()
 
     def _calm_down(self, turns: int) -> None:
         """Turns of the loop count too: on a busy host time may be up before what was accepted has been looked at."""
@@ -177,16 +193,32 @@ class Server:
             request = _Wired(raw)
             if request.gone():  # also: read just before a gap was found
                 raise ConnectionResetError("the connection was closed unread")
-            response = await self._dispatch.answer(request)
+            reply = await self._dispatch.answer(request)
+            response = reply.response() if isinstance(reply, answer.Plain) else reply
             if not request.end() or self.draining.is_set():
                 response.force_close()
             whole = await _send(response, raw)
-        took_s = (self._world.boot_ns() - started_ns) / 1e9
-        log.debug("answered", method=raw.method, path=raw.path, status=response.status, ms=round(took_s * 1e3, 1))
-        if self._on_served is not None:
-            sent = (response.content_length or 0) if whole and raw.method != "HEAD" else 0
-            self._on_served(Served(raw.method, response.status, request.received_bytes, sent, took_s))
+        sent = (response.content_length or 0) if whole and raw.method != "HEAD" else 0
+        self._note(raw.method, raw.path, response.status, request.received_bytes, sent, started_ns)
         return response
+
+    async def serve_plain(self, request: plain.Request, over: connection.Connection) -> None:
+        """The short way of a small request. Raises ConnectionResetError when its client has gone."""
+        started_ns = self._world.boot_ns()
+        with self._dispatch.passing():
+            if request.gone():
+                raise ConnectionResetError("the connection was closed unread")
+            reply = dispatch.whole(await self._dispatch.answer(request))
+            last = self.draining.is_set()
+            head = plain.render(reply, self._world.wall_ns() // 1_000_000_000, last=last)
+            await over.send(head, reply.body, last=last)
+        self._note(request.method, request.path, reply.status, request.size_bytes, len(reply.body), started_ns)
+
+    def _note(self, method: str, path: str, status: int, received: int, sent: int, started_ns: int) -> None:
+        took_s = (self._world.boot_ns() - started_ns) / 1e9
+        log.debug("answered", method=method, path=path, status=status, ms=round(took_s * 1e3, 1))
+        if self._on_served is not None:
+            self._on_served(Served(method, status, received, sent, took_s))
 
 
 async def _send(response: web.StreamResponse, raw: web.BaseRequest) -> bool:
@@ -261,6 +293,10 @@ class _Wired:
     def size_bytes(self) -> int | None:
         return self._raw.content_length
 
+    @property
+    def whole(self) -> bytes | None:
+        return None  # it comes in its own time
+
     def gone(self) -> bool:
         return self._raw.transport is None or self._raw.transport.is_closing()
 
@@ -283,9 +319,9 @@ class _Wired:
         before = into.size_bytes
         try:
             if self._inlet is None:
-                connection = self._raw.protocol
-                assert isinstance(connection, _Protocol)  # noqa: S101  made by _WebServer
-                self._inlet = inlet.Inlet(self._raw, connection, connection)
+                over = self._raw.protocol
+                assert isinstance(over, connection.Connection)  # noqa: S101  made by Connections
+                self._inlet = inlet.Inlet(self._raw, over, over)
             await self._inlet.fill(into)
         finally:
             self.received_bytes += into.size_bytes - before
@@ -297,81 +333,6 @@ class _Wired:
     async def go_ahead(self) -> None:
         await self._raw.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._raw.writer.output_size = 0  # of the answer itself nothing is out yet
-
-
-class _Protocol(web_protocol.RequestHandler):
-    """aiohttp's connection, with our error bodies and without connections that waited through a gap."""
-
-    __slots__ = ("_owner",)
-
-    def __init__(self, manager: web.Server, owner: Server, **settings: Any) -> None:
-        super().__init__(manager, loop=asyncio.get_running_loop(), **settings)
-        self._owner = owner
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._owner.open += 1
-        if self.transport is None:
-            return
-        if self._owner.shaken():
-            self.transport.abort()
-        elif self._owner.open > self._owner.connection_limit:
-            self.transport.write(_FULL)
-            self.transport.close()
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._owner.open -= 1
-        super().connection_lost(exc)
-
-    def renew(self) -> None:
-        """What comes next begins a request. The arguments are those of aiohttp's constructor."""
-        self._parser = http_parser.HttpRequestParser(
-            self,
-            self._loop,
-            self._read_bufsize,
-            max_line_size=self.max_line_size,
-            max_field_size=self.max_field_size,
-            max_headers=self.max_headers,
-            payload_exception=web_protocol.RequestPayloadError,
-            auto_decompress=False,
-            max_msg_queue_size=self._max_msg_queue_size,
-        )
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Reached for requests that are no HTTP; our handler turns its own faults into answers."""
-        text = " ".join((message or "the request could not be read").split())
-        response = answer.respond(answer.Fault(status, f"malformed HTTP request: {text}"), answer.enveloped_fault)
-        response.force_close()
-        return response
-
-
-class _WebServer(web.Server):
-    def __init__(
-        self,
-        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
-        owner: Server,
-        read_ahead_bytes: int,
-    ) -> None:
-        super().__init__(handler)
-        self._owner = owner
-        self._read_ahead_bytes = read_ahead_bytes
-
-    def __call__(self) -> web_protocol.RequestHandler:
-        return _Protocol(
-            self,
-            self._owner,
-            keepalive_timeout=_KEEPALIVE_S,
-            lingering_time=_LINGER_S,
-            access_log=None,
-            auto_decompress=False,
-            read_bufsize=self._read_ahead_bytes,
-        )
 
 
 def listen(host: str, port: int) -> socket.socket:

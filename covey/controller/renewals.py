@@ -2,9 +2,9 @@
 
 Each message of an agent's session renews its lease once; nothing else does: no parked poll, no open socket, no timer.
 Renewals that come in while one batch is on its way travel together in the next, and a message that comes less than
-three seconds after a renewal was sent rests on that one: a node that has much to say has no need of more. An agent learns how old the renewal is that its answer rests on, and
-believes in its lease from *its* clock when it sent the message, less that age: so what it believes ends no later than
-what etcd was asked for, whichever renewal that was.
+three seconds after a renewal was sent rests on that one: a node that has much to say needs no more. An agent learns how
+old the renewal is that its answer rests on, and believes in its lease from *its* clock when it sent the message, less
+that age: so what it believes ends no later than what etcd was asked for, whichever renewal that was.
 """
 
 import asyncio

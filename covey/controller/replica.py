@@ -89,7 +89,7 @@ class Replica:
         self._health = self._health_api(exchange)
         self._status, routes = self._api()
         self.server = server.Server(
-            routes, world=world, on_gap=lambda _: self._mirror.doubt(), trusted=chosen.trusted_proxies
+            routes, world=world, on_gap=lambda _: self._mirror.doubt(), trusted=chosen.trusted_proxies, streams=False
         )
 
     def _health_api(self, exchange: http.Exchange | None) -> api_health.HealthApi:

@@ -1,6 +1,7 @@
 """The gate: what is let in, who waits behind whom, and what is refused before it costs anything."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 import pytest
@@ -8,6 +9,17 @@ import pytest
 from covey import answer, gate
 
 PEOPLE, AGENTS = gate.Lane.PEOPLE, gate.Lane.AGENTS
+
+
+@contextlib.asynccontextmanager
+async def entered(of: gate.Gate, lane: gate.Lane, client: str) -> AsyncIterator[gate.Ticket | None]:
+    """A request's time at work."""
+    ticket = await of.enter(lane, client)
+    try:
+        yield ticket
+    finally:
+        if ticket is not None:
+            ticket.end()
 
 
 class Hall:
@@ -28,7 +40,7 @@ class Hall:
     async def _request(self, client: str, lane: gate.Lane, body_bytes: int) -> None:
         leave = asyncio.Event()
         try:
-            async with self.gate.entered(lane, client) as ticket:
+            async with entered(self.gate, lane, client) as ticket:
                 assert ticket is not None
                 ticket.hold(body_bytes)
                 self.inside.append(client)
@@ -166,18 +178,18 @@ async def test_bodies_are_bounded_in_sum_and_by_client(halls: list[Hall]) -> Non
 
 async def test_what_is_parked_takes_nobodys_place() -> None:
     parked = gate.Gate({AGENTS: gate.Limits(at_once=1, waiting=0, pause_s=0)})
-    async with parked.entered(AGENTS, "a") as ticket:
+    async with entered(parked, AGENTS, "a") as ticket:
         assert ticket is not None
         with ticket.aside():
-            async with parked.entered(AGENTS, "b"):
+            async with entered(parked, AGENTS, "b"):
                 pass
         with pytest.raises(answer.Fault):
-            async with parked.entered(AGENTS, "b"):
+            async with entered(parked, AGENTS, "b"):
                 pass
-    async with parked.entered(AGENTS, "b"):
+    async with entered(parked, AGENTS, "b"):
         pass
 
 
 async def test_who_is_in_no_lane_is_not_counted() -> None:
-    async with gate.Gate({PEOPLE: gate.Limits(at_once=0, waiting=0)}).entered(gate.Lane.OPEN, "probe") as ticket:
+    async with entered(gate.Gate({PEOPLE: gate.Limits(at_once=0, waiting=0)}), gate.Lane.OPEN, "probe") as ticket:
         assert ticket is None

@@ -63,7 +63,7 @@ ROOMY = gates.Limits()
 PROXIES = (ipaddress.ip_network("127.0.0.0/8"),)
 
 
-def _house(limits: gates.Limits = ROOMY) -> House:
+def _house(limits: gates.Limits = ROOMY, *, streams: bool = True) -> House:
     clock = StoppableWorld()
     gaps: list[float] = []
     seen: list[object] = []
@@ -145,6 +145,7 @@ def _house(limits: gates.Limits = ROOMY) -> House:
         error_bodies={"/v2/": lambda fault: answer.ascii_json({"errors": [{"code": fault.code}]})},
         on_gap=gaps.append,
         limits={gates.Lane.PEOPLE: limits},
+        streams=streams,
     )
     return House(one, clock, gaps, seen, gate)
 
@@ -160,9 +161,10 @@ async def running(house: House) -> AsyncIterator[aiohttp.ClientSession]:
         await house.server.drain(0.2)
 
 
-@pytest.fixture
-async def house() -> House:
-    return _house()
+@pytest.fixture(params=[True, False], ids=["streams", "plain"])
+async def house(request: pytest.FixtureRequest) -> House:
+    """A server by either way: of handlers that stream, and of small requests."""
+    return _house(streams=request.param)
 
 
 @pytest.fixture
@@ -328,10 +330,11 @@ async def test_what_is_no_http_gets_an_envelope_too(house: House, http: aiohttp.
     assert (status, json.loads(body)["status"]) == (400, "FAIL")
 
 
-async def test_a_half_sent_answer_is_broken_off(http: aiohttp.ClientSession) -> None:
-    with pytest.raises(aiohttp.ClientPayloadError):
-        async with http.get("/half") as got:
-            await got.read()
+async def test_a_half_sent_answer_is_broken_off() -> None:
+    async with running(_house()) as http:
+        with pytest.raises(aiohttp.ClientPayloadError):
+            async with http.get("/half") as got:
+                await got.read()
 
 
 async def test_too_much_load_is_503() -> None:
@@ -555,7 +558,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for_for_ever() -> None:
 
     def ask() -> None:
         house: Any = types.SimpleNamespace(world=world.System(), gaps=0)
-        request: Any = types.SimpleNamespace(size_bytes=100, piece=nothing_comes)
+        request: Any = types.SimpleNamespace(size_bytes=100, piece=nothing_comes, whole=None)
         route = serve.Route("POST", "/poll", _nothing, time_limit_s=None)
         virtual.run(serve.Call(house, route, request, {}).json(Thing))
 
