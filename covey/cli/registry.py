@@ -17,6 +17,7 @@ from covey.cli import flags, out, servers
 
 if TYPE_CHECKING:
     from covey import settings
+    from covey.registry import roll_call as roll_calls
     from covey.registry import scrub as scrubbing
     from covey.registry import verify as verification
 
@@ -151,6 +152,51 @@ def promote(
         out.as_json(view)
         return
     out.say(f"{view.holder} takes pushes now (term {view.term})")
+
+
+@app.command()
+def status(context: typer.Context, json: flags.Json = False) -> None:
+    """Show how all servers of a set of replicas stand. Exit status 1 when something is wrong."""
+    from covey import settings
+    from covey.registry import roll_call
+
+    chosen = settings.registry(os.environ, context.obj)
+    if chosen.replicas is None:
+        raise errors.SettingError("REGISTRY_MODE is not replica or write-only here: run this with a server's settings")
+    urls = (chosen.replicas.own_url, *chosen.replicas.peers)
+    answers = asyncio.run(roll_call.ask(urls, ca_cert=chosen.ca_cert))
+    disputes = roll_call.disputes(answers)
+    if json:
+        out.as_json(answers)
+    else:
+        out.table(("server", "role", "term", "lag", "behind", "missing", "aside"), [_row(one) for one in answers])
+        for one in answers:
+            if one.trouble:
+                out.say(f"{one.url}: {one.trouble}")
+            if one.seen is not None:
+                for name, count in one.seen.aside.items():
+                    out.say(f"{one.url}: {count} entries of {name} were set aside")
+                for digest in one.seen.nowhere:
+                    out.say(f"{one.url}: no server has {digest}")
+        for text in disputes:
+            out.say(text)
+    if disputes or any(one.trouble for one in answers):
+        raise typer.Exit(1)
+
+
+def _row(one: "roll_calls.Answer") -> tuple[str, ...]:
+    seen = one.seen
+    if seen is None:
+        return (one.url, "?", "", "", "", "", "")
+    return (
+        one.url,
+        "takes pushes" if seen.mine else "follows",
+        str(seen.term),
+        f"{seen.lag_s:g} s",
+        out.size(seen.lag_bytes),
+        str(seen.missing_blobs),
+        str(sum(seen.aside.values())),
+    )
 
 
 class _Care:

@@ -61,6 +61,11 @@ class Role(Protocol):
     @property
     def mine(self) -> bool: ...
 
+    @property
+    def why_not(self) -> str:
+        """What stands in the way, where nobody takes pushes."""
+        ...
+
 
 View = Callable[[], Role]
 
@@ -354,7 +359,7 @@ class Follower:
             nowhere_blobs=len(nowhere),
             aside=self._aside,
             rejected_blobs=self._fetching.rejected,
-            trouble=self._trouble or self._full,
+            trouble=role.why_not or self._trouble or self._full,
         )
 
     async def _tell(self) -> None:

@@ -13,7 +13,7 @@ NOTE = "replica"
 OLD_S = 15.0  # a note older than this was left by a server that does not run
 
 
-class Standing(model.Noun, frozen=True, kw_only=True):
+class Standing(model.Noun, frozen=True, kw_only=True, omit_defaults=False):
     """One server of a set of replicas, as it was `at_s` (the storage's clock, as the note's)."""
 
     url: str = ""

@@ -37,6 +37,7 @@ class Who:
     own_url: str
     term: int
     holder: str
+    why_not: str = ""
 
     @property
     def mine(self) -> bool:

@@ -88,11 +88,17 @@ class Replica(registry.Server):
         await self.program.replica.heads.look()
         return self.program.replica.heads.all()
 
-    async def standing(self) -> dict[str, object]:
+    async def readyz(self) -> dict[str, Any]:
         status, _, content = await self.call("GET", "/readyz")
         assert status == 200
-        found: dict[str, object] = json.loads(content)["body"].get("replica") or {}
+        found: dict[str, Any] = json.loads(content)["body"]
         return found
+
+    async def standing(self) -> dict[str, Any]:
+        return (await self.readyz()).get("replica") or {}
+
+    async def trouble(self) -> str:
+        return str((await self.readyz())["trouble"])
 
     def blobs(self) -> dict[str, bytes]:
         """Everything on the shelf."""
