@@ -121,10 +121,10 @@ class Appointing:
         if view.mine:
             return
         told = await inventories(self._others)
-        term = max([view.term, *(found.term for found in told.values())]) + 1
-        holder = view.holder if view.holder != self._own_url else ""
-        holder = max([(found.term, found.holder) for found in told.values()] + [(view.term, holder)])[1] or holder
-        if holder not in ("", self._own_url):
+        newest = max([(view.term, view.holder), *((found.term, found.holder) for found in told.values())])
+        term = newest[0] + 1
+        # Whom the others believe in, and whom we followed: if it was promised to us before, they are not the same.
+        for holder in sorted({newest[1], view.holder} - {"", self._own_url}):
             await self._take_from(holder, term, force=force, disputed=bool(view.why_not))
         self._role.take(term)
         for url in self._others.urls:
@@ -193,9 +193,12 @@ class Campaign:
         while True:
             try:
                 await self._turn()
-            except (errors.StoreError, OSError) as error:
-                self._say(f"etcd or the disk is in the way of the push role: {error}")
+            except (errors.CoveyError, OSError) as error:
+                self._say(f"the push role cannot be looked after now: {error}")
                 await asyncio.sleep(_PAUSE_S)
+            except Exception:
+                log.exception("looking after the push role failed unexpectedly; it goes on")
+                await asyncio.sleep(10 * _PAUSE_S)
 
     async def _turn(self) -> None:
         """Take the role if it is free, and keep it to its end; else wait for a change."""
@@ -341,7 +344,7 @@ class Campaign:
                 return
             if self._world.boot_ns() - pruned_ns > _PRUNE_S * 1e9:
                 pruned_ns = self._world.boot_ns()
-                with contextlib.suppress(errors.StoreError):
+                with contextlib.suppress(errors.CoveyError, OSError):
                     await self.prune()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.25):

@@ -100,12 +100,13 @@ class Elected:
 
     def learn(self, kv: base.Kv | None) -> None:
         """What the role's key says now."""
-        if kv is None:
-            self._key = 0
-        else:
-            self._reign, self._key = msgspec.json.decode(kv.value, type=Reign), kv.create_revision
+        key = 0 if kv is None else kv.create_revision
+        if kv is not None:
+            self._reign = msgspec.json.decode(kv.value, type=Reign)
             self.floor = max(self.floor, self._reign.term)
-        self.moved.set()
+        if key != self._key:
+            self._key = key
+            self.moved.set()
 
     def view(self) -> role.View:
         reign = self._reign

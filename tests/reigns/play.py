@@ -1,0 +1,359 @@
+"""What clients do in a history, what goes wrong meanwhile, and what must hold at its end.
+
+Three servers of one or two processes each; four clients, who push and delete tags of their own in two templates, at any
+server, and repeat what they got no answer to now and then. Servers freeze, die and start again, are cut off from each
+other and from etcd; answers of etcd get lost or come late; operators promote.
+
+Never: a hole in a log. In the end, when everything is well again: all logs are the same; every push and delete that was
+acknowledged is in them, each client's in the order in which it was acknowledged; no version number was given twice, and
+each is the one that was told. With etcd nothing that could be seen was ever set aside; without, nothing that was
+acknowledged, unless somebody promoted by force: then it lies aside, so it is not lost.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from covey import errors, model
+from covey.client import oci
+from covey.registry import catalog, views
+from covey.store import memory
+from tests.reigns import clockwork, parts
+from tests.support import flaky, registry
+
+CONFIG = registry.template_config()
+CONFIG_DIGEST = model.Digest(oci.digest_of(CONFIG))
+TEMPLATES = {
+    "templates/7a3f5f5e-6d0c-4b87-9c15-3f1f2a3b4c5d": "one",
+    "templates/0d9b1c9e-1f0b-4b55-8a53-6f1f2a3b4c5e": "two",
+}
+URLS = tuple(f"http://r{number}" for number in range(3))
+CLIENTS = 4
+STORM_S = 25.0
+CALM_S = 120.0
+Wrong = parts.Wrong
+
+
+@dataclass
+class Done:
+    """An acknowledged change of a tag: `digest` "" is a delete."""
+
+    repository: str
+    tag: str
+    digest: str
+    number: int | None = None
+
+
+@dataclass
+class Seen:
+    """What the clients know in the end."""
+
+    done: list[Done] = field(default_factory=list)
+    asked: int = 0
+    forced: bool = False
+
+
+class Play:
+    def __init__(self, seed: int, bugs: parts.Bugs, say: Callable[[str], None]) -> None:
+        self.chance = random.Random(seed)
+        self.bugs = bugs
+        self._say = say
+        self.processes: list[clockwork.Process] = []
+        self.with_etcd = self.chance.random() < 0.7
+        self.forces = not self.with_etcd and self.chance.random() < 0.3
+        self.workers = self.chance.choice((1, 2))
+        self.seen = Seen()
+
+    def say(self, text: str) -> None:
+        self._say(f"{asyncio.get_running_loop().time() - 1000:8.3f} {text}")
+
+    async def run(self) -> None:
+        self.world = parts.World(self.chance)
+        self.net = parts.Net(self.chance)
+        self.store = memory.Memory(self.world) if self.with_etcd else None
+        self.shelves = {url: parts.Shelf(url) for url in URLS}
+        self.net.homes = {url: [] for url in URLS}
+        for url in URLS:
+            await self.boot(url)
+        self.say(f"etcd: {self.with_etcd}, force: {self.forces}, processes: {self.workers}")
+        self.stormy = False
+        for repository in TEMPLATES:  # a template that has lost its last version lives no more
+            while not await self.attempt(Done(repository, "kept", "kept"), self.chance.choice(URLS)):
+                await asyncio.sleep(0.2)
+        self.stormy = True
+        clients = [asyncio.create_task(self.client(number)) for number in range(CLIENTS)]
+        try:
+            await self.storm()
+            await self.calm()
+        finally:
+            self.stormy = False
+        await asyncio.gather(*clients)
+        await self.settled()
+        self.judge()
+
+    # ---- servers ---------------------------------------------------------------------------------------------------
+
+    async def boot(self, url: str) -> None:
+        self.net.homes[url] = []
+        for number in range(self.workers):
+            process = clockwork.Process(f"{url}.{number}")
+            self.processes.append(process)
+            with process.running():
+                server = parts.Server(
+                    self.net, self.shelves[url], URLS, self.world, process, self.bugs, self.store, first=number == 0
+                )
+            self.net.homes[url].append(server)
+            self.whether(server)
+            process.start(server.start())
+
+    def whether(self, server: parts.Server) -> None:
+        """The weather on the way to etcd."""
+        if server.store is not None:
+            server.store.weather = self.weather
+            server.store.late_s = lambda: self.chance.uniform(0.0, 12.0)
+            server.store.partition(server.url in self.net.cut_off)
+
+    def weather(self) -> flaky.Fate:
+        if not self.stormy or self.chance.random() < 0.9:
+            return flaky.Fate.FINE
+        return self.chance.choice(list(flaky.Fate))
+
+    def kill(self, url: str) -> None:
+        for server in self.net.homes[url]:
+            server.process.dead = True
+
+    # ---- what goes wrong -------------------------------------------------------------------------------------------
+
+    async def storm(self) -> None:
+        end_s = asyncio.get_running_loop().time() + STORM_S
+        self.net.lost_share = self.chance.choice((0.0, 0.03))
+        trouble: list[Callable[[], Coroutine[Any, Any, None]]] = [self.freeze, self.crash, self.cut, self.promote]
+        while asyncio.get_running_loop().time() < end_s:
+            await asyncio.sleep(self.chance.uniform(0.2, 6.0))
+            await self.chance.choice(trouble)()
+
+    def victim(self) -> str:
+        """The holder more often than others."""
+        holders = [url for url, servers in self.net.homes.items() if servers and servers[0].role.view().mine]
+        return self.chance.choice(holders if holders and self.chance.random() < 0.7 else list(URLS))
+
+    async def freeze(self) -> None:
+        url = self.victim()
+        some = list(self.net.homes[url])
+        if self.chance.random() < 0.2:
+            some = [self.chance.choice(some)]
+        self.say(f"freeze {[server.process.name for server in some]}")
+        for server in some:
+            server.process.frozen = True
+        await asyncio.sleep(self.chance.choice((0.3, 3.0, 9.0, 15.0)) * self.chance.uniform(0.5, 1.5))
+        self.say(f"thaw {url}")
+        for server in some:
+            if not server.process.dead:
+                server.process.thaw()
+
+    async def crash(self) -> None:
+        url = self.victim()
+        self.say(f"kill {url}")
+        self.kill(url)
+        await asyncio.sleep(self.chance.choice((0.1, 2.0, 8.0)) * self.chance.uniform(0.5, 1.5))
+        self.say(f"boot {url}")
+        await self.boot(url)
+
+    async def cut(self) -> None:
+        url = self.victim()
+        only_etcd = self.chance.random() < 0.3
+        self.say(f"cut {url} off{' from etcd' if only_etcd else ''}")
+        if not only_etcd:
+            self.net.cut_off.add(url)
+        for server in self.net.homes[url]:
+            if server.store is not None:
+                server.store.partition(True, deaf=self.chance.random() < 0.3)
+        await asyncio.sleep(self.chance.choice((0.5, 5.0, 10.0)) * self.chance.uniform(0.5, 1.5))
+        self.say(f"heal {url}")
+        self.heal()
+
+    def heal(self) -> None:
+        self.net.cut_off.clear()
+        for servers in self.net.homes.values():
+            for server in servers:
+                if server.store is not None:
+                    server.store.partition(False)
+
+    async def promote(self) -> None:
+        url = self.chance.choice(URLS)
+        force = self.forces and self.chance.random() < 0.5
+        self.seen.forced |= force
+        server = self.chance.choice(self.net.homes[url])
+        self.say(f"promote {url}{' by force' if force else ''}")
+        task = server.process.start(server.campaign.promote(force=force))
+        await asyncio.wait([task], timeout=self.chance.choice((1.0, 20.0)))
+        if task.done():
+            self.say(f"promoted: {task.exception()}")
+
+    # ---- when all is well again ------------------------------------------------------------------------------------
+
+    async def calm(self) -> None:
+        self.say("calm")
+        self.net.lost_share = 0.0
+        self.stormy = False
+        self.heal()
+        for process in self.processes:
+            if not process.dead:
+                process.thaw()
+        for url in URLS:
+            if any(server.process.dead for server in self.net.homes[url]):
+                await self.boot(url)
+        if not self.with_etcd:  # an operator looks after it
+            await asyncio.sleep(10)
+            for url in URLS:
+                if any(servers[0].role.view().mine for servers in self.net.homes.values()):
+                    break
+                server = self.net.homes[url][0]
+                self.say(f"promote {url} at last")
+                task = server.process.start(server.campaign.promote(force=self.seen.forced))
+                await asyncio.wait([task], timeout=60)
+                self.say(f"promoted: {task.exception() if task.done() else 'no answer'}")
+
+    async def settled(self) -> None:
+        """Until there is one holder, and all logs are the same."""
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + CALM_S
+        ended = False
+        while loop.time() < end_s:
+            holders = [url for url in URLS if self.net.homes[url][0].role.view().mine]
+            logs = [{log: found for log, found in shelf.logs.items() if found} for shelf in self.shelves.values()]
+            if len(holders) == 1 and logs[0] == logs[1] == logs[2]:
+                if ended:
+                    return
+                ended = await self.attempt(Done(next(iter(TEMPLATES)), "the-end", "the end"), URLS[0])
+            await asyncio.sleep(0.5)
+        views_ = {url: self.net.homes[url][0].role.view() for url in URLS}
+        counts = {url: {log: len(found) for log, found in shelf.logs.items()} for url, shelf in self.shelves.items()}
+        raise Wrong(f"it does not settle: {views_} {counts}")
+
+    # ---- clients ---------------------------------------------------------------------------------------------------
+
+    def content(self, number: int, tag: str) -> str:
+        """Something new to push, as text of a layer."""
+        self.seen.asked += 1
+        return f"layer {number} {tag} {self.seen.asked}"
+
+    async def client(self, number: int) -> None:
+        repository = self.chance.choice(list(TEMPLATES))
+        tags = [f"c{number}-{which}" for which in range(2)]
+        while self.stormy:
+            await asyncio.sleep(self.chance.uniform(0.0, 1.5))
+            tag = self.chance.choice(tags)
+            layer = "" if self.chance.random() < 0.2 else self.content(number, tag)
+            wish = Done(repository, tag, layer)
+            for _ in range(self.chance.choice((1, 2, 5))):
+                if await self.attempt(wish, self.chance.choice(URLS)) or not self.stormy:
+                    break
+                await asyncio.sleep(self.chance.uniform(0.1, 2.0))
+
+    async def attempt(self, wish: Done, url: str) -> bool:
+        """Whether it was acknowledged, or is certainly not to be done."""
+        work = deletion(wish) if not wish.digest else push(wish)
+        try:
+            number = await self.net.ask("client", url, lambda at: at.write(work), 2 * parts.REQUEST_S)
+        except (errors.StoreError, errors.RemoteError):
+            return False
+        except catalog.Missing:
+            return True
+        done = Done(wish.repository, wish.tag, "" if not wish.digest else manifest(wish)[0], number)
+        self.say(f"acknowledged {done.tag} {done.digest[:14]} as {number} through {url}")
+        self.seen.done.append(done)
+        return True
+
+    # ---- the verdict -----------------------------------------------------------------------------------------------
+
+    def judge(self) -> None:
+        final = self.shelves[URLS[0]].logs
+        for url, shelf in self.shelves.items():
+            aside = sum(len(found) for found in shelf.aside.values())
+            if self.with_etcd and aside:
+                raise Wrong(f"{url} has set {aside} entries aside, which somebody may have seen")
+        for repository in TEMPLATES:
+            entries = [msgspec.json.decode(raw, type=views.Entry) for raw in final.get(repository, [])]
+            self._numbers(repository, entries)
+            for tag in {done.tag for done in self.seen.done if done.repository == repository}:
+                self._acknowledged(repository, tag, entries)
+
+    def _numbers(self, repository: str, entries: list[views.Entry]) -> None:
+        given = [entry.version for entry in entries if entry.version >= 0]
+        if given != list(range(len(given))):
+            raise Wrong(f"{repository}: version numbers {given}")
+        told: dict[int, str] = {}
+        for done in self.seen.done:
+            if done.repository != repository or done.number is None or self.seen.forced:
+                continue
+            if told.setdefault(done.number, done.digest) != done.digest:
+                raise Wrong(f"{repository}: version {done.number} was given twice")
+
+    def _acknowledged(self, repository: str, tag: str, entries: list[views.Entry]) -> None:
+        """Each client's changes of a tag are in the log, in the order in which they were acknowledged."""
+        changes = [
+            (entry.digest if entry.kind != views.Kind.DELETE else "", entry.version)
+            for entry in entries
+            if entry.tag == tag
+        ]
+        aside = [
+            msgspec.json.decode(raw, type=views.Entry)
+            for shelf in self.shelves.values()
+            for raw in shelf.aside.get(repository, [])
+        ]
+        kept = {(entry.tag, entry.digest) for entry in aside}
+        left = list(changes)
+        for done in self.seen.done:
+            if (done.repository, done.tag) != (repository, tag):
+                continue
+            wanted = done.digest, -1 if done.number is None else done.number
+            while left and left[0] != wanted:
+                left.pop(0)
+            if not left:
+                if self.seen.forced and ((tag, done.digest) in kept or wanted in changes):
+                    left = list(changes)
+                    continue
+                raise Wrong(
+                    f"{repository}: {tag} {done.digest} {done.number} was acknowledged and is not there: {changes}"
+                )
+
+
+def manifest(wish: Done) -> tuple[str, bytes]:
+    content = registry.template_manifest(CONFIG, wish.digest.encode(), name=TEMPLATES[wish.repository], tag=wish.tag)
+    return oci.digest_of(content), content
+
+
+Work = Callable[[parts.Server], Coroutine[Any, Any, int | None]]
+
+
+def push(wish: Done) -> Work:
+    async def work(server: parts.Server) -> int | None:
+        layer = wish.digest.encode()
+        for content in (CONFIG, layer):
+            blob = await server.catalog.blobs.put(content)
+            await server.logs.grant(wish.repository, blob.digest)
+        _, number = await server.catalog.push(
+            wish.repository, wish.tag, manifest(wish)[1], oci.OCI_MANIFEST, force=True
+        )
+        return number
+
+    return work
+
+
+def deletion(wish: Done) -> Work:
+    async def work(server: parts.Server) -> int | None:
+        await server.catalog.delete(wish.repository, wish.tag)
+        return None
+
+    return work
+
+
+def run(seed: int, bugs: parts.Bugs | None = None, say: Callable[[str], None] = lambda _: None) -> None:
+    """One history. Raises Wrong."""
+    play = Play(seed, bugs or parts.Bugs(), say)
+    clockwork.run(play.run(), play.processes)
