@@ -3,6 +3,7 @@
     starts     whole life-cycles in seven load shapes, beside the raw rate of the same etcd
     idle       what a fleet with nothing to do costs
     registry   pushing and pulling templates
+    replica    how soon a new tag is whole on the followers of a push registry
     failover   seconds until a node is served again when its controller dies or freezes
     lists      what lists cost with thousands of instances
     flood      what others notice of a client that asks without end
@@ -15,7 +16,7 @@ Without a name: `starts`.
 import importlib
 import sys
 
-NAMES = ("starts", "idle", "registry", "failover", "lists", "flood", "outages", "drill")
+NAMES = ("starts", "idle", "registry", "replica", "failover", "lists", "flood", "outages", "drill")
 
 
 def main() -> int:
