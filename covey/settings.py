@@ -64,6 +64,7 @@ class Controller(_Settings, frozen=True, kw_only=True):
     etcd_backup_dir: Path | None  # None: no backups are made
     etcd_backup_interval_s: float
     etcd_backup_keep: int
+    defrag_db_interval_s: float  # 0: never
     registries: tuple[str, ...]  # those that nodes use
     local_registries: tuple[str, ...]  # those that the controller itself uses
     push_registries: tuple[str, ...]  # those that are pushed to
@@ -228,6 +229,7 @@ def controller(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Controlle
         etcd_backup_dir=read.path("ETCD_BACKUP_DIR"),
         etcd_backup_interval_s=read.positive("ETCD_BACKUP_INTERVAL"),
         etcd_backup_keep=kept,
+        defrag_db_interval_s=read.duration("DEFRAG_DB_INTERVAL"),
         registries=registries,
         local_registries=read.urls("LOCAL_ANKA_REGISTRY") or registries,
         push_registries=read.urls("PUSH_REGISTRY") or registries,

@@ -249,6 +249,14 @@ _ETCD = (
     ),
     Setting("ETCD_BACKUP_INTERVAL", _CS, _K.DURATION, "1h", "How long after one backup the next is made."),
     Setting("ETCD_BACKUP_KEEP", _CS, _K.NUMBER, "48", "How many are kept in ETCD_BACKUP_DIR; older ones are removed."),
+    Setting(
+        "DEFRAG_DB_INTERVAL",
+        _CS,
+        _K.DURATION,
+        "0s",
+        "How often etcd's members are defragmented where that pays, one after the other, one controller of all doing"
+        " it; 0 is never.",
+    ),
 )
 
 # ---- times that users notice -----------------------------------------------------------------------------------
@@ -445,14 +453,6 @@ _STANDALONE = (
         "How long etcd keeps old revisions; at least 15m, because watches resume from them.",
     ),
     Setting("NODES", (Part.STANDALONE, Part.AGENT), _K.NUMBER, "0", "How many synthetic nodes to run in this process."),
-    Setting(
-        "DEFRAG_DB_INTERVAL",
-        _S,
-        _K.DURATION,
-        "0s",
-        "How often etcd's file is defragmented; 0 is never.",
-        unbuilt="scheduled defragmentation is not built yet",
-    ),
 )
 
 # ---- a node ----------------------------------------------------------------------------------------------------

@@ -81,22 +81,25 @@ def status(flags: flags.Flags, json: flags.Json = False) -> None:
 
     async def run(
         store: "etcd.Etcd", access: "settings.Etcd"
-    ) -> "tuple[etcd_care.Survey, list[int], schema.Backup | None]":
+    ) -> "tuple[etcd_care.Survey, list[int], schema.Backup | None, schema.Defrag | None]":
         found = await etcd_care.survey(store.admin)
         tls = etcd_connect.ssl_context(access) if access.etcd_tls else None
         asked = [asyncio.to_thread(etcd_care.quota_bytes, one.address, tls) for one in found.standings]
-        return found, list(await asyncio.gather(*asked)), await etcd_care.last_backup(store)
+        chores = await asyncio.gather(etcd_care.last_backup(store), etcd_care.last_defrag(store))
+        return found, list(await asyncio.gather(*asked)), *chores
 
-    survey, quotas, backup = _on_etcd(flags, run)
+    survey, quotas, backup, defrag = _on_etcd(flags, run)
     shown = [_shown(survey, one, quota) for one, quota in zip(survey.standings, quotas, strict=True)]
     troubles = etcd_care.troubles(survey)
     if json:
-        out.as_json({"members": shown, "backup": backup, "troubles": troubles})
+        out.as_json({"members": shown, "backup": backup, "defrag": defrag, "troubles": troubles})
     else:
         columns = ("member", "address", "role", "version", "behind", "size", "in use", "quota", "alarms")
         out.table(columns, [_row(one) for one in shown])
         if backup is not None:
             out.say(_told(backup))
+        if defrag is not None:
+            out.say(_told_of_defrag(defrag))
         for trouble in troubles:
             out.say(f"! {trouble}")
     if troubles:
@@ -110,6 +113,15 @@ def _told(backup: "schema.Backup") -> str:
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(backup.at_ns / 1e9))
     failed = f"; since then: {backup.trouble}" if backup.trouble else ""
     return f"Last scheduled backup: {when}, {out.size(backup.size_bytes)}, {backup.file}{failed}"
+
+
+def _told_of_defrag(done: "schema.Defrag") -> str:
+    if not done.at_ns:
+        return f"No scheduled defragmentation was done yet: {done.trouble}"
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(done.at_ns / 1e9))
+    what = f"{out.size(done.freed_bytes)} of {', '.join(done.members)}" if done.members else "nothing was worth it"
+    failed = f"; since then: {done.trouble}" if done.trouble else ""
+    return f"Last scheduled defragmentation: {when}, {what}{failed}"
 
 
 def _shown(survey: "etcd_care.Survey", one: "etcd_care.Standing", quota: int) -> _Shown:

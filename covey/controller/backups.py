@@ -1,11 +1,6 @@
-"""Scheduled backups of etcd with retention: whoever of the controllers comes first makes the next one.
+"""Scheduled backups of etcd with retention: a chore (controller/chores) of whichever controller comes first.
 
-    look      once in a while at the record in the store: is one due, and does nobody make it?
-    claim     guarded on that record, so that one of several does it
-    make      to ETCD_BACKUP_DIR, proved; then a new history nonce (safety S18)
-    tell      figures into the record; files beyond ETCD_BACKUP_KEEP go
-
-A claim whose controller died is taken over when it was not moved for ten minutes by this controller's clock. Only files
+Made to ETCD_BACKUP_DIR and proved; then a new history nonce (safety S18). Files beyond ETCD_BACKUP_KEEP go; only files
 named as ours are ever removed.
 """
 
@@ -19,11 +14,10 @@ import msgspec
 
 from covey import errors, observe
 from covey import world as worlds
+from covey.controller import chores
 from covey.decide import retention
-from covey.store import commit, commit_backup, etcd, etcd_backup, schema
+from covey.store import commit, etcd, etcd_backup, schema
 
-_LOOK_S = 15.0
-_CLAIM_NS = 600 * 1_000_000_000
 _NAME = re.compile(r"covey-\d{8}-\d{6}\.db")
 
 _log = observe.log("backup")
@@ -42,39 +36,18 @@ class Backups:
 
     def __init__(self, store: etcd.Etcd, writer: commit.Writer, world: worlds.World, me: str, terms: Terms) -> None:
         self._store = store
-        self._writer = writer
         self._world = world
         self._me = me
         self._terms = terms
-        self._seen = (0, 0)  # the record's revision, and since when it is the newest by our clock
-        self.trouble = ""
+        self._chore = chores.Chore(store, writer, world, me, schema.Backup, terms.interval_s)
+
+    @property
+    def trouble(self) -> str:
+        return self._chore.trouble
 
     async def run(self) -> None:
         """Make each one that is due, for ever."""
-        while True:
-            await self.turn()
-            await asyncio.sleep(min(_LOOK_S, self._terms.interval_s / 4))
-
-    async def turn(self) -> bool:
-        """Look once; whether a backup was made here."""
-        record, revision = await commit_backup.read(self._store)
-        self.trouble = record.trouble
-        now_ns = self._world.boot_ns()
-        if self._seen[0] != revision:
-            self._seen = (revision, now_ns)
-        if record.claim and now_ns - self._seen[1] < _CLAIM_NS:
-            return False
-        interval_ns = int(self._terms.interval_s * 1e9)
-        if not retention.backup_due(record.at_ns, record.tried_ns, self._world.wall_ns(), interval_ns):
-            return False
-        mine = msgspec.structs.replace(record, claim=self._me, tried_ns=self._world.wall_ns())
-        claimed = await commit_backup.write(self._writer, mine, revision)
-        if not claimed:
-            return False
-        made = await self._make(mine)
-        await commit_backup.finish(self._writer, made, claimed)
-        self.trouble = made.trouble
-        return not made.trouble
+        await self._chore.run(self._make)
 
     async def _make(self, record: schema.Backup) -> schema.Backup:
         """The record of what became of it."""

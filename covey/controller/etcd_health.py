@@ -15,7 +15,7 @@ from covey import errors
 from covey import world as worlds
 from covey.controller import views
 from covey.decide import troubles
-from covey.store import base, commit_backup, etcd_admin, etcd_care
+from covey.store import base, commit_chore, etcd_admin, etcd_care, schema
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ def _silent(addresses: set[str], unheard: Sequence[etcd_admin.Member], known: bo
 
 async def last_backup(store: base.Store, world: worlds.World, interval_s: float) -> troubles.Backup | None:
     """The last scheduled one, by whichever controller. `interval_s` 0: this one makes none."""
-    record, _ = await commit_backup.read(store)
+    record, _ = await commit_chore.read(store, schema.Backup)
     if not (record.at_ns or record.trouble or interval_s):
         return None
     return troubles.Backup(

@@ -28,6 +28,7 @@ from covey.controller import (
     api_upgrade,
     api_vm,
     backups,
+    defrags,
     display,
     etcd_health,
     hosts,
@@ -80,6 +81,7 @@ class Replica:
             self._mirror, self._writer, world, me=self._id, queue=self._waiting, spans=_spans(chosen)
         )
         self._backups = self._scheduled()
+        self._defrags = self._scheduled_defrags()
         self._members = members.Members(self._store.admin if isinstance(self._store, etcd.Etcd) else None)
         self._renewals = renewals.Renewals(self._store, world)
         self._templates = templates.Templates(chosen.local_registries, exchange, chosen.ca_cert)
@@ -122,6 +124,12 @@ class Replica:
             return None
         terms = backups.Terms(folder, interval_s, self._chosen.etcd_backup_keep)
         return backups.Backups(self._store, self._writer, self._world, self._id, terms)
+
+    def _scheduled_defrags(self) -> defrags.Defrags | None:
+        interval_s = self._chosen.defrag_db_interval_s
+        if not interval_s or not isinstance(self._store, etcd.Etcd):
+            return None
+        return defrags.Defrags(self._store, self._writer, self._world, self._id, interval_s)
 
     def _api(self) -> tuple[api_status.StatusApi, Sequence[serve.Route]]:
         registry, shown = self._registry, self._shown
@@ -192,6 +200,8 @@ class Replica:
             group.create_task(self._keep("loop", self._loop.run))
             if self._backups is not None:
                 group.create_task(self._keep("backups", self._backups.run))
+            if self._defrags is not None:
+                group.create_task(self._keep("defragmentation", self._defrags.run))
 
     async def _enter(self) -> None:
         """Take part in the cloud as soon as the store lets us: said once when it does not, once when it does."""
@@ -279,8 +289,8 @@ class Replica:
         """What is wrong without keeping this controller from serving."""
         broken = self._mirror.broken
         unread = [f"{len(broken)} keys hold values that cannot be read, for example {min(broken)}"] if broken else []
-        backup = [self._backups.trouble] if self._backups is not None and self._backups.trouble else []
-        return [*self._members.troubles, *backup, *unread]
+        chores = [part.trouble for part in (self._backups, self._defrags) if part is not None and part.trouble]
+        return [*self._members.troubles, *chores, *unread]
 
     async def _look_after_health(self) -> None:
         """Note which nodes are there, and raise the alarm for parked polls while this controller is red."""

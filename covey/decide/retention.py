@@ -35,12 +35,12 @@ def trimmed(samples: Sequence[Sample], now_ns: int, keep_ns: int = HISTORY_NS) -
     return [sample for sample in samples if sample[0] >= newest]
 
 
-_AGAIN_NS = 300 * 1_000_000_000  # after a backup that failed
+_AGAIN_NS = 300 * 1_000_000_000  # after one that failed
 
 
-def backup_due(made_ns: int, tried_ns: int, now_ns: int, interval_ns: int) -> bool:
-    """Whether the next scheduled backup is due: for thrift only, so clocks of several controllers may be compared. A
-    time in the future (a clock was wrong) counts as none."""
+def due(made_ns: int, tried_ns: int, now_ns: int, interval_ns: int) -> bool:
+    """Whether the next scheduled backup or defragmentation is due: for thrift only, so clocks of several controllers
+    may be compared. A time in the future (a clock was wrong) counts as none."""
     made_ago, tried_ago = now_ns - made_ns, now_ns - tried_ns
     if 0 <= made_ago < interval_ns:
         return False
@@ -50,3 +50,13 @@ def backup_due(made_ns: int, tried_ns: int, now_ns: int, interval_ns: int) -> bo
 def expired(names: Iterable[str], keep: int) -> list[str]:
     """Those of the backups, whose names sort by age, that are beyond the newest `keep`."""
     return sorted(names)[: -max(1, keep)]
+
+
+_WORTH_BYTES = 16 << 20
+_WORTH_SHARE = 0.25
+
+
+def defragment_pays(size_bytes: int, used_bytes: int) -> bool:
+    """Whether a member's file holds so much room of no use that giving it back is worth the member's silence: a quarter
+    of the file, and 16 MiB."""
+    return size_bytes - used_bytes >= max(_WORTH_BYTES, _WORTH_SHARE * size_bytes)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from covey import errors
 from covey import world as worlds
-from covey.store import base, commit_backup, etcd, etcd_admin, schema
+from covey.store import base, commit_chore, etcd, etcd_admin, schema
 
 COMPACT_AGE_S = 15 * 60.0  # younger revisions are what watches resume from (safety S28)
 LAG_ENTRIES = 1000  # a member this far behind the leader is not counted on
@@ -131,7 +131,13 @@ def troubles(found: Survey) -> list[str]:
 
 async def last_backup(store: base.Store) -> schema.Backup | None:
     """The last scheduled backup; None when there was none."""
-    record, _ = await commit_backup.read(store)
+    record, _ = await commit_chore.read(store, schema.Backup)
+    return record if record.at_ns or record.trouble else None
+
+
+async def last_defrag(store: base.Store) -> schema.Defrag | None:
+    """The last scheduled defragmentation; None when there was none."""
+    record, _ = await commit_chore.read(store, schema.Defrag)
     return record if record.at_ns or record.trouble else None
 
 
@@ -172,17 +178,29 @@ async def compact(store: etcd.Etcd | base.Store, world: worlds.World, say: Say, 
     return revision
 
 
-async def defragment(admin: etcd_admin.Admin, say: Say, names: Sequence[str] = (), *, force: bool = False) -> None:
-    """Give back the space of what was compacted, on one member after the other. Raises Rejected before a step that
-    would stop writes (a lone member stops them for the time that it takes)."""
+async def defragment(
+    admin: etcd_admin.Admin, say: Say, names: Sequence[str] = (), *, force: bool = False, careful: bool = False
+) -> int:
+    """Give back the space of what was compacted, on one member after the other; how much that was. Raises Rejected
+    before a step that would stop writes (a lone member stops them for the time that it takes), and with `careful`
+    before any while a member is not well."""
     first = await survey(admin)
     chosen = [first.named(name) for name in names] or list(first.standings)
+    freed = 0
     for one in sorted(chosen, key=lambda one: one.leads):
         now = await survey(admin)
-        await _defragment_one(admin, now, now.named(f"{one.member.id:x}"), say, force=force)
+        if careful and (ill := unwell(now)):
+            raise errors.Rejected(f"member {one.label} is not defragmented while {ill} is not well")
+        freed += await _defragment_one(admin, now, now.named(f"{one.member.id:x}"), say, force=force)
+    return freed
 
 
-async def _defragment_one(admin: etcd_admin.Admin, now: Survey, one: Standing, say: Say, *, force: bool) -> None:
+def unwell(found: Survey) -> str:
+    """A member that is away, lags, or does not vote yet; "" when there is none."""
+    return next((one.label for one in found.standings if not one.well or one.member.learner), "")
+
+
+async def _defragment_one(admin: etcd_admin.Admin, now: Survey, one: Standing, say: Say, *, force: bool) -> int:
     name = one.label
     if one.status is None:
         raise errors.Rejected(f"member {name} does not answer: bring it back first, or name the others")
@@ -197,7 +215,9 @@ async def _defragment_one(admin: etcd_admin.Admin, now: Survey, one: Standing, s
     before = one.status.size_bytes
     await admin.defragment(one.status.address)
     after = await _caught_up(admin, one.member.id)
-    say(f"{name}: {before:,} bytes before, {after.status.size_bytes if after.status else 0:,} bytes now")
+    size = after.status.size_bytes if after.status else 0
+    say(f"{name}: {before:,} bytes before, {size:,} bytes now")
+    return before - size
 
 
 async def give_up_lead(admin: etcd_admin.Admin, now: Survey, leader: Standing, say: Say) -> None:

@@ -6,6 +6,7 @@
     ├── history/<nonce>             Nonce: the chain of history nonces, newest = greatest create revision (S18)
     ├── break                       Break: the newest nonce that begins a new history after a restore (S18)
     ├── backup                      Backup: the last scheduled backup, and who makes the next one
+    ├── defrag                      Defrag: the last scheduled defragmentation, and who does the next one
     ├── settled                     {"nonce": …}: the newest break that all nodes have answered for (safety S19)
     ├── adopted/<node>              Adopted: the newest break after which the node told what it has (safety S19)
     ├── instance/<id>               Instance
@@ -44,6 +45,7 @@ CLOUD = PREFIX + "cloud"
 HISTORY = PREFIX + "history/"
 BREAK = PREFIX + "break"
 BACKUP = PREFIX + "backup"
+DEFRAG = PREFIX + "defrag"
 SETTLED = PREFIX + "settled"
 ADOPTED = PREFIX + "adopted/"
 INSTANCES = PREFIX + "instance/"
@@ -113,6 +115,20 @@ class Backup(model.Noun, frozen=True, kw_only=True):
     file: str = ""
     size_bytes: int = 0
     revision: int = 0
+    took_s: float = 0.0
+    claim: str = ""
+    tried_ns: int = 0
+    trouble: str = ""
+
+
+class Defrag(model.Noun, frozen=True, kw_only=True):
+    """`at_ns` to `took_s` tell of the last scheduled defragmentation; 0 and "" before the first. `members` are those
+    for which it paid. `claim`, `tried_ns` and `trouble` as in Backup."""
+
+    at_ns: int = 0
+    by: str = ""
+    members: tuple[str, ...] = ()
+    freed_bytes: int = 0
     took_s: float = 0.0
     claim: str = ""
     tried_ns: int = 0

@@ -20,10 +20,26 @@ MINUTE = HOUR // 60
     ],
 )
 def test_a_backup_is_due_after_the_interval_or_soon_after_a_failure(made: int, tried: int, now: int, due: bool) -> None:
-    assert retention.backup_due(made, tried, now, HOUR) is due
+    assert retention.due(made, tried, now, HOUR) is due
 
 
 def test_the_oldest_backups_go() -> None:
     assert retention.expired(["c", "a", "b"], 2) == ["a"]
     assert retention.expired(["a"], 2) == []
     assert retention.expired(["b", "a"], 0) == ["a"], "one always stays"
+
+
+@pytest.mark.parametrize(
+    ("size", "used", "pays"),
+    [
+        (100, 70, True),
+        (100, 80, False),
+        (20, 5, False),
+        (20, 4, True),
+        (8000, 6100, False),
+        (8000, 5900, True),
+        (0, 0, False),
+    ],
+)
+def test_a_member_is_defragmented_when_a_quarter_of_its_file_is_of_no_use(size: int, used: int, pays: bool) -> None:
+    assert retention.defragment_pays(size << 20, used << 20) is pays
