@@ -21,6 +21,7 @@ Event = lifecycle.Event
 Said = wire.ReportEvent
 
 _ITEMS = 20  # per transaction: each may need six operations
+_TOLD_BEFORE = (model.State.STARTED, model.State.ERROR)  # by the adoption after a restore, which knows no results
 _TEXT = 4096  # characters kept of a message or fault: the instance is one small key
 
 
@@ -148,6 +149,8 @@ class _Page:
         if script is not None:
             script = msgspec.structs.replace(script, errors=script.errors[:_TEXT])
         new = commit.stepped(old, event, self.reading, vm=item.vm or old.vm, script_result=script, **changes)
+        if new is None and item.script is not None and old.script_result is None and old.state in _TOLD_BEFORE:
+            new = msgspec.structs.replace(old, script_result=script)
         if new is not None:
             for stream, text in (("stdout", item.stdout), ("stderr", item.stderr)):
                 if text:

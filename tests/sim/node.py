@@ -13,7 +13,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -29,6 +29,18 @@ _BOOT_LIMIT_S = 20.0
 _RESTART_S = 1.0
 
 
+class Size(NamedTuple):
+    """Processors and memory."""
+
+    vcpu: int
+    ram_mb: int
+
+
+def size(of: model.Spec | model.Claim) -> Size:
+    """What a VM takes."""
+    return Size(of.vcpu or model.DEFAULT_VCPU, of.vram_mb or model.DEFAULT_RAM_MB)
+
+
 class Killed(BaseException):
     """The process died here."""
 
@@ -39,6 +51,8 @@ class Witness(Protocol):
     def prepared(self, node: "Node", key: Key) -> None: ...
 
     def ran(self, node: "Node", key: Key) -> None: ...
+
+    def scripted(self, node: "Node", key: Key) -> None: ...
 
     def destroyed(self, node: "Node", key: Key, *, had_run: bool) -> None: ...
 
@@ -64,12 +78,14 @@ class Node:
         urls: tuple[str, ...],
         witness: Witness,
         slots: int,
+        size: Size,
     ) -> None:
         self.name = name
         self.world = clockwork.HostWorld(world, name)
         self.chance = random.Random(f"{world.seed} {name} temper")
         self.temper = Temper()
         self.slots = slots
+        self.size = size
         self.process = clockwork.Process(name)
         self.process.kill()
         self.killed_at = ""  # the failpoint at which the agent is to die
@@ -94,11 +110,19 @@ class Node:
     def bodies(self) -> dict[Key, Phase]:
         """What is on its disk, and whether it runs: the truth, whoever asks."""
         found: dict[Key, Phase] = {}
-        for path in sorted(self._folder.glob("vms/*/vm.json")):
-            vm = msgspec.json.decode(path.read_bytes(), type=synthetic._Vm)
+        for vm in self._vms():
             phase = Phase.ENDED if vm.powered_off and vm.phase is Phase.RUNNING else vm.phase
             found[vm.instance, vm.epoch] = phase
         return found
+
+    def taken(self) -> Size:
+        """Processors and memory of all that is on its disk."""
+        sizes = [size(vm.spec) for vm in self._vms()]
+        return Size(sum(one.vcpu for one in sizes), sum(one.ram_mb for one in sizes))
+
+    def _vms(self) -> list[synthetic._Vm]:
+        paths = sorted(self._folder.glob("vms/*/vm.json"))
+        return [msgspec.json.decode(path.read_bytes(), type=synthetic._Vm) for path in paths]
 
     # ---- lives of the agent ----------------------------------------------------------------------------------------
 
@@ -155,12 +179,16 @@ class Node:
             self.process.freeze()
 
     def lose_power(self) -> None:
-        """The host stops and begins again: no VM runs any more, its clock starts anew, files may be torn."""
+        """The host stops and begins again: no VM runs any more, or is there at all where their disk was in memory. Its
+        clock starts anew, files may be torn."""
         self.kill()
         self.world.reboot()
+        in_memory = self.chance.random() < 0.3
         for path in sorted(self._folder.glob("vms/*/vm.json")):
             vm = msgspec.json.decode(path.read_bytes(), type=synthetic._Vm)
-            if vm.phase is Phase.RUNNING:
+            if in_memory:
+                shutil.rmtree(path.parent)
+            elif vm.phase is Phase.RUNNING:
                 durable.write(path, msgspec.structs.replace(vm, powered_off=True), fsync=False)
         for path in sorted(self._folder.glob("*/*.json")):
             if self.chance.random() < 0.3:
@@ -183,6 +211,8 @@ class Driver(synthetic.Synthetic):
         knobs = synthetic.Knobs(
             name=node.name,
             slots=node.slots,
+            cpu_count=node.size.vcpu,
+            ram_mb=node.size.ram_mb,
             boot_s=chance.choice((0.0, 0.5, 3.0)),
             hang_share=0.02,
             vanish_share=0.03,
@@ -215,6 +245,8 @@ class Driver(synthetic.Synthetic):
             self._node._witness.prepared(self._node, (vm.instance, vm.epoch))
         if vm.phase is Phase.RUNNING and (before is None or before.phase is not Phase.RUNNING):
             self._node._witness.ran(self._node, (vm.instance, vm.epoch))
+        if vm.script_ns and (before is None or not before.script_ns):
+            self._node._witness.scripted(self._node, (vm.instance, vm.epoch))
 
     def _remove(self, key: tuple[model.InstanceId, int]) -> None:
         vm = self._vms.get(key)

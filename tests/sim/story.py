@@ -4,7 +4,8 @@
     calm       the weather clears, nobody wants anything new: soon all is as it must be
     end        everything is ended: nothing may be left, no VM, no claim, no order
 
-In every fourth story the store is restored from a backup in the middle of the storm (safety S18, S19).
+In every third story VMs have sizes and start scripts, and some nodes count processors and memory instead of VMs. In
+every fourth one the store is restored from a backup in the middle of the storm (safety S18, S19).
 
 The program under test is the product's own: controllers with their API, mirrors, commits and loops; agents with their
 workers, records and fail-over; the synthetic hypervisor; the store in memory behind a flaky line.
@@ -28,6 +29,7 @@ _CALM_S = 240.0  # pauses after refusals, silent nodes and doors that are being 
 _END_S = 300.0
 _LOOK_S = 2.0
 _RESTORED = 4  # every so many seeds
+_VARIED = 3  # … VMs have sizes and scripts
 _TWICE = 0.4  # of the restores are followed by another one while nodes tell what they have
 _TELLING_LOOKS = 250  # for one that does: they are patient for ten seconds
 _RUN_LOOKS = 200  # for one at which some of that runs
@@ -67,7 +69,7 @@ class Story:
 
     async def _live(self, world: clockwork.World) -> Counter[str]:
         self._build(world)
-        for step in (self._storm, self._calm, self._end):
+        for step in (self._setup, self._storm, self._calm, self._end):
             self._tell(f"---- {step.__name__.strip('_')}")
             await self._unless_broken(step())
         self.truth.counts["zombies"] = self.sea.surfaced
@@ -87,7 +89,14 @@ class Story:
         urls = tuple(one.url for one in self.replicas)
         self.nodes = [
             nodes.Node(
-                f"n{n}", self._folder / f"n{n}", world, self.net, urls, self.truth, slots=self._chance.randint(1, 3)
+                f"n{n}",
+                self._folder / f"n{n}",
+                world,
+                self.net,
+                urls,
+                self.truth,
+                slots=self._chance.randint(1, 3),
+                size=nodes.Size(self._chance.choice((4, 6, 8)), self._chance.choice((8192, 12288))),
             )
             for n in range(hosts)
         ]
@@ -102,6 +111,8 @@ class Story:
             one.start()
         for node in self.nodes:
             node.start()
+        for client in self.clients:
+            client.varied = self._varied
 
     async def _start_at(self, controller: str) -> None:
         await self._chance.choice(self.clients).start_at(controller)
@@ -127,6 +138,21 @@ class Story:
         if self.truth.broken.done():
             self.truth.broken.result()
         task.result()
+
+    # ---- the first minute -------------------------------------------------------------------------------------------
+
+    @property
+    def _varied(self) -> bool:
+        return self._world.seed % _VARIED == 0
+
+    async def _setup(self) -> None:
+        """Some nodes count processors and memory."""
+        for node in self.nodes if self._varied else []:
+            while node.id not in self.truth.nodes:
+                await asyncio.sleep(0.5)
+            if self._chance.random() < 0.6:
+                self._tell(f"operator: has {node.name} count processors and memory")
+                await self.clients[0].count_sizes(node.id)
 
     # ---- the storm -------------------------------------------------------------------------------------------------
 

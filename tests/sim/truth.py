@@ -37,6 +37,7 @@ _STORED = (  # what follows from the store alone
     *("_births", "_held"),
 )
 _CLOSED_S = 65.0  # so long a controller tries to close the door on a start that it gave up
+DELETE = 2  # a script's fail handler
 OVER = (State.TERMINATING, State.TERMINATED)
 LIVING = (State.SCHEDULING, State.PULLING, State.STARTED)
 
@@ -84,6 +85,9 @@ class Truth:
         self._ordered: set[tuple[str, str, int]] = set()  # (node, instance, epoch)
         self._ran: dict[str, tuple[str, int]] = {}  # instance -> where and in which epoch guest code ran
         self._held: dict[str, tuple[str, int]] = {}  # instance -> node and epoch of the slot that it says it has
+        self._scripted: set[str] = set()  # instances whose start script was begun
+        self._deletes: set[str] = set()  # those which asked for their VM to go when their script fails
+        self._withdrawn: list[model.Instance] = []  # placements that this revision took back
         self._ended: set[str] = set()  # somebody was recorded to have decided it, in whatever history
         self.restores = 0
         self._backup: dict[str, Any] = {}
@@ -100,6 +104,7 @@ class Truth:
 
     def saw(self, batch: base.Batch) -> None:
         self.revision += 1  # not the store's own, which goes back
+        self._withdrawn.clear()
         for change in batch.changes:
             kind, _, id = change.key.removeprefix(schema.PREFIX).partition("/")
             match kind:
@@ -122,6 +127,14 @@ class Truth:
                 case "removed":
                     (self.removed.discard if change.kv is None else self.removed.add)(id)
         self._check_claims()
+        for instance in self._withdrawn:
+            self._check_clean_up(instance)
+
+    def _check_clean_up(self, was: model.Instance) -> None:
+        """Safety S10: a node from which a placement was taken is told to clean up."""
+        order = self.orders.get(f"{was.node}/{was.id}")
+        if was.node not in self.removed and (order is None or order.epoch < was.epoch):
+            self.fail(f"S10: {was.id} was taken from {was.node} in epoch {was.epoch}, which is not told to clean up")
 
     def _check_claims(self) -> None:
         """Safety S11, S13: an instance that says it holds a slot holds one, at every single revision."""
@@ -162,6 +175,8 @@ class Truth:
         if id in self.forgotten:
             self.fail(f"S16: {id} was born twice")
         tag = str(now.metadata.get("ask", ""))
+        if now.spec.script is not None and now.spec.script.fail_handler == DELETE:
+            self._deletes.add(id)
         made = self._births.setdefault(tag, set())
         made.add(id)
         ask = self.asks.get(tag)
@@ -184,6 +199,8 @@ class Truth:
             self.fail(f"S1: {id} is Started and was not launched")
         if now.epoch < before.epoch:
             self.fail(f"S3: the epoch of {id} went back from {before.epoch} to {now.epoch}")
+        if before.claimed and now.waiting and now.applied == before.applied:  # else its node said so
+            self._withdrawn.append(before)
         if now.epoch == before.epoch and before.launch != now.launch and before.launched:
             self.fail(f"S1: {id} was launched twice in epoch {now.epoch}")
         if before.launched and now.epoch > before.epoch:
@@ -256,8 +273,18 @@ class Truth:
     def prepared(self, node: nodes.Node, key: Key) -> None:
         self._tell(f"{node.name}: prepared {_short(key)}")
         bodies = node.bodies()
-        if len(bodies) > node.slots and not node.crowded:
+        if node.crowded:
+            return
+        if not self._counts_sizes(node.id) and len(bodies) > node.slots:
             self.fail(f"I3: {node.name} has {node.slots} slots and {len(bodies)} VMs")
+        taken = node.taken()
+        if self._counts_sizes(node.id) and (taken.vcpu > node.size.vcpu or taken.ram_mb > node.size.ram_mb):
+            self.fail(f"I3: {node.name} has {node.size}, and its VMs take {taken}")
+
+    def _counts_sizes(self, id: str) -> bool:
+        """Whether the node's room is in processors and memory, not in slots."""
+        known = self.nodes.get(id)
+        return known is not None and known.capacity_mode is model.CapacityMode.RESOURCE
 
     def ran(self, node: nodes.Node, key: Key) -> None:
         self._tell(f"{node.name}: guest code of {_short(key)} runs")
@@ -274,16 +301,25 @@ class Truth:
         if node.id not in self.removed | self._untold and all((claim.instance, claim.epoch) != key for claim in claims):
             self.fail(f"S11: {id} in epoch {epoch} runs on {node.name} without a claim")
 
+    def scripted(self, node: nodes.Node, key: Key) -> None:
+        """Safety S5: at most once."""
+        self._tell(f"{node.name}: the start script of {_short(key)} begins")
+        self.counts["scripts"] += 1
+        if key[0] in self._scripted:
+            self.fail(f"S5: the start script of {key[0]} begins a second time, on {node.name}")
+        self._scripted.add(key[0])
+
     def destroyed(self, node: nodes.Node, key: Key, *, had_run: bool) -> None:
         self._tell(f"{node.name}: destroyed {_short(key)}{'' if had_run else ', which never ran'}")
         self.counts["destructions"] += 1
         id, epoch = key
         if self.restores and self._ran.get(id) == (node.name, epoch):
             del self._ran[id]  # that it ever ran may be forgotten
+            self._scripted.discard(id)
         decided = id in self._ended or any((node.id, id, later) in self._ordered for later in range(epoch, epoch + 30))
         if had_run and id not in self._history:
             self.fail(f"I4: {node.name} destroyed {id}, which the cloud does not know")
-        if had_run and not decided:
+        if had_run and not decided and id not in self._deletes:
             self.fail(f"I4: {node.name} destroyed {id}, and nobody is recorded to have decided that")
 
     # ---- every answer ----------------------------------------------------------------------------------------------
@@ -342,11 +378,14 @@ class Truth:
             return f"S19: these ran when the store was restored, and no node has told of them: {sorted(self._runs)}"
         if strangers := self.nodes.keys() - {node.id for node in cloud}:
             return f"S7: no host is any of these nodes: {sorted(strangers)}"
-        rooms = {node.id: self._room(node) for node in cloud if self._open(node)}
+        left = {node.id: self._room(node) for node in cloud if self._open(node)}
         for id, now in self.instances.items():
-            free = [node for node, room in rooms.items() if room > 0 and now.spec.node in ("", node)]
-            if now.waiting and free:
-                return f"I1: {id} waits while a slot is free on {free}: {now}"
+            free = [node for node, room in left.items() if room(now) and now.spec.node in ("", node)]
+            if now.waiting and free and not self._gives_way(now):
+                return f"I1: {id} waits while there is room on {free}: {now}"
+            script = now.spec.script
+            if now.state == State.STARTED and script is not None and script.monitored and now.script_result is None:
+                return f"I1: {id} is Started and what its script came to is not known"
             if now.state == State.PULLING and not now.waiting and now.node in self.alive:
                 return f"I1: {id} is still Pulling: {now}"
         for tag, ask in self.asks.items():
@@ -371,9 +410,22 @@ class Truth:
             return False
         return not any(order.node == node.id and order.withdrawn for order in self.orders.values())
 
-    def _room(self, node: nodes.Node) -> int:
+    def _gives_way(self, waiting: model.Instance) -> bool:
+        """Whether something larger waits, for which room may be kept free."""
+        need = nodes.size(waiting.spec)
+        sizes = [nodes.size(now.spec) for now in self.instances.values() if now.waiting]
+        return any(size.vcpu > need.vcpu or size.ram_mb > need.ram_mb for size in sizes)
+
+    def _room(self, node: nodes.Node) -> Callable[[model.Instance], bool]:
+        """What would fit, by the node's ledger."""
         ledger = self.ledgers.get(node.id)
-        return node.slots - (len(ledger.claims) if ledger is not None else 0)
+        claims = () if ledger is None else ledger.claims
+        if not self._counts_sizes(node.id):
+            return lambda _: len(claims) < node.slots
+        held = [nodes.size(claim) for claim in claims]
+        vcpu = node.size.vcpu - sum(size.vcpu for size in held)
+        ram_mb = node.size.ram_mb - sum(size.ram_mb for size in held)
+        return lambda now: nodes.size(now.spec).vcpu <= vcpu and nodes.size(now.spec).ram_mb <= ram_mb
 
     def _node_trouble(self, node: nodes.Node) -> str:
         """What runs is what the store says, and the ledger counts just that (promise I3)."""

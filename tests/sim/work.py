@@ -6,6 +6,7 @@ was true at that moment.
 """
 
 import asyncio
+import base64
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,7 @@ class Client:
         judge: truth.Truth,
     ) -> None:
         self.name = name
+        self.varied = False  # its VMs have sizes and scripts
         self._world = world
         self._chance = random.Random(f"{world.seed} {name}")
         self._judge = judge
@@ -58,6 +60,8 @@ class Client:
         }
         if ask.twin:
             body |= {"external_id": tag, "name": "twin"}
+        if self.varied:
+            body |= self._varieties()
         if nodes and chance.random() < 0.1:
             body["node_id"] = chance.choice(nodes)
         if kind != "once" and at is None and chance.random() < _AT_ONCE:
@@ -67,6 +71,20 @@ class Client:
                 return
             at = None
             await asyncio.sleep(chance.uniform(0.0, 5.0))
+
+    def _varieties(self) -> dict[str, Any]:
+        """A size, and a start script."""
+        chance = self._chance
+        body: dict[str, Any] = {"vcpu": chance.choice((0, 1, 2, 4)), "vram": chance.choice((0, 1024, 4096, 8192))}
+        if chance.random() < 0.5:
+            text = chance.choice(("echo well", "sleep 2; echo well", "sleep 10", "exit 1", "sleep 40", "poweroff"))
+            body |= {
+                "startup_script": base64.b64encode(text.encode()).decode(),
+                "script_monitoring": chance.random() < 0.7,
+                "script_fail_handler": chance.choice((0, 1, truth.DELETE)),
+                "script_timeout": 30,
+            }
+        return body
 
     async def _send_start(
         self, tag: str, ask: truth.Ask, body: dict[str, Any], at: http.Endpoints | None = None
@@ -144,6 +162,9 @@ class Client:
     async def drain(self, node: str, drain: bool) -> bool:
         body = {"node_id": node, "drain_mode": drain}
         return await self._do("POST", "/api/v1/node/config", body)
+
+    async def count_sizes(self, node: str) -> bool:
+        return await self._do("POST", "/api/v1/node/config", {"node_id": node, "capacity_mode": "resource"})
 
     async def remove(self, node: str) -> bool:
         return await self._do("DELETE", "/api/v1/node", {"node_id": node})

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from covey import errors, model, wire
@@ -446,6 +447,25 @@ async def test_a_part_does_not_release_a_node_whose_first_part_a_second_restore_
         assert await tell(c, node, held(second), begun=view) == commit_adopt.Told()
         assert not (await c.look()).held(node)
         assert {(await c.instance(id)).state for id in (first, second)} == {State.STARTED}
+
+
+@pytest.mark.parametrize("well", [True, False], ids=["it ended well", "it failed"])
+async def test_what_a_script_came_to_is_told_again(well: bool) -> None:
+    """Safety S19: the adoption says that the guest runs, or failed; what its start script said comes by the report."""
+    async with cloud.running() as c:
+        node, (id,) = await c.join(), await c.create()
+        await restore(c, backup(c), cluster="another")
+        await tell(c, node, held(id, running=well, vm=nouns.vm() if well else None))
+        result = model.ScriptResult(return_code=0 if well else 3)
+        event = wire.ReportEvent.BOOTED if well else wire.ReportEvent.FAILED
+        said = nouns.item(event, model.InstanceId(id), vm=nouns.vm(), script=result, stdout="d2VsbA==")
+        await c.report(node, said)
+        found = await c.instance(id)
+        assert (found.state, found.script_result) == (State.STARTED if well else State.ERROR, result)
+        assert (await c.values(schema.output(id, "stdout")))[0].value == b"well"
+        other = msgspec.structs.replace(said, seq=said.seq + 1, script=model.ScriptResult(return_code=9))
+        await c.report(node, other)
+        assert (await c.instance(id)).script_result == result, "once it is known it stays"
 
 
 async def test_an_instance_that_the_store_never_knew_is_made_again() -> None:
