@@ -1,36 +1,41 @@
-"""Who takes pushes among registries with disks of their own, over real sockets (safety S33, S34, S37)."""
+"""Who takes pushes among registries with disks of their own, by an operator's word (safety S33, S34, S37).
 
+Each test has real processes; with etcd: `test_takeover.py`."""
+
+import asyncio
 import json
+import os
+import sys
 from pathlib import Path
 
 from covey.client import oci
-from tests.support import registry, replicas
+from tests.support import fleet, registry
 
 TEMPLATE = "templates/7a3f5f5e-6d0c-4b87-9c15-3f1f2a3b4c5d"
 CONFIG = registry.template_config()
 
 
 async def push(server: registry.Server, tag: str, layer: bytes, name: str = "one") -> tuple[int, str]:
-    """A version of the template: the status, and what the answer says."""
+    """A version of the template: the status, and the version's number or what is wrong."""
     manifest = registry.template_manifest(CONFIG, layer, name=name, tag=tag)
     for content in (CONFIG, layer):
         digest = oci.digest_of(content)
         status, _, answer = await server.call("POST", f"/v2/{TEMPLATE}/blobs/uploads/?digest={digest}", content)
         if status != 201:
             return status, answer.decode()
-    status, _, answer = await server.put_manifest(TEMPLATE, tag, manifest)
-    return status, answer.decode()
+    status, headers, answer = await server.put_manifest(TEMPLATE, tag, manifest)
+    return status, headers[oci.VERSION_HEADER] if status == 201 else answer.decode()
 
 
-async def pushed(server: registry.Server, tag: str, layer: bytes) -> None:
-    """Until it is taken, as a person would."""
-
-    async def taken() -> bool:
-        status, text = await push(server, tag, layer)
-        assert status in (201, 503), text
-        return status == 201
-
-    await replicas.until(taken)
+async def pushed(server: registry.Server, tag: str, layer: bytes) -> int:
+    """Until it is taken, as a person would; the version's number."""
+    async with asyncio.timeout(fleet.DEADLINE_S):
+        while True:
+            status, text = await push(server, tag, layer)
+            if status == 201:
+                return int(text)
+            assert status == 503, text
+            await asyncio.sleep(0.1)
 
 
 async def versions(server: registry.Server) -> dict[str, int]:
@@ -41,31 +46,201 @@ async def versions(server: registry.Server) -> dict[str, int]:
     return {version["tag"]: version["number"] for version in body.get("body", {}).get("versions", [])}
 
 
-async def promote(server: registry.Server, *, force: bool = False) -> str:
-    """ "" or why not."""
-    secret = {"Covey_Peer_Secret": replicas.SECRET}
-    body = json.dumps({"force": force}).encode()
-    status, _, content = await server.call("POST", "/replica/v1/promote", body, **secret)
-    assert status == 200, content
-    return str(json.loads(content)["message"])
+async def until_all_show(servers: list[fleet.Member], wanted: dict[str, int]) -> None:
+    async with asyncio.timeout(fleet.DEADLINE_S):
+        while [await versions(server) for server in servers] != [wanted] * len(servers):
+            await asyncio.sleep(0.1)
 
 
-async def test_a_push_that_reaches_a_follower_is_passed_on(tmp_path: Path) -> None:
-    async with replicas.serving(tmp_path, 3) as (holder, second, third):
-        layer = b"a layer " * 100_000
-        await pushed(second, "v1", layer)
-        assert await versions(second) == await versions(third) == {"v1": 0}
-        assert len(await holder.log(TEMPLATE)) == 1
-        status, _headers, content = await third.call("GET", f"/v2/{TEMPLATE}/blobs/{oci.digest_of(layer)}")
+async def test_a_push_that_reaches_a_follower_is_passed_on_once(tmp_path: Path) -> None:
+    async with fleet.running(tmp_path, 2) as (holder, follower):
+        layer = b"a layer " * 300_000
+        assert await pushed(follower, "v1", layer) == 0
+        assert await versions(follower) == {"v1": 0}
+        status, _, content = await follower.call("GET", f"/v2/{TEMPLATE}/blobs/{oci.digest_of(layer)}")
         assert (status, content) == (200, layer)
+        assert len(holder.entries(TEMPLATE)) == 1
+
+        status, code, text = await follower.error(
+            "POST", f"/v2/{TEMPLATE}/blobs/uploads/", Covey_Forwarded="1 http://127.0.0.1:1"
+        )
+        assert (status, code) == (503, "UNAVAILABLE")
+        assert holder.known_as in text
+
+        await holder.kill()
+        status, code, text = await follower.error("POST", f"/v2/{TEMPLATE}/blobs/uploads/")
+        assert (status, code) == (503, "UNAVAILABLE")
+        assert holder.known_as in text
+        status, _, content = await follower.call("DELETE", "/registry/vm?id=one")
+        assert status == 503
+        assert holder.known_as in content.decode()
+
+
+async def test_an_upload_goes_on_through_any_server(tmp_path: Path) -> None:
+    async with fleet.running(tmp_path, 3) as (holder, second, third):
+        content = os.urandom(300_000)
+        digest = oci.digest_of(content)
+        await pushed(second, "v1", b"one")
+        status, headers, _ = await second.call("POST", "/v2/a/blobs/uploads/")
+        assert status == 202
+        session = headers["Location"]
+        assert session.startswith("/v2/a/blobs/uploads/")
+        status, headers, _ = await third.call("PATCH", session, content[:100_000], Content_Range="0-99999")
+        assert (status, headers["Range"]) == (202, "0-99999")
+        status, headers, _ = await second.call("GET", session)
+        assert (status, headers["Range"]) == (204, "0-99999")
+        status, _, _ = await second.call("PATCH", session, content[100_000:200_000], Content_Range="1-100000")
+        assert status == 416
+        assert (await third.call("PUT", f"{session}?digest={digest}", content[100_000:]))[0] == 201
+        status, headers, _ = await third.call("HEAD", f"/v2/a/blobs/{digest}")  # no entry names it yet
+        assert (status, headers["Content-Length"]) == (200, "300000")
+        assert (await third.call("HEAD", f"/v2/a/blobs/{oci.digest_of(b'no')}"))[0] == 404
+        assert not [path for path in (third.base / "uploads").rglob("*") if path.is_file()]
+        assert (await holder.call("GET", f"/v2/a/blobs/{digest}"))[0] == 200
 
 
 async def test_the_role_is_handed_over(tmp_path: Path) -> None:
-    async with replicas.serving(tmp_path, 3) as (first, second, third):
-        await pushed(third, "v1", b"one")
-        assert await promote(second) == ""
-        await pushed(third, "v2", b"two")
-        await pushed(first, "v3", b"three")
-        for server in (first, second, third):
-            await server.until_current(second)
-            assert await versions(server) == {"v1": 0, "v2": 1, "v3": 2}
+    async with fleet.running(tmp_path, 3) as (first, second, third):
+        assert await pushed(third, "v1", b"one") == 0
+        said = await _promote(second.known_as, third.environ)
+        assert said == (0, f"{second.known_as} takes pushes now (term 2)")
+        assert await pushed(third, "v2", b"two") == 1
+        assert await pushed(first, "v3", b"three") == 2
+        await until_all_show([first, second, third], {"v1": 0, "v2": 1, "v3": 2})
+        await second.kill()
+        await second.start()  # it still is the one, and knows it
+        assert await pushed(first, "v4", b"four") == 3
+        code, text = await _promote("http://127.0.0.1:1", third.environ)
+        assert code == 1
+        assert "is none of the set" in text
+
+
+async def _promote(url: str, environ: dict[str, str]) -> tuple[int, str]:
+    """`covey registry promote`: exit status, and what it says."""
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "covey", "registry", "promote", url),
+        env={**os.environ, **environ},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said, _ = await child.communicate()
+    assert child.returncode is not None
+    return child.returncode, said.decode().strip()
+
+
+async def test_a_promote_that_would_lose_something_is_refused(tmp_path: Path) -> None:
+    async with fleet.running(tmp_path, 3) as servers:
+        first, second, third = servers
+        await pushed(first, "v1", b"one")
+        await until_all_show(servers, {"v1": 0})
+        await first.cut()
+        for one in (second, third):
+            await one.cut()
+        assert (await push(first, "v2", b"two"))[0] == 201  # nobody else has it yet
+        await first.kill()
+        for one in (second, third):
+            await one.heal()
+        refused = await second.promote()
+        assert first.known_as in refused
+        assert "--force" in refused
+        assert (await push(third, "v3", b"three"))[0] == 503
+        assert await second.promote(force=True) == ""
+        assert await pushed(third, "v3", b"three") == 1
+        await first.heal()
+        await first.start()
+        await until_all_show(servers, {"v1": 0, "v3": 1})
+        assert [path for path in first.base.rglob("*") if path.is_file() and b'"tag":"v2"' in path.read_bytes()]
+        assert await pushed(first, "v4", b"four") == 2  # passed on: it knows that it is not the one any more
+
+
+async def test_two_holders_say_so_and_take_nothing(tmp_path: Path) -> None:
+    async with fleet.running(tmp_path, 3) as servers:
+        _, second, third = servers
+        await pushed(second, "v1", b"one")
+        await until_all_show(servers, {"v1": 0})
+        for one in servers:
+            await one.cut()
+        assert await second.promote(force=True) == await third.promote(force=True) == ""
+        assert (await push(second, "v2", b"two"))[0] == (await push(third, "v3", b"three"))[0] == 201
+        for one in servers:
+            await one.heal()
+        async with asyncio.timeout(fleet.DEADLINE_S):
+            for one in (second, third):
+                while (answer := await push(one, "v4", b"four"))[0] != 503:
+                    await asyncio.sleep(0.1)
+                assert second.known_as in answer[1]
+                assert third.known_as in answer[1]
+                assert "covey registry promote" in answer[1]
+        assert "two registries hold one term" in second.log() + third.log()
+        assert await third.promote() == ""
+        await until_all_show(servers, {"v1": 0, "v3": 1})
+        assert await pushed(second, "v4", b"four") == 2
+        lying = [path for path in second.base.rglob("*") if path.is_file() and b'"tag":"v2"' in path.read_bytes()]
+        assert lying  # set aside, not lost
+
+
+async def test_a_new_set_begins_when_all_are_there(tmp_path: Path) -> None:
+    async with fleet.running(tmp_path, 2, start=False) as (first, second):
+        await first.start()
+        status, text = await push(first, "v1", b"one")
+        assert status == 503
+        assert f"{second.known_as} must be heard" in text
+        await second.start()
+        assert await pushed(first, "v1", b"one") == 0
+        await until_all_show([first, second], {"v1": 0})
+
+        await first.kill()  # and its disk is lost
+        first.base.rename(tmp_path / "lost")
+        await first.start()
+        status, text = await push(first, "v2", b"two")
+        assert status == 503, text
+        assert await versions(second) == {"v1": 0}
+        assert await second.promote(force=True) == ""
+        assert await pushed(first, "v2", b"two") == 1
+        await until_all_show([first, second], {"v1": 0, "v2": 1})
+
+
+async def test_a_write_only_registry_feeds_its_peers_and_serves_no_pulls(tmp_path: Path) -> None:
+    async with fleet.running(tmp_path, 2, start=False) as (pushes, pulls):
+        pushes.environ["COVEY_REGISTRY_MODE"] = "write-only"
+        await asyncio.gather(pushes.start(), pulls.start())
+        layer = b"a layer"
+        await pushed(pushes, "v1", layer)
+        await until_all_show([pushes, pulls], {"v1": 0})
+        for path in (f"/v2/{TEMPLATE}/blobs/{oci.digest_of(layer)}", f"/v2/{TEMPLATE}/manifests/v1"):
+            status, code, text = await pushes.error("GET", path)
+            assert (status, code) == (403, "DENIED")
+            assert "write-only" in text
+            assert (await pushes.call("HEAD", path))[0] == 200
+            assert (await pushes.call("GET", path, Covey_Peer_Secret="a guess"))[0] == 403
+            assert (await pushes.call("GET", path, Covey_Peer_Secret=fleet.SECRET))[0] == 200
+            assert (await pulls.call("GET", path))[0] == 200
+
+
+async def test_only_peers_speak_of_the_role(tmp_path: Path) -> None:
+    async with fleet.running(tmp_path, 2) as (_, second):
+        secrets: tuple[dict[str, str], ...] = ({}, {"Covey_Peer_Secret": "a guess"})
+        for path in ("promote", "role"):
+            for secret in secrets:
+                assert (await second.call("POST", f"/replica/v1/{path}", b'{"force":true}', **secret))[0] == 401
+        assert fleet.SECRET not in second.log()
+
+
+async def test_a_push_is_answered_when_two_have_it(tmp_path: Path) -> None:
+    async with fleet.running(tmp_path, 3, REGISTRY_PUSH_COPIES="2") as servers:
+        first, second, third = servers
+        layer = b"a layer " * 50_000
+        assert await pushed(first, "v1", layer) == 0
+        name = oci.digest_of(layer).partition(":")[2]
+        assert any(list((one.base / "blobs").rglob(name)) for one in (second, third))
+        for one in (second, third):
+            await one.cut()
+            one.freeze()
+        status, text = await push(first, "v2", b"two")
+        assert status == 503
+        assert "REGISTRY_PUSH_COPIES" in text
+        for one in (second, third):
+            one.thaw()
+            await one.heal()
+        assert await pushed(first, "v2", b"two") == 1  # the same version, now that another one has it
+        await until_all_show(servers, {"v1": 0, "v2": 1})

@@ -12,7 +12,7 @@ from covey import errors, model
 from covey.client import oci
 from covey.registry import blobs, campaign, catalog, copying, elected, follower, heads, peers, role
 from covey.store import memory
-from tests.reigns import clockwork
+from tests.reigns import clockwork, verdict
 from tests.support import flaky
 
 T = TypeVar("T")
@@ -20,10 +20,6 @@ T = TypeVar("T")
 TTL_S = 4
 REQUEST_S = 10.0  # as `serve.AGE_LIMIT_S`
 _ANSWER_S = 5.0
-
-
-class Wrong(AssertionError):
-    """The history shows something that must never be."""
 
 
 class World:
@@ -93,7 +89,7 @@ class Logs:
         if number < len(entries):
             return entries[number] == entry
         if number > len(entries):
-            raise Wrong(f"{self.shelf.url}: {log} would have a hole before {number}")
+            raise verdict.Wrong(f"{self.shelf.url}: {log} would have a hole before {number}")
         entries.append(entry)
         self.shelf.eras.setdefault(log, 1)
         self.shelf.moved()

@@ -16,13 +16,11 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from covey import errors, model
 from covey.client import oci
-from covey.registry import catalog, views
+from covey.registry import catalog
 from covey.store import memory
-from tests.reigns import clockwork, parts
+from tests.reigns import clockwork, parts, verdict
 from tests.support import flaky, registry
 
 CONFIG = registry.template_config()
@@ -35,24 +33,14 @@ URLS = tuple(f"http://r{number}" for number in range(3))
 CLIENTS = 4
 STORM_S = 25.0
 CALM_S = 120.0
-Wrong = parts.Wrong
-
-
-@dataclass
-class Done:
-    """An acknowledged change of a tag: `digest` "" is a delete."""
-
-    repository: str
-    tag: str
-    digest: str
-    number: int | None = None
+Wrong = verdict.Wrong
 
 
 @dataclass
 class Seen:
     """What the clients know in the end."""
 
-    done: list[Done] = field(default_factory=list)
+    done: list[verdict.Done] = field(default_factory=list)
     asked: int = 0
     forced: bool = False
 
@@ -82,7 +70,7 @@ class Play:
         self.say(f"etcd: {self.with_etcd}, force: {self.forces}, processes: {self.workers}")
         self.stormy = False
         for repository in TEMPLATES:  # a template that has lost its last version lives no more
-            while not await self.attempt(Done(repository, "kept", "kept"), self.chance.choice(URLS)):
+            while not await self.attempt(verdict.Done(repository, "kept", "kept"), self.chance.choice(URLS)):
                 await asyncio.sleep(0.2)
         self.stormy = True
         clients = [asyncio.create_task(self.client(number)) for number in range(CLIENTS)]
@@ -93,7 +81,10 @@ class Play:
             self.stormy = False
         await asyncio.gather(*clients)
         await self.settled()
-        self.judge()
+        aside = {url: shelf.aside for url, shelf in self.shelves.items()}
+        verdict.judge(
+            self.shelves[URLS[0]].logs, aside, self.seen.done, with_etcd=self.with_etcd, forced=self.seen.forced
+        )
 
     # ---- servers ---------------------------------------------------------------------------------------------------
 
@@ -229,7 +220,7 @@ class Play:
             if len(holders) == 1 and logs[0] == logs[1] == logs[2]:
                 if ended:
                     return
-                ended = await self.attempt(Done(next(iter(TEMPLATES)), "the-end", "the end"), URLS[0])
+                ended = await self.attempt(verdict.Done(next(iter(TEMPLATES)), "the-end", "the end"), URLS[0])
             await asyncio.sleep(0.5)
         views_ = {url: self.net.homes[url][0].role.view() for url in URLS}
         counts = {url: {log: len(found) for log, found in shelf.logs.items()} for url, shelf in self.shelves.items()}
@@ -249,13 +240,13 @@ class Play:
             await asyncio.sleep(self.chance.uniform(0.0, 1.5))
             tag = self.chance.choice(tags)
             layer = "" if self.chance.random() < 0.2 else self.content(number, tag)
-            wish = Done(repository, tag, layer)
+            wish = verdict.Done(repository, tag, layer)
             for _ in range(self.chance.choice((1, 2, 5))):
                 if await self.attempt(wish, self.chance.choice(URLS)) or not self.stormy:
                     break
                 await asyncio.sleep(self.chance.uniform(0.1, 2.0))
 
-    async def attempt(self, wish: Done, url: str) -> bool:
+    async def attempt(self, wish: verdict.Done, url: str) -> bool:
         """Whether it was acknowledged, or is certainly not to be done."""
         work = deletion(wish) if not wish.digest else push(wish)
         try:
@@ -264,66 +255,15 @@ class Play:
             return False
         except catalog.Missing:
             return True
-        done = Done(wish.repository, wish.tag, "" if not wish.digest else manifest(wish)[0], number)
+        done = verdict.Done(wish.repository, wish.tag, "" if not wish.digest else manifest(wish)[0], number)
         self.say(f"acknowledged {done.tag} {done.digest[:14]} as {number} through {url}")
         self.seen.done.append(done)
         return True
 
     # ---- the verdict -----------------------------------------------------------------------------------------------
 
-    def judge(self) -> None:
-        final = self.shelves[URLS[0]].logs
-        for url, shelf in self.shelves.items():
-            aside = sum(len(found) for found in shelf.aside.values())
-            if self.with_etcd and aside:
-                raise Wrong(f"{url} has set {aside} entries aside, which somebody may have seen")
-        for repository in TEMPLATES:
-            entries = [msgspec.json.decode(raw, type=views.Entry) for raw in final.get(repository, [])]
-            self._numbers(repository, entries)
-            for tag in {done.tag for done in self.seen.done if done.repository == repository}:
-                self._acknowledged(repository, tag, entries)
 
-    def _numbers(self, repository: str, entries: list[views.Entry]) -> None:
-        given = [entry.version for entry in entries if entry.version >= 0]
-        if given != list(range(len(given))):
-            raise Wrong(f"{repository}: version numbers {given}")
-        told: dict[int, str] = {}
-        for done in self.seen.done:
-            if done.repository != repository or done.number is None or self.seen.forced:
-                continue
-            if told.setdefault(done.number, done.digest) != done.digest:
-                raise Wrong(f"{repository}: version {done.number} was given twice")
-
-    def _acknowledged(self, repository: str, tag: str, entries: list[views.Entry]) -> None:
-        """Each client's changes of a tag are in the log, in the order in which they were acknowledged."""
-        changes = [
-            (entry.digest if entry.kind != views.Kind.DELETE else "", entry.version)
-            for entry in entries
-            if entry.tag == tag
-        ]
-        aside = [
-            msgspec.json.decode(raw, type=views.Entry)
-            for shelf in self.shelves.values()
-            for raw in shelf.aside.get(repository, [])
-        ]
-        kept = {(entry.tag, entry.digest) for entry in aside}
-        left = list(changes)
-        for done in self.seen.done:
-            if (done.repository, done.tag) != (repository, tag):
-                continue
-            wanted = done.digest, -1 if done.number is None else done.number
-            while left and left[0] != wanted:
-                left.pop(0)
-            if not left:
-                if self.seen.forced and ((tag, done.digest) in kept or wanted in changes):
-                    left = list(changes)
-                    continue
-                raise Wrong(
-                    f"{repository}: {tag} {done.digest} {done.number} was acknowledged and is not there: {changes}"
-                )
-
-
-def manifest(wish: Done) -> tuple[str, bytes]:
+def manifest(wish: verdict.Done) -> tuple[str, bytes]:
     content = registry.template_manifest(CONFIG, wish.digest.encode(), name=TEMPLATES[wish.repository], tag=wish.tag)
     return oci.digest_of(content), content
 
@@ -331,7 +271,7 @@ def manifest(wish: Done) -> tuple[str, bytes]:
 Work = Callable[[parts.Server], Coroutine[Any, Any, int | None]]
 
 
-def push(wish: Done) -> Work:
+def push(wish: verdict.Done) -> Work:
     async def work(server: parts.Server) -> int | None:
         layer = wish.digest.encode()
         for content in (CONFIG, layer):
@@ -345,7 +285,7 @@ def push(wish: Done) -> Work:
     return work
 
 
-def deletion(wish: Done) -> Work:
+def deletion(wish: verdict.Done) -> Work:
     async def work(server: parts.Server) -> int | None:
         await server.catalog.delete(wish.repository, wish.tag)
         return None

@@ -1,0 +1,75 @@
+"""What must hold at the end of a history, of logs and of what clients were told."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from covey import model
+from covey.registry import views
+
+Logs = Mapping[str, Sequence[bytes]]
+
+
+class Wrong(AssertionError):
+    """The history shows something that must never be."""
+
+
+@dataclass
+class Done:
+    """An acknowledged change of a tag: `digest` "" is a delete. Each tag is changed by one client."""
+
+    repository: str
+    tag: str
+    digest: str
+    number: int | None = None
+
+
+def judge(final: Logs, aside: Mapping[str, Logs], done: Sequence[Done], *, with_etcd: bool, forced: bool) -> None:
+    """`final`: the logs that all servers have in the end; `aside`: what each has set aside. Raises Wrong."""
+    for url, logs in aside.items():
+        count = sum(len(found) for found in logs.values())
+        if with_etcd and count:
+            raise Wrong(f"{url} has set {count} entries aside, which somebody may have seen")
+    for repository in sorted({one.repository for one in done}):
+        mine = [one for one in done if one.repository == repository]
+        entries = [msgspec.json.decode(raw, type=views.Entry) for raw in final.get(repository, [])]
+        kept = [
+            msgspec.json.decode(raw, type=views.Entry) for logs in aside.values() for raw in logs.get(repository, [])
+        ]
+        _numbers(repository, entries, [] if forced else mine)
+        for tag in sorted({one.tag for one in mine}):
+            lying = {entry.digest for entry in kept if entry.tag == tag}
+            _acknowledged(tag, entries, [one for one in mine if one.tag == tag], lying, forced=forced)
+
+
+def _numbers(repository: str, entries: Sequence[views.Entry], done: Sequence[Done]) -> None:
+    given = [entry.version for entry in entries if entry.version >= 0]
+    if given != list(range(len(given))):
+        raise Wrong(f"{repository}: version numbers {given}")
+    told: dict[int, str] = {}
+    for one in done:
+        if one.number is not None and told.setdefault(one.number, one.digest) != one.digest:
+            raise Wrong(f"{repository}: version {one.number} was given twice")
+
+
+def _acknowledged(
+    tag: str, entries: Sequence[views.Entry], done: Sequence[Done], kept: set[model.Digest], *, forced: bool
+) -> None:
+    """What was acknowledged of a tag is in the log, in the order in which it was; or it lies aside, where
+    somebody used force."""
+    changes = [_change(entry) for entry in entries if entry.tag == tag]
+    left = list(changes)
+    for one in done:
+        wanted = one.digest, -1 if one.number is None else one.number
+        while left and left[0] != wanted:
+            left.pop(0)
+        if left:
+            continue
+        if not forced or (one.digest not in kept and wanted not in changes):
+            raise Wrong(f"{tag} {one.digest} {one.number} was acknowledged and is not there: {changes}")
+        left = list(changes)
+
+
+def _change(entry: views.Entry) -> tuple[str, int]:
+    return (entry.digest if entry.kind != views.Kind.DELETE else "", entry.version)
