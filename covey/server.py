@@ -54,6 +54,7 @@ class Served(NamedTuple):
     """One request that was answered, as far as anybody counts it."""
 
     method: str
+    path: str
     status: int
     received_bytes: int  # of the body
     sent_bytes: int  # of the body; of one that broke off, none
@@ -218,7 +219,7 @@ class Server:
         took_s = (self._world.boot_ns() - started_ns) / 1e9
         log.debug("answered", method=method, path=path, status=status, ms=round(took_s * 1e3, 1))
         if self._on_served is not None:
-            self._on_served(Served(method, status, received, sent, took_s))
+            self._on_served(Served(method, path, status, received, sent, took_s))
 
 
 async def _send(response: web.StreamResponse, raw: web.BaseRequest) -> bool:

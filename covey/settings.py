@@ -46,6 +46,13 @@ class Tls(msgspec.Struct, frozen=True, kw_only=True):
     ciphers: tuple[str, ...] = ()
 
 
+class Metrics(msgspec.Struct, frozen=True, kw_only=True):
+    """Where figures are told."""
+
+    port: int
+    path: str
+
+
 class Controller(_Settings, frozen=True, kw_only=True):
     """A controller replica. Endpoints of etcd are host:port."""
 
@@ -65,6 +72,7 @@ class Controller(_Settings, frozen=True, kw_only=True):
     etcd_backup_interval_s: float
     etcd_backup_keep: int
     defrag_db_interval_s: float  # 0: never
+    metrics: Metrics | None
     registries: tuple[str, ...]  # those that nodes use
     local_registries: tuple[str, ...]  # those that the controller itself uses
     push_registries: tuple[str, ...]  # those that are pushed to
@@ -89,13 +97,6 @@ class S3(msgspec.Struct, frozen=True, kw_only=True):
     path_style: bool
     skip_tls_verification: bool
     redirect_s: float  # 0: bytes pass through
-
-
-class Metrics(msgspec.Struct, frozen=True, kw_only=True):
-    """Where figures are told."""
-
-    port: int
-    path: str
 
 
 class Etcd(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,6 +193,7 @@ class Standalone(_Settings, frozen=True, kw_only=True):
     initial_cluster_token: str
     auto_compaction_mode: str
     auto_compaction_retention_s: float
+    metrics: Metrics | None
 
 
 class Client(_Settings, frozen=True, kw_only=True):
@@ -229,6 +231,7 @@ def controller(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Controlle
         etcd_backup_dir=read.path("ETCD_BACKUP_DIR"),
         etcd_backup_interval_s=read.positive("ETCD_BACKUP_INTERVAL"),
         etcd_backup_keep=kept,
+        metrics=_metrics(read),
         defrag_db_interval_s=read.duration("DEFRAG_DB_INTERVAL"),
         registries=registries,
         local_registries=read.urls("LOCAL_ANKA_REGISTRY") or registries,
@@ -509,6 +512,7 @@ def standalone(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Standalon
         initial_cluster_token=read.text("INITIAL_CLUSTER_TOKEN"),
         auto_compaction_mode=read.one_of("AUTO_COMPACTION_MODE", ("periodic",)),
         auto_compaction_retention_s=_retention_s(read),
+        metrics=_metrics(read),
         **read.common(),
     )
 

@@ -336,10 +336,21 @@ _REGISTRY = (
         aliases=("ROOT_CERT",),
     ),
     Setting(
-        "ENABLE_METRICS", _R, _K.SWITCH, "false", "Tell Prometheus figures, on a port of their own beside LISTEN_ADDR."
+        "ENABLE_METRICS",
+        _SERVERS,
+        _K.SWITCH,
+        "false",
+        "Tell Prometheus figures, on a port of their own beside LISTEN_ADDR.",
     ),
-    Setting("METRICS_PORT", _R, _K.NUMBER, "2112", "That port; 0 takes a free one."),
-    Setting("METRICS_PATH", _R, _K.TEXT, "/metrics", "The path of the figures."),
+    Setting(
+        "METRICS_PORT",
+        _SERVERS,
+        _K.NUMBER,
+        "2112",
+        "That port; 0 takes a free one. In the all-in-one service it is the controller's, and the next one the"
+        " registry's.",
+    ),
+    Setting("METRICS_PATH", _SERVERS, _K.TEXT, "/metrics", "The path of the figures."),
     Setting("BACKEND_TYPE", _R, _K.TEXT, "disk", "Where the registry keeps its data: disk (below BASE_PATH) or s3."),
     Setting(
         "BACKEND_S3_BUCKET",
@@ -484,7 +495,6 @@ _AGENT = (
 _AUTH = "authentication is not built yet"
 _ALONE = "the all-in-one service speaks no TLS yet; run its programs apart, or put a TLS proxy before it"
 _TRUST = "certificates are always checked; name the authority to believe in CA_CERT"
-_METRICS = "metrics of a controller are not built yet"
 _FOLDER = "Covey keeps all data of the registry below BASE_PATH"
 
 
@@ -506,9 +516,6 @@ _LATER = (
     *_unbuilt("MIN_TLS_VERSION MAX_TLS_VERSION CIPHER_SUITES", _K.TEXT, _ALONE, _S),
     *_unbuilt("SKIP_TLS_VERIFICATION", _K.SWITCH, _TRUST),
     *_unbuilt("CRL", _K.PATH, _AUTH),
-    *_unbuilt("ENABLE_METRICS", _K.SWITCH, _METRICS, _CS),
-    Setting("METRICS_PORT", _CS, _K.NUMBER, "2112", f"Not built: {_METRICS}.", unbuilt=_METRICS),
-    Setting("METRICS_PATH", _CS, _K.TEXT, "/metrics", f"Not built: {_METRICS}.", unbuilt=_METRICS),
     *_unbuilt("ENABLE_CENTRAL_LOGGING", _K.SWITCH, "central logging is not built yet; each program logs to stderr"),
     *_unbuilt("QUEUE_ADDR", _K.TEXT, "the product's queue address has no counterpart; agents use LISTEN_ADDR"),
     *(

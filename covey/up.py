@@ -115,6 +115,8 @@ def _programs(
             "COVEY_BASE_PATH": str(chosen.registry_base_path),
             "COVEY_REGISTRY_WORKERS": str(chosen.registry_workers),
         }
+        if chosen.metrics is not None and chosen.metrics.port:
+            env["COVEY_METRICS_PORT"] = str(chosen.metrics.port + 1)
         yield supervise.Program(
             "registry", (*covey, "registry"), {**common, **env}, _readyz(where.registry), stop_s=patience_s
         )

@@ -155,6 +155,10 @@ class HealthApi:
         ]
 
     async def health(self, _call: serve.Call) -> troubles.Health:
+        return await self.now()
+
+    async def now(self) -> troubles.Health:
+        """As it was within the last second."""
         return await self._whole.get()
 
     async def settings(self, _call: serve.Call) -> Mapping[str, object]:

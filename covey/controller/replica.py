@@ -13,7 +13,7 @@ import functools
 from collections.abc import Awaitable, Callable, Sequence
 
 import covey
-from covey import errors, gate, observe, serve, server, settings, settings_reader, tls_context
+from covey import errors, gate, metrics, observe, serve, server, settings, settings_reader, tls_context
 from covey import world as worlds
 from covey.client import http
 from covey.controller import (
@@ -40,6 +40,7 @@ from covey.controller import (
     templates,
     waiting,
 )
+from covey.controller import metrics as controller_metrics
 from covey.decide import deadlines, heartbeat, permission
 from covey.store import base, commit, commit_cloud, etcd, etcd_connect, mirror, schema
 
@@ -90,9 +91,26 @@ class Replica:
         self._shown = display.Display(self._presence, self._templates, self._waiting.why, spans, self._registry)
         self._health = self._health_api(exchange)
         self._status, routes = self._api()
+        requests = controller_metrics.Requests(routes)
         self.server = server.Server(
-            routes, world=world, on_gap=lambda _: self._mirror.doubt(), trusted=chosen.trusted_proxies, streams=False
+            routes,
+            world=world,
+            on_gap=lambda _: self._mirror.doubt(),
+            trusted=chosen.trusted_proxies,
+            streams=False,
+            on_served=requests.served if chosen.metrics is not None else None,
         )
+        self.metrics = self._metrics_page(requests)
+
+    def _metrics_page(self, requests: controller_metrics.Requests) -> metrics.Page | None:
+        """Figures for Prometheus, if the settings ask for them."""
+        wanted = self._chosen.metrics
+        if wanted is None:
+            return None
+        told = controller_metrics.Figures(
+            self._store, self._world, requests, self._health.now, lambda: len(self.server.connections)
+        )
+        return metrics.Page(wanted, told.collect, self._world)
 
     def _health_api(self, exchange: http.Exchange | None) -> api_health.HealthApi:
         parts = api_health.Parts(
@@ -164,6 +182,8 @@ class Replica:
         if listen:
             tls = None if self._chosen.tls is None else tls_context.of(self._chosen.tls)
             await self.server.start(self._chosen.listen.host, self._chosen.listen.port, tls=tls)
+            if self.metrics is not None:
+                await self.metrics.start(self._chosen.listen.host)
         else:
             self.server.begin()
         log.info("the controller listens", host=self._chosen.listen.host, port=self.server.port, id=self._id)
@@ -185,6 +205,8 @@ class Replica:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._parking.close()
+        if self.metrics is not None:
+            await self.metrics.stop()
         for part in (self._writer, self._renewals, self._status, self._health, self._templates, self._store):
             await part.close()
         if self._tasks:

@@ -1,17 +1,14 @@
 """What a registry tells Prometheus: its storage as it was at the last look, and what its processes have counted.
 
-The figures of all processes of one server are told at one place, on a port of their own beside the registry's
-(METRICS_PORT), so that they are neither balanced nor reachable where templates are. Names begin with
+The figures of all processes of one server are told at one place (`covey.metrics`). Names begin with
 ``covey_registry_``; every one is in docs/operate/registry.md.
 """
 
 from collections.abc import Callable, Iterator
 
-import prometheus_client
-from aiohttp import web
-from prometheus_client import core, exposition, registry
+from prometheus_client import core
 
-from covey import gate, serve, server, settings, world
+from covey import metrics, settings, world
 from covey.registry import figures, standing, tally
 
 Count = tally.Count
@@ -24,8 +21,8 @@ _CLASSES = {
 }
 
 
-class Metrics(registry.Collector):
-    """start → (answers by itself) → stop."""
+class Metrics(metrics.Page):
+    """Tells of one server; see `metrics.Page`."""
 
     def __init__(
         self,
@@ -34,27 +31,12 @@ class Metrics(registry.Collector):
         seen: Callable[[], figures.Figures],
         world: world.World,
     ) -> None:
-        self._wanted = wanted
         self._counts = counts
         self._seen = seen
-        self._told = prometheus_client.CollectorRegistry(auto_describe=False)
-        self._told.register(self)
-        route = serve.Route("GET", wanted.path, self._answer, lane=gate.Lane.OPEN)
-        self._server = server.Server([route], world=world)
+        super().__init__(wanted, self._gather, world)
 
-    async def start(self, host: str) -> None:
-        await self._server.start(host, self._wanted.port)
-
-    @property
-    def port(self) -> int:
-        return self._server.port
-
-    async def stop(self) -> None:
-        await self._server.drain(0.5)
-
-    async def _answer(self, _call: serve.Call) -> web.Response:
-        text = exposition.generate_latest(self._told)
-        return web.Response(body=text, headers={"Content-Type": prometheus_client.CONTENT_TYPE_PLAIN_0_0_4})
+    async def _gather(self) -> Iterator[core.Metric]:
+        return self.collect()
 
     def collect(self) -> Iterator[core.Metric]:
         yield from self._of_processes()

@@ -189,8 +189,6 @@ def test_a_file_that_is_named_must_exist_and_be_toml(tmp_path: Path) -> None:
         ("SKIP_TLS_VERIFICATION", "1"),
         ("CRL", "/etc/crl.pem"),
         ("OIDC_PROVIDER_URL", "https://id"),
-        ("ENABLE_METRICS", "true"),
-        ("METRICS_PORT", "9000"),
         ("SKIP_ETCD_TLS_VERIFICATION", "true"),
         ("ENABLE_CENTRAL_LOGGING", "true"),
         ("QUEUE_ADDR", "q:1"),
