@@ -4,7 +4,7 @@ The one of rank 0 takes what comes at once, the next what has been waiting for s
 process keeps up with its connections it has them all, and what it leaves waiting spills over to the next. Transfers
 that the kernel does (sendfile) are cheaper so than with every process on every processor, where a sender and its
 receiver hold each other's socket up. Where the work is the process's own (TLS), all have rank 0, and whoever looks
-first takes.
+first takes; and a process that is `busy` with such work (uploads, which are hashed) leaves new ones to the others.
 
 Each takes one connection in a turn of its loop, or a busy one would take what an idle one could. If the first one dies
 or stands still, the second takes everything some milliseconds later: nothing is decided here that lasts.
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from covey import observe
 
 _WAIT_S = 0.003  # for each rank
+_BUSY_S = 0.01  # for each piece of its own work
 _PAUSE_S = 1.0  # without descriptors or memory: as asyncio does
 _POOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -35,11 +36,13 @@ class Accepting:
         *,
         tls: ssl.SSLContext | None = None,
         rank: int = 0,
+        busy: Callable[[], int] = lambda: 0,
     ) -> None:
         self._listener = listener
         self._protocol = protocol
         self._tls = tls
-        self._wait_s = rank * _WAIT_S
+        self._rank = rank
+        self._busy = busy
         self._loop = asyncio.get_running_loop()
         self._later: asyncio.TimerHandle | None = None
         self._opening: set[asyncio.Task[None]] = set()
@@ -56,8 +59,8 @@ class Accepting:
 
     def _knock(self) -> None:
         """Somebody waits."""
-        if self._wait_s:
-            self._resume_in(self._wait_s, self._take)
+        if wait_s := self._rank * _WAIT_S + self._busy() * _BUSY_S:
+            self._resume_in(wait_s, self._take)
         else:
             self._take()
 

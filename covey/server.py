@@ -109,9 +109,10 @@ class Server:
         tls: ssl.SSLContext | None = None,
         shared: socket.socket | None = None,
         rank: int = 0,
+        busy: Callable[[], int] = lambda: 0,
     ) -> None:
         """Listen on host:port ("" is every address, port 0 any free one). Raises SettingError in one clear line.
-        `shared`: a socket that listens there already, for several processes; `rank`: see `accepting`."""
+        `shared`: a socket that listens there already, for several processes; `rank`, `busy`: see `accepting`."""
         self._sockets = [listen(host, port) if shared is None else shared]
         self.connection_limit = max(
             min(_CONNECTION_LIMIT, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES), 64
@@ -121,7 +122,7 @@ class Server:
             loop = asyncio.get_running_loop()
             self._listener = await loop.create_server(self._web, sock=self._sockets[0], backlog=_BACKLOG, ssl=tls)
         else:
-            self._listener = accepting.Accepting(shared, self._web, tls=tls, rank=rank)
+            self._listener = accepting.Accepting(shared, self._web, tls=tls, rank=rank, busy=busy)
             self._listener.start()
         self.host, self.port = host, self._sockets[0].getsockname()[1]
         self.begin()

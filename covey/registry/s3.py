@@ -14,13 +14,15 @@
         └── part.<20 digits>                 record of a part, made by a conditional PUT; the number is its offset
 
 How bytes become a blob (safety S31): a PATCH goes to an object of its own, hashed on the way; then its record is
-created, and only that makes it count. A session of one part is copied under its sha256 within the store. Several parts
-(and one that is to be named by sha512) are read in their order, hashed and sent again straight under the digest: a
-multipart upload shows nothing until it is completed, and it is completed only when the hash is right. So a name never
-stands for other bytes, and nobody writes to an object that was published: S3 replaces objects whole, and here by equal
-content only.
+created, and only that makes it count. A session of one part is copied under its sha256 within the store, several parts
+are joined there (`s3_join`): no byte comes back. What they are all together is known from the records when one server
+has taken them in their order, since a record tells the sha256 of all bytes up to its end; else, and for sha512, they
+are read once more. Where the store cannot join (parts below 5 MiB, credentials that we do not know), they are sent again
+while they are read, straight under the digest: a multipart upload shows nothing until it is completed, and it is
+completed only when the hash is right. So a name never stands for other bytes, and nobody writes to an object that was
+published: S3 replaces objects whole, and here by equal content only.
 
-An object cannot be larger than what one copy takes, so a long PATCH is entered as several parts of 4 GiB.
+A long PATCH is entered as several parts of 4 GiB, so that what a cut costs is bounded.
 
 `offset` is one listing and one read: records are dense, so the last one tells where the session stands.
 """
@@ -30,45 +32,52 @@ import contextlib
 import errno
 import hashlib
 import re
-from collections.abc import AsyncIterable, AsyncIterator
-from typing import TypeVar
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from covey import errors, failpoint, model, world
 from covey.client import oci
-from covey.registry import blobs, s3_bucket
+from covey.registry import blobs, s3_bucket, s3_join
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
 
 T = TypeVar("T")
 
 _BATCH = 2 << 20
-_PART_LIMIT = 4 << 30  # CopyObject takes 5 GiB
+_PART_LIMIT = 4 << 30
+_RUNNING = 1000  # sessions whose hash is kept
 _SESSION = re.compile(r"[0-9a-f]{32}")
 _ENDLESS = 1 << 50  # a bucket has no end; a number that JSON readers can hold
 
 
 class _Part(model.Noun, frozen=True, kw_only=True):
-    """The record of one part. `data` names its object; `sha256` is of that part alone."""
+    """The record of one part. `data` names its object. `through`: the sha256 of all bytes from the session's first to
+    this part's last, "" where nobody knows. `sha256`: of the first part the same, for servers before 0.4."""
 
     data: str
     size_bytes: int
-    sha256: str
+    sha256: str = ""
+    through: str = ""
 
 
 class S3:
     """`blobs.Blobs` in one bucket."""
 
     def __init__(self, bucket: s3_bucket.Bucket, world: world.World) -> None:
-        self._bucket = bucket
+        self.bucket = bucket
         self._world = world
+        self._running: dict[blobs.SessionId, tuple[int, Hash]] = {}  # up to that offset, of uploads that came here
 
     async def open(self) -> None:
         """Mark a new bucket with the number of its layout; refuse one that a newer server has raised."""
-        name = self._bucket.config.bucket
+        name = self.bucket.config.bucket
         try:
-            if await self._bucket.create("format", str(blobs.FORMAT).encode()):
+            if await self.bucket.create("format", str(blobs.FORMAT).encode()):
                 return
-            found = (await self._bucket.get("format")).decode(errors="replace").strip()
+            found = (await self.bucket.get("format")).decode(errors="replace").strip()
         except (errors.Unavailable, FileNotFoundError) as error:
             raise errors.SettingError(f"BACKEND_S3_BUCKET {name} cannot hold a registry: {error}") from error
         text = f"BACKEND_S3_BUCKET {name} has format {found}, this server knows {blobs.FORMAT}; use a newer Covey"
@@ -77,38 +86,38 @@ class S3:
     # ---- finished blobs --------------------------------------------------------------------------------------------
 
     async def stat(self, digest: model.Digest) -> blobs.Blob | None:
-        found = await self._bucket.find(key(digest))
+        found = await self.bucket.find(key(digest))
         if found is None and await self._take_back(digest):
-            found = await self._bucket.find(key(digest))
+            found = await self.bucket.find(key(digest))
         return None if found is None else blobs.Blob(digest=digest, size_bytes=found.size_bytes)
 
     async def get(self, digest: model.Digest) -> bytes:
         try:
-            return await self._bucket.get(key(digest))
+            return await self.bucket.get(key(digest))
         except FileNotFoundError:
             if not await self._take_back(digest):
                 raise
-        return await self._bucket.get(key(digest))
+        return await self.bucket.get(key(digest))
 
     async def _take_back(self, digest: model.Digest) -> bool:
         """Copy a blob out of the trash: whoever asks for it may be about to need it (`s3_care`)."""
-        for item in await self._bucket.below(folder(digest, blobs.Place.TRASH)):
+        for item in await self.bucket.below(folder(digest, blobs.Place.TRASH)):
             with contextlib.suppress(FileNotFoundError):  # the collector was first
-                await self._bucket.copy(item.key, key(digest))
+                await self.bucket.copy(item.key, key(digest), item.size_bytes)
                 return True
         return False
 
     async def _published(self, digest: model.Digest, size_bytes: int) -> blobs.Blob:
         failpoint.reach("registry.blob.linked")
-        bad = await self._bucket.below(folder(digest, blobs.Place.QUARANTINE))
-        await self._bucket.delete([item.key for item in bad])  # healed
+        bad = await self.bucket.below(folder(digest, blobs.Place.QUARANTINE))
+        await self.bucket.delete([item.key for item in bad])  # healed
         return blobs.Blob(digest=digest, size_bytes=size_bytes)
 
     def read(self, blob: blobs.Blob, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
-        return self._bucket.read(key(blob.digest), start, blob.size_bytes if end is None else end)
+        return self.bucket.read(key(blob.digest), start, blob.size_bytes if end is None else end)
 
     async def address(self, blob: blobs.Blob) -> str:
-        return await self._bucket.sign(key(blob.digest))
+        return await self.bucket.sign(key(blob.digest))
 
     async def put(self, content: bytes, digest: model.Digest | None = None) -> blobs.Blob:
         found = oci.digest_of(content, oci.algorithm_of(digest) if digest else oci.SHA256)
@@ -116,7 +125,7 @@ class S3:
             raise blobs.WrongDigest(f"the bytes are {found}, not {digest}")
         try:
             failpoint.reach("registry.put.written")
-            await self._bucket.put(key(found), content)
+            await self.bucket.put(key(found), content)
         except OSError as error:
             raise _full_or(error) from error
         return await self._published(found, len(content))
@@ -125,7 +134,7 @@ class S3:
 
     async def begin(self) -> blobs.SessionId:
         session = blobs.SessionId(self._world.token() + self._world.token())
-        await self._bucket.put(f"{_session(session)}begun", b"")
+        await self.bucket.put(f"{_session(session)}begun", b"")
         return session
 
     async def offset(self, session: blobs.SessionId) -> int:
@@ -138,14 +147,14 @@ class S3:
 
     async def _records(self, session: blobs.SessionId) -> list[str]:
         """The keys of the session's records, by offset. Raises NoSession."""
-        found = [] if not _SESSION.fullmatch(session) else await self._bucket.below(_session(session))
+        found = [] if not _SESSION.fullmatch(session) else await self.bucket.below(_session(session))
         names = [item.key for item in found]
         if f"{_session(session)}begun" not in names:
             raise blobs.NoSession(f"no upload session {session}")
         return [name for name in names if "/part." in name]
 
     async def _part(self, record: str) -> _Part:
-        return msgspec.json.decode(await self._bucket.get(record), type=_Part)
+        return msgspec.json.decode(await self.bucket.get(record), type=_Part)
 
     async def write(self, session: blobs.SessionId, start: int, chunks: AsyncIterable[bytes]) -> int:
         standing = await self.offset(session)
@@ -168,28 +177,45 @@ class S3:
         """Send one part to its own object and record it: of two requests at one offset one wins."""
         data = f"{_session(session)}data.{self._world.token()}"
         kept = False
-        part = incoming.part()
+        part = incoming.part(self._hash_up_to(session, start))
         try:
-            await self._bucket.send(data, part.batches())
+            await self.bucket.send(data, part.batches())
             failpoint.reach("registry.part.written")
-            record = _Part(data=data.rpartition("/")[2], size_bytes=part.size_bytes, sha256=part.sha256.hexdigest())
+            found = "" if part.hash is None else part.hash.hexdigest()
+            record = _Part(
+                data=data.rpartition("/")[2],
+                size_bytes=part.size_bytes,
+                sha256="" if start else found,
+                through=found,
+            )
             kept = True  # unless we know better: an answer may be lost
             kept = await _settled(asyncio.ensure_future(self._enter(session, start, record)))
             if not kept:
                 raise blobs.WrongOffset(await self.offset(session))
         finally:
             if not kept:
-                await _settled(asyncio.ensure_future(self._bucket.delete([data])))
+                await _settled(asyncio.ensure_future(self.bucket.delete([data])))
         failpoint.reach("registry.part.entered")
+        if part.hash is not None:
+            self._running[session] = start + part.size_bytes, part.hash
         return start + part.size_bytes
+
+    def _hash_up_to(self, session: blobs.SessionId, start: int) -> "Hash | None":
+        """To be gone on with, if this server knows it."""
+        if not start:
+            return hashlib.sha256()
+        known, found = self._running.pop(session, (0, hashlib.sha256()))
+        while len(self._running) > _RUNNING:
+            self._running.pop(next(iter(self._running)))
+        return found.copy() if known == start else None
 
     async def _enter(self, session: blobs.SessionId, start: int, record: _Part) -> bool:
         """Create the record. Raises NoSession when the session went away meanwhile."""
         name = f"{_session(session)}part.{start:020d}"
-        if not await self._bucket.create(name, msgspec.json.encode(record)):
+        if not await self.bucket.create(name, msgspec.json.encode(record)):
             return False
-        if await self._bucket.find(f"{_session(session)}begun") is None:
-            await self._bucket.delete([name, f"{_session(session)}{record.data}"])
+        if await self.bucket.find(f"{_session(session)}begun") is None:
+            await self.bucket.delete([name, f"{_session(session)}{record.data}"])
             raise blobs.NoSession(f"upload session {session} has expired")
         return True
 
@@ -210,22 +236,37 @@ class S3:
     async def _finish(self, session: blobs.SessionId, digest: model.Digest) -> blobs.Blob:
         records = await self._records(session)
         parts = await asyncio.gather(*map(self._part, records))
+        sources = [s3_join.Source(f"{_session(session)}{part.data}", part.size_bytes) for part in parts]
+        known = _known(parts) if oci.algorithm_of(digest) == oci.SHA256 else ""
+        if known:
+            _check(f"{oci.SHA256}:{known}", digest)
         size = sum(part.size_bytes for part in parts)
-        if len(parts) == 1 and oci.algorithm_of(digest) == oci.SHA256:
-            _check(f"{oci.SHA256}:{parts[0].sha256}", digest)
-            await self._bucket.copy(f"{_session(session)}{parts[0].data}", key(digest))
-        elif parts:
-            failpoint.reach("registry.upload.joined")
-            await self._bucket.send(key(digest), self._joined(session, parts, digest), size)
-        else:
+        if not parts:
             await self.put(b"", digest)
+        elif len(parts) == 1 and known:
+            await self.bucket.copy(sources[0].key, key(digest), size)
+        else:
+            failpoint.reach("registry.upload.joined")
+            await self._join(sources, digest, size, checked=bool(known))
         return await self._published(digest, size)
 
-    async def _joined(self, session: blobs.SessionId, parts: list[_Part], digest: model.Digest) -> AsyncIterator[bytes]:
-        """The parts' bytes in their order. Raises WrongDigest at the end, before anything is visible."""
+    async def _join(
+        self, sources: Sequence[s3_join.Source], digest: model.Digest, size_bytes: int, *, checked: bool
+    ) -> None:
+        """Put the parts together under the digest; unless they were checked, they are read for it."""
+        if not self.bucket.joins(sources):
+            await self.bucket.send(key(digest), self._read_all(sources, digest), size_bytes)
+            return
+        if not checked:
+            async for _ in self._read_all(sources, digest):
+                pass
+        await self.bucket.join(key(digest), sources)
+
+    async def _read_all(self, sources: Sequence[s3_join.Source], digest: model.Digest) -> AsyncIterator[bytes]:
+        """The bytes in their order. Raises WrongDigest at the end, before anything is visible."""
         found = hashlib.new(oci.algorithm_of(digest))
-        for part in parts:
-            async for piece in self._bucket.read(f"{_session(session)}{part.data}", 0, part.size_bytes):
+        for source in sources:
+            async for piece in self.bucket.read(source.key, 0, source.size_bytes):
                 await asyncio.to_thread(found.update, piece)
                 yield piece
         _check(f"{found.name}:{found.hexdigest()}", digest)
@@ -234,8 +275,9 @@ class S3:
         """`begun` goes first: what is left of a session that was aborted half is no session."""
         if not _SESSION.fullmatch(session):
             return
-        await self._bucket.delete([f"{_session(session)}begun"])
-        await self._bucket.delete([item.key for item in await self._bucket.below(_session(session))])
+        self._running.pop(session, None)
+        await self.bucket.delete([f"{_session(session)}begun"])
+        await self.bucket.delete([item.key for item in await self.bucket.below(_session(session))])
 
     async def space(self) -> blobs.Space:
         return blobs.Space(total_bytes=_ENDLESS, free_bytes=_ENDLESS)
@@ -255,8 +297,8 @@ class _Incoming:
             self._next = await self.batch()
         return bool(self._next)
 
-    def part(self) -> "_PartIn":
-        return _PartIn(self)
+    def part(self, hash: "Hash | None") -> "_PartIn":
+        return _PartIn(self, hash)
 
     async def batch(self) -> bytes:
         """The next bytes, b"" at the end."""
@@ -277,17 +319,18 @@ class _Incoming:
 
 
 class _PartIn:
-    """One part on its way: its hash and size grow while `batches` is read."""
+    """One part on its way: `hash` and size grow while `batches` is read."""
 
-    def __init__(self, incoming: _Incoming) -> None:
-        self.sha256 = hashlib.sha256()
+    def __init__(self, incoming: _Incoming, hash: "Hash | None") -> None:
+        self.hash = hash
         self.size_bytes = 0
         self._incoming = incoming
 
     async def batches(self) -> AsyncIterator[bytes]:
         while self.size_bytes < _PART_LIMIT and (batch := await self._incoming.batch()):
             failpoint.reach("registry.part.write")
-            await asyncio.to_thread(self.sha256.update, batch)
+            if self.hash is not None:
+                await asyncio.to_thread(self.hash.update, batch)
             self.size_bytes += len(batch)
             yield batch
 
@@ -299,6 +342,13 @@ async def _settled(work: asyncio.Future[T]) -> T:
     except asyncio.CancelledError:
         await asyncio.gather(work, return_exceptions=True)
         raise
+
+
+def _known(parts: Sequence[_Part]) -> str:
+    """The sha256 of all bytes, as the records tell it; "" when they do not."""
+    if not parts:
+        return ""
+    return parts[-1].through or (parts[0].sha256 if len(parts) == 1 else "")
 
 
 def _check(found: str, digest: model.Digest) -> None:

@@ -27,8 +27,8 @@ import obstore
 import obstore.exceptions
 from obstore import store
 
-from covey import errors
-from covey.registry import blobs
+from covey import errors, world
+from covey.registry import blobs, s3_join, s3_sign
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, S3Config
@@ -64,12 +64,13 @@ class Found(NamedTuple):
 class Bucket:
     """Nothing is asked before the first call."""
 
-    def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
+    def __init__(self, config: Config, environ: Mapping[str, str], world: world.World) -> None:
         self.config = config
+        self._joiner = _joiner(config, environ, world)
         self._busy = asyncio.Semaphore(_AT_ONCE)
-        endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or environ.get("AWS_ENDPOINT")
+        endpoint = _endpoint(environ)
         client: ClientConfig = {
-            "allow_http": (endpoint or "").startswith("http://"),
+            "allow_http": endpoint.startswith("http://"),
             "allow_invalid_certificates": config.skip_tls_verification,
             "connect_timeout": "5s",
             "timeout": "120s",
@@ -84,7 +85,7 @@ class Bucket:
             where["secret_access_key"] = environ.get("AWS_SECRET_ACCESS_KEY", "")
         if token := environ.get("AWS_SESSION_TOKEN"):
             where["session_token"] = token
-        if region := environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION"):
+        if region := _region(environ):
             where["region"] = region
         try:
             self._store = store.S3Store(
@@ -140,10 +141,30 @@ class Bucket:
                     return False
         return True
 
-    async def copy(self, source: str, target: str) -> None:
-        """Within the store, at most 5 GiB. The target is whole at once, and has the present time."""
-        with self._told("copy"):
-            await obstore.copy_async(self._store, source, target)
+    async def copy(self, source: str, target: str, size_bytes: int) -> None:
+        """The target is whole at once, and has the present time. Raises FileNotFoundError."""
+        if size_bytes <= s3_join.COPY_BYTES:
+            with self._told("copy"):
+                await obstore.copy_async(self._store, source, target)
+        elif self.joins([s3_join.Source(source, size_bytes)]):
+            await self.join(target, [s3_join.Source(source, size_bytes)])
+        else:
+            await self.send(target, self.read(source, 0, size_bytes), size_bytes)
+
+    def joins(self, sources: Sequence[s3_join.Source]) -> bool:
+        """Whether `join` can make an object of these."""
+        return self._joiner is not None and s3_join.fits(sources)
+
+    async def join(self, target: str, sources: Sequence[s3_join.Source]) -> None:
+        """One object of several, within the store; as `copy`."""
+        assert self._joiner is not None  # noqa: S101  asked before
+        size_bytes = sum(source.size_bytes for source in sources)
+
+        async def there() -> bool:
+            found = await self.find(target)
+            return found is not None and found.size_bytes == size_bytes
+
+        await self._joiner.join(target, sources, there)
 
     async def delete(self, keys: Sequence[str]) -> None:
         """Harmless when there are none."""
@@ -241,6 +262,31 @@ class Bucket:
             if any(word in str(error) for word in _FULL):
                 raise blobs.DiskFull(text) from error
             raise errors.Unavailable(text) from error
+
+
+def _endpoint(environ: Mapping[str, str]) -> str:
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+    return next((environ[name] for name in names if environ.get(name)), "")
+
+
+def _region(environ: Mapping[str, str]) -> str:
+    return environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or ""
+
+
+def _joiner(config: Config, environ: Mapping[str, str], world: world.World) -> s3_join.Joiner | None:
+    """None without credentials in the environment."""
+    if not environ.get("AWS_ACCESS_KEY_ID"):
+        return None
+    region = _region(environ) or "us-east-1"
+    mine = s3_sign.Credentials(
+        environ["AWS_ACCESS_KEY_ID"],
+        environ.get("AWS_SECRET_ACCESS_KEY", ""),
+        environ.get("AWS_SESSION_TOKEN", ""),
+        region,
+    )
+    url = spelled(_endpoint(environ) or f"https://s3.{region}.amazonaws.com", config)
+    trust = False if config.skip_tls_verification else config.ca_cert
+    return s3_join.Joiner(config.bucket, f"{url}/{config.bucket}" if config.path_style else url, mine, world, trust)
 
 
 class _Given(errors.CoveyError):

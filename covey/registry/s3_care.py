@@ -46,7 +46,10 @@ class S3Care:
         new = s3.key(digest) if target is blobs.Place.SHELF else f"{s3.folder(digest, target)}{self._world.token()}"
         for key in old:
             try:
-                await self._bucket.copy(key, new)
+                found = await self._bucket.find(key)
+                if found is None:
+                    continue
+                await self._bucket.copy(key, new, found.size_bytes)
             except FileNotFoundError:  # somebody else was first
                 continue
             failpoint.reach("registry.care.moved")

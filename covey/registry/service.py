@@ -26,6 +26,7 @@ from covey.registry import (
     replica_disk,
     role,
     s3_bucket,
+    s3_join,
     storage,
     tally,
     template_api,
@@ -135,9 +136,11 @@ class Registry:
             self.catalog, self._storage.care, self._storage.log_care, world, config.care, held=held
         )
         absent = None if self.replica is None else self.replica.on_demand.blob
+        smallest = 0 if config.bucket is None else s3_join.LEAST_BYTES
+        self._uploads = upload_api.UploadApi(self.catalog, chunk_min_bytes=smallest)
         apis = (
             content_api.ContentApi(self.catalog, absent),
-            upload_api.UploadApi(self.catalog),
+            self._uploads,
             template_api.TemplateApi(self.catalog, self.upkeep),
         )
         routes = [route for api in apis for route in api.routes()]
@@ -198,7 +201,9 @@ class Registry:
         if self.replica is not None:
             await self.replica.start()
         rank = self._counts.mine if tls is None else 0
-        await self._server.start(config.host, config.port, tls=tls, shared=self._shared, rank=rank)
+        await self._server.start(
+            config.host, config.port, tls=tls, shared=self._shared, rank=rank, busy=lambda: self._uploads.writing
+        )
         if self.metrics is not None:
             await self.metrics.start(config.host)
         self._counts.put(tally.Count.SERVING, os.getpid())

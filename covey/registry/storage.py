@@ -49,7 +49,7 @@ def on_disk(
 
 def in_bucket(config: s3_bucket.Config, environ: Mapping[str, str], world: world.World) -> Storage:
     """In a bucket, found and opened by the AWS_* variables of `environ`."""
-    bucket = s3_bucket.Bucket(config, environ)
+    bucket = s3_bucket.Bucket(config, environ, world)
     objects = s3.S3(bucket, world)
     care = s3_care.S3Care(bucket, world)
     logs = s3_log.S3Log(bucket, world)

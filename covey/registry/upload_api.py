@@ -25,6 +25,7 @@ class UploadApi:
     def __init__(self, catalog: catalog.Catalog, *, chunk_min_bytes: int = 0) -> None:
         self._catalog = catalog
         self._blobs = catalog.blobs
+        self.writing = 0  # requests whose bytes are coming in
         self._begun = {"OCI-Chunk-Min-Length": str(chunk_min_bytes)} if chunk_min_bytes else {}
 
     def routes(self) -> Sequence[serve.Route]:
@@ -65,12 +66,19 @@ class UploadApi:
         """The blob in the body of one POST. The client knows no session to resume, so none stays behind."""
         session = await self._blobs.begin()
         try:
-            await self._blobs.write(session, 0, _body(call))
+            await self._take(session, 0, _body(call))
             return await self._publish(call.params["name"], session, digest)
         except blobs.Cut as error:
             raise answer.Fault(503, "the upload was cut; send it again", code="UNAVAILABLE") from error
         finally:
             await self._blobs.abort(session)
+
+    async def _take(self, session: blobs.SessionId, start: int, body: AsyncIterable[bytes]) -> int:
+        self.writing += 1
+        try:
+            return await self._blobs.write(session, start, body)
+        finally:
+            self.writing -= 1
 
     async def status(self, call: serve.Call) -> web.Response:
         session = blobs.SessionId(call.params["session"])
@@ -86,7 +94,7 @@ class UploadApi:
         start, size_bytes = _range(call)
         try:
             standing = await self._blobs.offset(session)
-            return await self._blobs.write(session, standing if start is None else start, _body(call, size_bytes))
+            return await self._take(session, standing if start is None else start, _body(call, size_bytes))
         except blobs.WrongOffset as error:
             headers = _position(name, session, error.offset)
             raise answer.Fault(416, str(error), code="BLOB_UPLOAD_INVALID", headers=headers) from error

@@ -61,7 +61,7 @@ def on_disk(tmp_path: Path) -> Iterator[Storage]:
 @pytest.fixture
 def in_bucket(s3_server: moto.Server) -> Storage:
     name = s3_server.fresh_bucket()
-    one, two = (s3_bucket.Bucket(s3_server.config(name), s3_server.environ) for _ in range(2))
+    one, two = (s3_bucket.Bucket(s3_server.config(name), s3_server.environ, world.System()) for _ in range(2))
     system = world.System()
     care = s3_care.S3Care(two, system)
     return Storage(

@@ -10,25 +10,26 @@ import pytest
 from covey import errors, model, world
 from covey.client import oci
 from covey.decide import garbage
-from covey.registry import blobs, catalog, s3_bucket, storage, sweep
-from tests.support import registry, s3
+from covey.registry import blobs, catalog, s3, s3_bucket, storage, sweep
+from tests.support import registry
+from tests.support import s3 as moto
 
 LAYER = bytes(range(256)) * 100_000  # more than one range request, more than one part
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[s3.Server]:
-    with s3.running() as server:
+def store() -> Iterator[moto.Server]:
+    with moto.running() as server:
         yield server
 
 
 @pytest.fixture
-def bucket(store: s3.Server) -> str:
+def bucket(store: moto.Server) -> str:
     return store.fresh_bucket()
 
 
 @pytest.fixture
-async def server(store: s3.Server, bucket: str, tmp_path: Path) -> AsyncIterator[registry.Server]:
+async def server(store: moto.Server, bucket: str, tmp_path: Path) -> AsyncIterator[registry.Server]:
     async with registry.serving(tmp_path / "no", bucket=store.config(bucket), environ=store.environ) as server:
         yield server
 
@@ -50,7 +51,7 @@ async def test_what_was_pushed_is_pulled_whole_and_in_ranges(server: registry.Se
 
 
 async def test_an_upload_goes_on_at_another_server(
-    server: registry.Server, store: s3.Server, bucket: str, tmp_path: Path
+    server: registry.Server, store: moto.Server, bucket: str, tmp_path: Path
 ) -> None:
     _, headers, _ = await server.call("POST", "/v2/a/blobs/uploads/", b"")
     place = headers["Location"]
@@ -65,13 +66,13 @@ async def test_an_upload_goes_on_at_another_server(
     assert not store.keys(bucket, "uploads/") and not store.unfinished(bucket)
 
 
-async def test_a_client_may_be_sent_to_the_store(store: s3.Server, bucket: str, tmp_path: Path) -> None:
+async def test_a_client_may_be_sent_to_the_store(store: moto.Server, bucket: str, tmp_path: Path) -> None:
     """By an address that shows no secret, and that the client under test follows."""
     chosen = store.config(bucket, redirect_s=60.0)
     async with registry.serving(tmp_path / "no", bucket=chosen, environ=store.environ) as server:
         digest = await server.push_blob("a", LAYER)
         address = await asyncio.to_thread(_location, server, f"/v2/a/blobs/{digest}")
-        assert address.startswith(f"{store.url}/{bucket}/blobs/sha256/") and s3.SECRET not in address
+        assert address.startswith(f"{store.url}/{bucket}/blobs/sha256/") and moto.SECRET not in address
         assert (await server.call("HEAD", f"/v2/a/blobs/{digest}"))[0] == 200
         async with registry.talking(server) as client:
             await client.fetch("a", digest, len(LAYER), tmp_path / "layer")
@@ -90,7 +91,7 @@ def _location(server: registry.Server, path: str) -> str:
         connection.close()
 
 
-async def test_garbage_is_collected_in_a_bucket_too(store: s3.Server, bucket: str) -> None:
+async def test_garbage_is_collected_in_a_bucket_too(store: moto.Server, bucket: str) -> None:
     """By the same verbs; the store's clock counts whole seconds, so periods are below zero here."""
     held = storage.in_bucket(store.config(bucket), store.environ, world.System())
     made = catalog.Catalog(held.content, held.logs, world.System())
@@ -111,7 +112,84 @@ async def test_garbage_is_collected_in_a_bucket_too(store: s3.Server, bucket: st
     assert not store.keys(bucket, "aside/")
 
 
-async def test_a_wrong_hash_of_several_parts_is_never_visible(store: s3.Server, bucket: str) -> None:
+class Traffic:
+    """The bucket's bytes that its servers sent and read."""
+
+    def __init__(self, held: storage.Storage) -> None:
+        assert isinstance(held.content, s3.S3)
+        self.bucket = held.content.bucket
+        self.sent = self.read = 0
+        self._send, self._read = self.bucket.send, self.bucket.read
+        self.bucket.send, self.bucket.read = self._sending, self._reading  # type: ignore[method-assign]
+
+    async def _sending(self, key: str, batches: AsyncIterator[bytes], size_bytes: int | None = None) -> None:
+        async def counted() -> AsyncIterator[bytes]:
+            async for batch in batches:
+                self.sent += len(batch)
+                yield batch
+
+        await self._send(key, counted(), size_bytes)
+
+    async def _reading(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
+        async for piece in self._read(key, start, end):
+            self.read += len(piece)
+            yield piece
+
+
+PARTS = [LAYER[:6_000_000], LAYER[6_000_000:12_000_000], LAYER[12_000_000:]]
+
+
+async def _upload(one: storage.Storage, other: storage.Storage, parts: list[bytes]) -> blobs.SessionId:
+    """The first part by `one`, the rest by `other`."""
+    session = await one.content.begin()
+    offset = 0
+    for number, part in enumerate(parts):
+        offset = await (other if number else one).content.write(session, offset, _pieces(part))
+    return session
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+async def test_several_parts_are_joined_by_the_store(store: moto.Server, bucket: str, servers: int) -> None:
+    """Nothing is sent again. By one server nothing is read either: it knows the hash of what it took."""
+    all_ = [storage.in_bucket(store.config(bucket), store.environ, world.System()) for _ in range(servers)]
+    session = await _upload(all_[0], all_[-1], PARTS)
+    traffic = Traffic(all_[-1])
+    with pytest.raises(blobs.WrongDigest):
+        await all_[-1].content.finish(await _upload(all_[0], all_[-1], PARTS), oci.digest_of(b"something else"))
+    traffic.sent = traffic.read = 0
+    await all_[-1].content.finish(session, oci.digest_of(LAYER))
+    assert (traffic.sent, traffic.read) == (0, 0 if servers == 1 else len(LAYER))
+    found = await all_[0].content.stat(oci.digest_of(LAYER))
+    assert found is not None and found.size_bytes == len(LAYER)
+    assert b"".join([piece async for piece in all_[0].content.read(found)]) == LAYER
+    assert not store.unfinished(bucket)
+
+
+async def test_what_the_store_cannot_join_is_sent_again(store: moto.Server, bucket: str) -> None:
+    """Parts that are too small."""
+    held = storage.in_bucket(store.config(bucket), store.environ, world.System())
+    session = await _upload(held, held, [LAYER[:1000], LAYER[1000:]])
+    traffic = Traffic(held)
+    await held.content.finish(session, oci.digest_of(LAYER))
+    assert traffic.sent == len(LAYER)
+    found = await held.content.stat(oci.digest_of(LAYER))
+    assert found is not None
+    assert b"".join([piece async for piece in held.content.read(found)]) == LAYER
+
+
+async def test_a_join_whose_parts_are_gone_leaves_nothing(store: moto.Server, bucket: str) -> None:
+    """The session was aborted by another server meanwhile."""
+    held = storage.in_bucket(store.config(bucket), store.environ, world.System())
+    session = await _upload(held, held, PARTS)
+    (gone,) = [key for key, size in store.keys(bucket, f"uploads/{session}/data.").items() if size == len(PARTS[2])]
+    store.call("DELETE", f"/{bucket}/{gone}")
+    with pytest.raises(blobs.NoSession):
+        await held.content.finish(session, oci.digest_of(LAYER))
+    assert not store.unfinished(bucket)
+    assert await held.content.stat(oci.digest_of(LAYER)) is None
+
+
+async def test_a_wrong_hash_of_several_parts_is_never_visible(store: moto.Server, bucket: str) -> None:
     """The multipart upload under the digest is aborted, not completed."""
     held = storage.in_bucket(store.config(bucket), store.environ, world.System())
     session = await held.content.begin()
@@ -124,7 +202,7 @@ async def test_a_wrong_hash_of_several_parts_is_never_visible(store: s3.Server, 
     assert not store.keys(bucket, "blobs/") and not store.unfinished(bucket) and not store.keys(bucket, "uploads/")
 
 
-async def test_an_upload_that_is_given_up_leaves_no_parts(store: s3.Server, bucket: str) -> None:
+async def test_an_upload_that_is_given_up_leaves_no_parts(store: moto.Server, bucket: str) -> None:
     held = storage.in_bucket(store.config(bucket), store.environ, world.System())
     session = await held.content.begin()
     there = asyncio.Event()
@@ -146,18 +224,18 @@ async def _pieces(content: bytes) -> AsyncIterator[bytes]:
     yield content
 
 
-async def test_a_bucket_of_a_newer_covey_is_refused(store: s3.Server, bucket: str) -> None:
+async def test_a_bucket_of_a_newer_covey_is_refused(store: moto.Server, bucket: str) -> None:
     store.call("PUT", f"/{bucket}/format", b"999")
     held = storage.in_bucket(store.config(bucket), store.environ, world.System())
     with pytest.raises(errors.SettingError, match=r"has format 999, this server knows 1; use a newer Covey"):
         await held.open()
 
 
-async def test_a_bucket_that_is_not_there_stops_the_start(store: s3.Server) -> None:
+async def test_a_bucket_that_is_not_there_stops_the_start(store: moto.Server) -> None:
     held = storage.in_bucket(store.config("no-such-bucket"), store.environ, world.System())
     with pytest.raises(errors.SettingError, match="BACKEND_S3_BUCKET no-such-bucket cannot hold a registry") as caught:
         await held.open()
-    assert s3.SECRET not in str(caught.value)
+    assert moto.SECRET not in str(caught.value)
 
 
 @pytest.mark.parametrize(

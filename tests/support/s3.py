@@ -2,7 +2,7 @@
 
     with s3.running() as server:
         bucket = server.fresh_bucket()                     # a name nobody used
-        store = s3_bucket.Bucket(server.config(bucket), server.environ)
+        store = s3_bucket.Bucket(server.config(bucket), server.environ, world.System())
 
 It keeps everything in memory. `call` speaks to it without a line of the library under test.
 """

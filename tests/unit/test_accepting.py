@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import socket
 from collections.abc import Iterator
 
@@ -16,11 +17,17 @@ class House:
     """Acceptors of one socket, as if each were a process; `taken` is by whom each connection was taken."""
 
     def __init__(self, listener: socket.socket, ranks: list[int]) -> None:
+        self.busy = [0 for _ in ranks]
         self.taken: list[int] = []
         self.more = asyncio.Condition()
         self.port: int = listener.getsockname()[1]
         self.all = [
-            accepting.Accepting(socket.socket(fileno=listener.dup().detach()), self._greeter(number), rank=rank)
+            accepting.Accepting(
+                socket.socket(fileno=listener.dup().detach()),
+                self._greeter(number),
+                rank=rank,
+                busy=functools.partial(self.busy.__getitem__, number),
+            )
             for number, rank in enumerate(ranks)
         ]
 
@@ -64,6 +71,20 @@ async def test_the_first_takes_what_it_can_and_the_next_when_it_is_away(
     house.all[first].close()
     assert {await house.greeted() for _ in range(5)} == {second}
     house.all[second].close()
+
+
+async def test_one_that_is_busy_leaves_new_ones_to_the_others(listener: socket.socket) -> None:
+    house = House(listener, [0, 0])
+    for one in house.all:
+        one.start()
+    for first in (0, 1):
+        house.busy[:] = [1, 1]
+        house.busy[first] = 0
+        assert {await house.greeted() for _ in range(3)} == {first}
+    house.busy[:] = [30, 30]  # however busy all are
+    assert await house.greeted() in (0, 1)
+    for one in house.all:
+        one.close()
 
 
 async def test_many_at_once_are_all_taken(listener: socket.socket) -> None:
