@@ -8,6 +8,7 @@ changed, when the controller goes down, and when it turns red (safety S25).
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ import msgspec
 
 from covey import answer, errors, model, observe, serve, wire
 from covey.controller import api_adopt, figures, naming, parking, renewals, wanted
-from covey.decide import heartbeat
+from covey.decide import heartbeat, permission
 from covey.store import (
     codec,
     commit,
@@ -200,6 +201,21 @@ class AgentApi:
             raise answer.Fault(409, f"hold: revision {seen.revision} is in this store's future: {hold}")
         return caller, snapshot, hold
 
+    async def _writing_caller(
+        self, call: serve.Call, seen: wire.Seen, arrived_ns: int
+    ) -> tuple[_Caller, view.Snapshot, str]:
+        """As `_caller`, for what a transaction carries or proves that compares the session: from a view that may lack
+        the newest writes, unless that shows anything against the caller."""
+        self._check_ready()
+        snapshot = await self._mirror.current()
+        kin = snapshot.kinship(seen) if seen.revision else permission.Kinship.OWN
+        if kin is permission.Kinship.OWN and seen.revision <= snapshot.revision:
+            with contextlib.suppress(answer.Fault):
+                caller = _authenticate(call, snapshot, arrived_ns)
+                if not snapshot.held(caller.node):
+                    return caller, snapshot, ""
+        return await self._caller(call, seen, arrived_ns)
+
     async def _named_caller(self, call: serve.Call, arrived_ns: int) -> tuple[_Caller, view.Snapshot]:
         self._check_ready()
         snapshot = await self._mirror.fresh()
@@ -216,7 +232,7 @@ class AgentApi:
         """Leave to run guest code: the start script travels only with it (safety S1)."""
         arrived_ns = self._writer.world.boot_ns()
         ask = await call.json(wire.LaunchAsk)
-        caller, snapshot, hold = await self._caller(call, ask.seen, arrived_ns)
+        caller, snapshot, hold = await self._writing_caller(call, ask.seen, arrived_ns)
         lease = await self._renew(caller)
         if hold:
             return wire.Launched(granted=False, lease=lease, seen=snapshot.seen, why=f"hold: {hold}")
@@ -244,7 +260,8 @@ class AgentApi:
     async def report(self, call: serve.Call) -> wire.Reported:
         arrived_ns = self._writer.world.boot_ns()
         report = await call.json(wire.Report)
-        caller, snapshot, hold = await self._caller(call, report.seen, arrived_ns)
+        find = self._writing_caller if report.items else self._caller
+        caller, snapshot, hold = await find(call, report.seen, arrived_ns)
         if hold:
             raise answer.Fault(409, f"hold: {hold}")
         lease = await self._renew(caller)

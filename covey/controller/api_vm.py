@@ -66,7 +66,9 @@ class InstanceApi:
         if earlier:
             return earlier
         start = await self._accept(call, request, key, body)
-        snapshot = await self._mirror.fresh()
+        spec = start.spec
+        rests_on_reading = bool(key or spec.node or (spec.external_id and spec.name))
+        snapshot = await (self._mirror.fresh() if rests_on_reading else self._mirror.current())
         if start.spec.node and snapshot.node(start.spec.node) is None:
             raise errors.Refused(f"node_id: there is no node {start.spec.node}")
         call.still_fresh()
@@ -166,7 +168,7 @@ class InstanceApi:
         id = (await call.json(Terminate)).id
         if not id:
             raise errors.Refused('id: missing; send {"id": "<instance id>"}')
-        snapshot = await self._mirror.fresh()
+        snapshot = await self._mirror.current()
         call.still_fresh()
         decision = model.Decision(who=f"API client {call.client}", why="terminate request")
         outcome = await commit_instances.terminate(

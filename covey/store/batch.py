@@ -14,7 +14,7 @@ What keeps it right:
 3. A lost reply of the batch is `Unsure` for each; `Unavailable` is so for each.
 4. A refused batch (a lost lease, a full store) is split and resent until the guilty one is alone.
 5. When many come, but so that they make small batches (a proposal's price is shared by few then), the next batch waits
-   a few milliseconds for company. How many come is seen from what left lately; a lonely one still goes at once.
+   some milliseconds for company. How many come is seen from what left lately; a lonely one still goes at once.
 6. The queue is bounded, in transactions and in bytes: when a store falls behind, what comes then is Unavailable at
    once, and nothing of it was done.
 """
@@ -30,8 +30,9 @@ from covey.store import base, limits
 
 QUEUE_LIMIT = 4096  # transactions: some seconds of the fastest store measured
 QUEUE_BYTES = 64 << 20
-COMPANY = 16  # transactions in a batch that need no more company
-LINGER_S = 0.012  # the longest that a batch waits for it
+COMPANY = 48  # transactions in a batch that need no more company
+LINGER_S = 0.025  # the longest that a batch waits for it
+_WORTH = 6  # not at all, when fewer would come in that time
 _MEMORY_S = 0.1  # how far back "lately" goes
 LOOK_AHEAD = 1024  # how far down a queue of conflicting transactions a batch looks for members
 
@@ -168,7 +169,7 @@ class Batcher:
         """How long the next batch may wait for company: as long as it takes `COMPANY` to come at the rate of lately,
         counted from the last take-off; not at all when that would bring nobody."""
         per_s = self._left * math.exp((self._left_s - now_s) / _MEMORY_S) / _MEMORY_S
-        if len(self._queue) >= COMPANY or per_s * self._linger_s < 2:
+        if len(self._queue) >= COMPANY or per_s * self._linger_s < _WORTH:
             return 0.0
         return self._left_s + min(COMPANY / per_s, self._linger_s) - now_s
 

@@ -149,7 +149,8 @@ async def launch(
     nonce: str,
     until_ns: int = 0,
 ) -> Granted | Denied:
-    """Leave to run guest code (safety S1): compares the instance and the node's session."""
+    """Leave to run guest code (safety S1): compares the instance and the node's session. The snapshot may be older than
+    the instance."""
     wanted = model.Launch(node=node, session=session, epoch=epoch, nonce=nonce)
 
     def rule(reading: commit.Reading) -> commit.Write[Granted | Denied] | Granted | Denied:
@@ -171,7 +172,7 @@ async def launch(
             lambda revision: Granted(commit.kept(noun, revision, old)),
         )
 
-    return await writer.run(snapshot, rule, until_ns=until_ns)
+    return await writer.run(snapshot, rule, until_ns=until_ns, sure=True)
 
 
 async def terminate(
@@ -181,7 +182,8 @@ async def terminate(
     decision: model.Decision,
     until_ns: int = 0,
 ) -> Outcome:
-    """Terminating, or Terminated at once when no node holds a claim (safety S13). Repeats are `changed=False`."""
+    """Terminating, or Terminated at once when no node holds a claim (safety S13). Repeats are `changed=False`.
+    The snapshot may be older than the instance."""
 
     def rule(reading: commit.Reading) -> commit.Write[Outcome] | Outcome:
         old = reading.instance(instance)
@@ -189,7 +191,7 @@ async def terminate(
             return commit.Missing()
         return ended(reading, old, Event.TERMINATE, decision)
 
-    return await writer.run(snapshot, rule, until_ns=until_ns)
+    return await writer.run(snapshot, rule, until_ns=until_ns, sure=True)
 
 
 async def reap(

@@ -7,6 +7,9 @@
 The watch covers the whole key space because then every revision of the store is delivered, and "the mirror has
 reached revision R" is a fact and not a guess from silence. Whole revisions are applied, never parts.
 
+What ends in a guarded write need not ask first: its guards are compared in the store with what it was decided on. It
+may begin from the copy as it stands (`current`), as long as the store was proved a moment ago.
+
 A request that must see every write answered before it (promise I6) calls `fresh`. It shares one linearizable read
 that is *sent after it arrived* with all requests that wait at that moment, then waits until the mirror has reached
 that read's revision. If that takes longer than 300 ms the answer comes from the store directly, once for all who
@@ -42,6 +45,9 @@ _RETRY_S = 0.2
 _PAGE = 1000
 _DIRECT_KEYS = 50_000
 _DIRECT_S = 2.0
+_CURRENT_NS = 50 * _MS  # how old the last proof of the store may be for what is proved again by a guarded write
+_SPACE_S = 0.02  # from one read to the next, when each answers several
+_SEVERAL = 4
 _READ_S = 3.0  # an election ends sooner; without a quorum the request is better off with another controller
 
 _log = observe.log("mirror")
@@ -123,6 +129,12 @@ class Mirror:
         if self._broke:
             raise errors.Unavailable(self.trouble)
         return await self._directly(revision) if late else self.snapshot()
+
+    async def current(self) -> view.Snapshot:
+        """For a decision that a guarded transaction carries or proves (`Writer.run` with `sure`): a snapshot that may
+        lack the newest writes. Raises Unavailable."""
+        recent = self._world.boot_ns() - self._proof.proved_ns < _CURRENT_NS
+        return self.snapshot() if recent and self.ready else await self.fresh()
 
     async def seen_at(self, revision: int) -> wire.Seen:
         """The view of `revision`, which a write of this process made, as an agent remembers it (safety S18). Raises
@@ -426,7 +438,11 @@ class _SharedRead:
     async def _read_after(self, before: "_Round | None") -> int:
         if before is not None and not before.asking.done():
             await asyncio.wait((before.asking,))
+        if before is not None and before.count >= _SEVERAL:
+            await asyncio.sleep(before.sent_s + _SPACE_S - asyncio.get_running_loop().time())
         self._last, self._next = self._next, None  # from here on, who comes waits for another one
+        if self._last is not None:
+            self._last.sent_s = asyncio.get_running_loop().time()
         sent_ns = self._world.boot_ns()
         floor = max(self.revision, self._floor())
         page = await self._store.range(schema.FORMAT_KEY, keys_only=True)
@@ -463,11 +479,14 @@ class _Round:
     def __init__(self, read: Coroutine[Any, Any, int]) -> None:
         self._loop = asyncio.get_running_loop()
         self._waiting: list[tuple[float, asyncio.Future[int]]] = []  # since when
+        self.count = 0  # how many wait, or waited
+        self.sent_s = 0.0  # on the loop's clock
         self.asking = self._loop.create_task(read)
         self.asking.add_done_callback(self._answer)
         self._patience = self._loop.call_later(_READ_S, self._give_up)
 
     async def wait(self) -> int:
+        self.count += 1
         mine: asyncio.Future[int] = self._loop.create_future()
         self._waiting.append((self._loop.time(), mine))
         return await mine

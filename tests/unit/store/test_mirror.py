@@ -8,7 +8,7 @@ import pytest
 
 from covey import errors, model, wire
 from covey.decide import permission
-from covey.store import base, commit_cloud, mirror, schema
+from covey.store import base, commit, commit_cloud, commit_instances, mirror, schema
 from tests.support import cloud, flaky, nouns
 
 
@@ -51,6 +51,33 @@ async def test_requests_share_a_read_but_never_one_sent_before_they_came() -> No
         late = [asyncio.create_task(copy.fresh()) for _ in range(20)]
         await early
         assert all(snapshot.instance(id) is not None for snapshot in await asyncio.gather(*late))
+
+
+async def test_what_a_guarded_write_proves_asks_the_store_only_when_it_was_not_proved_a_moment_ago() -> None:
+    """Safety S21: a decision of an old view that a transaction carries is refused, and made again on what is there."""
+    async with cloud.running() as c, mirrored(c) as (copy, weather):
+        reads = 0
+        read = copy._proof.read
+
+        async def counted() -> int:
+            nonlocal reads
+            reads += 1
+            return await read()
+
+        copy._proof.read = counted  # type: ignore[method-assign]
+        await until(lambda: copy.ready)
+        copy._proof.proved_ns = c.world.boot_ns() - 2 * mirror._CURRENT_NS
+        before = reads
+        await copy.current()
+        assert reads > before, "the last proof is too old"
+        weather.watch_delay_s = 3600
+        (id,) = await c.create()
+        copy._proof.proved_ns = c.world.boot_ns() + mirror._CURRENT_NS  # however slow this machine is
+        behind = await copy.current()
+        assert behind.instance(id) is None
+        decision = model.Decision(who="test", why="it is over")
+        done = await commit_instances.terminate(c.writer, behind, model.InstanceId(id), decision)
+        assert isinstance(done, commit.Done) and done.noun.noun.state == model.State.TERMINATED
 
 
 async def test_a_late_watch_is_not_waited_for_long() -> None:
