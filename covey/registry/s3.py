@@ -17,7 +17,7 @@ How bytes become a blob (safety S31): a PATCH goes to an object of its own, hash
 created, and only that makes it count. A session of one part is copied under its sha256 within the store, several parts
 are joined there (`s3_join`): no byte comes back. What they are all together is known from the records when one server
 has taken them in their order, since a record tells the sha256 of all bytes up to its end; else, and for sha512, they
-are read once more. Where the store cannot join (parts below 5 MiB, credentials that we do not know), they are sent again
+are read once more. Where the store cannot join (parts below 5 MiB, credentials we do not know), they are sent again
 while they are read, straight under the digest: a multipart upload shows nothing until it is completed, and it is
 completed only when the hash is right. So a name never stands for other bytes, and nobody writes to an object that was
 published: S3 replaces objects whole, and here by equal content only.
