@@ -140,6 +140,8 @@ def lines(told: Told) -> Iterator[tuple[str, str]]:
     yield "store", f"revision {health.copy.revision:,}, copy {behind}, {health.unsure.open} unsure writes"
     if health.backup is not None:
         yield "backup", _backup(health.backup)
+    if health.certificates:
+        yield "TLS", _certificate(health.certificates[0])
     yield "agents", ", ".join(f"{number} of {version}" for version, number in sorted(health.agents.items())) or "none"
     if not health.troubles:
         yield "troubles", "none"
@@ -191,6 +193,10 @@ def _backup(backup: troubles.Backup) -> str:
     if not backup.at:
         return "none was made yet"
     return f"{backup.at}, {out.size(backup.size_bytes)}, {backup.file}"
+
+
+def _certificate(first: troubles.Certificate) -> str:
+    return f"first to expire: {first.name}, {first.expires}, {max(first.left_s, 0) // 86400} days left"
 
 
 def _counted(states: Mapping[str, int]) -> str:

@@ -27,6 +27,7 @@ from covey.store import commit, mirror, schema, view
 T = TypeVar("T")
 
 _AGAIN_NS = 1_000_000_000
+_CERTIFICATES_NS = 600 * 1_000_000_000
 _AILING_MOST = 100
 _TIGHTEST = 3
 _NS = 1e9
@@ -46,16 +47,18 @@ class _Kept(NamedTuple, Generic[T]):
 
 
 class Recent(Generic[T]):
-    """What was said last, asked for anew when that is more than a second ago; one question for all who ask."""
+    """What was said last, asked for anew when that is more than a second (or `again_ns`) ago; one question for all who
+    ask."""
 
-    def __init__(self, ask: Callable[[], Awaitable[T]], now_ns: Callable[[], int]) -> None:
+    def __init__(self, ask: Callable[[], Awaitable[T]], now_ns: Callable[[], int], again_ns: int = _AGAIN_NS) -> None:
         self._ask = ask
         self._now_ns = now_ns
+        self._again_ns = again_ns
         self._kept: _Kept[T] | None = None
         self._asking: asyncio.Task[T] | None = None
 
     async def get(self) -> T:
-        if self._kept is not None and self._now_ns() - self._kept.at_ns < _AGAIN_NS:
+        if self._kept is not None and self._now_ns() - self._kept.at_ns < self._again_ns:
             return self._kept.told
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._renew())
@@ -133,6 +136,7 @@ class HealthApi:
         registries: Registries,
         settings: Mapping[str, object],
         backup: Callable[[], Awaitable[troubles.Backup | None]] | None = None,
+        certificates: Callable[[], Awaitable[list[troubles.Certificate]]] | None = None,
     ) -> None:
         self._parts = parts
         self._settings = settings
@@ -141,10 +145,14 @@ class HealthApi:
         self._members = Recent(members.look, now_ns)
         self._storages = Recent(registries.look, now_ns)
         self._backup = Recent(backup or _none, now_ns)
+        self._certificates = Recent(certificates or _none_at_all, now_ns, _CERTIFICATES_NS)
         self._whole = Recent(self._look, now_ns)
 
     async def close(self) -> None:
-        for part in (self._whole, self._members, self._storages, self._backup, self._registries):
+        for part in (
+            *(self._whole, self._members, self._storages, self._backup, self._certificates),
+            self._registries,
+        ):
             await part.close()
 
     def routes(self) -> Sequence[serve.Route]:
@@ -165,17 +173,29 @@ class HealthApi:
         return self._settings
 
     async def _look(self) -> troubles.Health:
-        (etcd, alarms), registries, backup = await asyncio.gather(
-            self._members.get(), self._storages.get(), etcd_health.within(self._backup.get(), None)
+        (etcd, alarms), registries, backup, certificates = await asyncio.gather(
+            self._members.get(),
+            self._storages.get(),
+            etcd_health.within(self._backup.get(), None),
+            etcd_health.within(self._certificates.get(), []),
         )
         health = msgspec.structs.replace(
-            cloud(self._parts), etcd=etcd, alarms=alarms, registries=registries, backup=backup
+            cloud(self._parts),
+            etcd=etcd,
+            alarms=alarms,
+            registries=registries,
+            backup=backup,
+            certificates=certificates,
         )
         return msgspec.structs.replace(health, troubles=troubles.judge(health))
 
 
 async def _none() -> None:
     return None
+
+
+async def _none_at_all() -> list[troubles.Certificate]:
+    return []
 
 
 def cloud(parts: Parts) -> troubles.Health:

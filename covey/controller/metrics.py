@@ -102,6 +102,8 @@ def _of_cloud(health: troubles.Health) -> Iterator[core.Metric]:
     yield _gauge("registries_answering", "Registries that answer.", sum(one.answers for one in health.registries))
     if health.backup is not None and health.backup.at:
         yield _gauge("backup_age_seconds", "Age of the last scheduled backup of etcd.", health.backup.age_s)
+    left = {one.name: one.left_s for one in health.certificates}
+    yield _by("certificate_left_seconds", "Until a certificate expires.", "certificate", left)
     kinds = Counter[str](dict.fromkeys(troubles.Kind, 0))
     kinds.update(one.kind for one in health.troubles)
     yield _by("troubles", "What `covey status` complains of, by kind.", "kind", kinds)

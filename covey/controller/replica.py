@@ -28,6 +28,7 @@ from covey.controller import (
     api_upgrade,
     api_vm,
     backups,
+    certificates,
     defrags,
     display,
     etcd_health,
@@ -133,7 +134,26 @@ class Replica:
             api_health.Registries(chosen.local_registries, exchange, chosen.ca_cert),
             settings_reader.shown(chosen),
             functools.partial(etcd_health.last_backup, self._store, self._world, interval_s),
+            self._certificates().look,
         )
+
+    def _certificates(self) -> certificates.Certificates:
+        """Those in sight."""
+        chosen = self._chosen
+        own = {
+            "SERVER_CERT": chosen.tls.cert if chosen.tls is not None else None,
+            "CA_CERT": chosen.ca_cert,
+            "ETCD_CERT": chosen.etcd_cert,
+            "ETCD_CA_CERT": chosen.etcd_ca_cert,
+        }
+        registries = certificates.servers(chosen.local_registries, "registry")
+
+        def servers() -> dict[str, tuple[str, int]]:
+            known = self._store.admin.addresses if chosen.etcd_tls and isinstance(self._store, etcd.Etcd) else []
+            return registries | certificates.servers([f"https://{address}" for address in known], "etcd at")
+
+        files = {name: path for name, path in own.items() if path is not None}
+        return certificates.Certificates(files, servers, self._world.wall_ns)
 
     def _scheduled(self) -> backups.Backups | None:
         """Backups, if the settings ask for any and the store is one that can be backed up."""

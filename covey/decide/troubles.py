@@ -15,6 +15,7 @@ LAG_S = 1.0  # of this controller's copy behind etcd; at 2 s it turns red by its
 UNSURE_S = 2.0  # an election is over by then
 BEHIND = 1000  # entries of etcd's log: a member this far behind is not counted on
 QUOTA_SHARE = 0.8
+RENEW_S = 21 * 86400.0  # before a certificate expires
 SPARE_SHARE, SPARE_BYTES = 0.05, 20 << 30  # a disk with less of both has little room
 _NAMED = 5  # so many of a kind are named, the rest is counted
 
@@ -39,6 +40,7 @@ class Kind(StrEnum):
     NODE_SPACE = "node-space"
     WAITING = "waiting"
     BACKUP = "backup"
+    CERTIFICATE = "certificate"
     VERSIONS = "versions"
 
 
@@ -146,6 +148,14 @@ class Backup(_Part, frozen=True, kw_only=True):
     trouble: str = ""
 
 
+class Certificate(_Part, frozen=True, kw_only=True):
+    """One that this controller uses or meets. `left_s`: until it expires, by this controller's clock."""
+
+    name: str = ""
+    expires: str = ""
+    left_s: int = 0
+
+
 class Health(_Part, frozen=True, kw_only=True):
     """`why` says why this controller cannot serve now ("" when it can); what it tells of the cloud is then what it knew
     last. `etcd` is empty when the store has no members; `tightest` are the nodes with the smallest part of their disk
@@ -167,6 +177,7 @@ class Health(_Part, frozen=True, kw_only=True):
     unsure: Unsure = Unsure()
     copy: Copy = Copy()
     backup: Backup | None = None
+    certificates: list[Certificate] = []  # the first to expire comes first
     troubles: list[Trouble] = []
 
 
@@ -181,6 +192,7 @@ def judge(health: Health) -> list[Trouble]:
         *_nodes(health.ailing),
         *_queue(health.queue),
         *_backup(health.backup),
+        *_certificates(health.certificates),
         *_versions(health.controllers),
     ]
 
@@ -405,6 +417,18 @@ def _backup(backup: Backup | None) -> Iterator[Trouble]:
             text=f"the last backup is {_span(backup.age_s)} old, although one is due every {_span(backup.interval_s)}",
             remedy="see the controllers' logs for why; meanwhile by hand: covey etcd backup FILE",
         )
+
+
+def _certificates(certificates: Sequence[Certificate]) -> Iterator[Trouble]:
+    for one in certificates:
+        if one.left_s < RENEW_S:
+            when = f"expires in {_span(one.left_s)}" if one.left_s > 0 else f"has expired ({one.expires})"
+            yield Trouble(
+                kind=Kind.CERTIFICATE,
+                about=one.name,
+                text=f"the certificate of {one.name} {when}",
+                remedy="renew it, and restart what uses it, one after the other",
+            )
 
 
 def _versions(controllers: Sequence[Controller]) -> Iterator[Trouble]:

@@ -5,12 +5,14 @@ import subprocess
 
 from tests.support import etcd
 
+DAYS = "90"  # shorter ones are told as troubles
+
 
 def make(directory: pathlib.Path) -> etcd.Security:
     """An authority, a server's pair and a client's pair below `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     ca, ca_key = directory / "ca.pem", directory / "ca.key"
-    _run("req", "-x509", *_new_key(ca_key), "-out", str(ca), "-days", "2", "-subj", "/CN=test authority")
+    _run("req", "-x509", *_new_key(ca_key), "-out", str(ca), "-days", DAYS, "-subj", "/CN=test authority")
     server = _signed(directory, "server", "subjectAltName=IP:127.0.0.1,DNS:localhost")
     client = _signed(directory, "client", "extendedKeyUsage=clientAuth")
     return etcd.Security(ca, *server, *client)
@@ -30,7 +32,7 @@ def _signed(directory: pathlib.Path, name: str, extension: str) -> tuple[pathlib
         str(request),
         *authority,
         "-days",
-        "2",
+        DAYS,
         "-extfile",
         str(extensions),
         "-out",

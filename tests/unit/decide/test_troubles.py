@@ -146,3 +146,11 @@ def test_controllers_of_several_versions() -> None:
     two = [troubles.Controller(id="a", version="0.1.0"), troubles.Controller(id="b", version="0.2.0")]
     assert "0.1.0 and 0.2.0" in only(controllers=two).text
     assert troubles.judge(health(controllers=two[1:])) == []
+
+
+def test_a_certificate_is_told_three_weeks_before_it_expires() -> None:
+    late = only(certificates=[troubles.Certificate(name="etcd at m1:2379", expires="2026-01-01", left_s=5 * 86400)])
+    assert (late.kind, late.text) == (Kind.CERTIFICATE, "the certificate of etcd at m1:2379 expires in 5 days")
+    gone = only(certificates=[troubles.Certificate(name="SERVER_CERT /x", expires="2026-01-01", left_s=-5)])
+    assert gone.text == "the certificate of SERVER_CERT /x has expired (2026-01-01)"
+    assert troubles.judge(health(certificates=[troubles.Certificate(name="x", left_s=30 * 86400)])) == []
