@@ -12,6 +12,8 @@ Each call from a live session renews the node's lease once (safety S8). The agen
 (its clock when it sent) + ttl_s − age_s − margin_s.
 """
 
+import hashlib
+from collections.abc import Iterable
 from enum import StrEnum
 
 import msgspec
@@ -91,17 +93,23 @@ class Wanted(model.Noun, frozen=True, kw_only=True):
 
 
 class Ask(model.Noun, frozen=True, kw_only=True):
-    """POST wanted: answered when the node's wanted state differs from the one tagged `tag`, else after `wait_s`."""
+    """POST wanted: answered when the node's wanted state differs from the one tagged `tag`, else after `wait_s`.
+
+    `items` and `word` are a report that rides along: it is taken first, and `tag` is what the node expects after it.
+    Only for controllers that take it (`WantedState.takes_reports`); another one does as if there were none."""
 
     seen: Seen
     messages: int
     tag: str = ""
     wait_s: float = 0.0
+    items: tuple["Item", ...] = ()
+    word: model.Word | None = None
 
 
 class WantedState(model.Noun, frozen=True, kw_only=True):
     """`hold`: launch, place and destroy nothing (the store's history is not the one the agent knows).
-    `controllers`: URLs at which agents may reach the cloud's controllers now; empty: this teaches nothing."""
+    `controllers`: URLs at which agents may reach the cloud's controllers now; empty: this teaches nothing.
+    `settled`: as in `Reported`, of the report that rode along."""
 
     seen: Seen
     tag: str
@@ -111,6 +119,25 @@ class WantedState(model.Noun, frozen=True, kw_only=True):
     hold: bool = False
     questions: tuple[model.Question, ...] = ()  # open ones; one may be shown again until its answer was taken
     controllers: tuple[str, ...] = ()
+    settled: tuple[int, ...] = ()
+    takes_reports: bool = False
+
+
+_BESIDE = "."  # between the parts of a tag
+
+
+def tag(wanted: Iterable[Wanted], beside: Iterable[str]) -> str:
+    """Names a wanted state, `wanted` in order: a hash of the work, then the nonces of the open questions. Both sides
+    work it out; where they differ, as versions may, a poll is answered at once."""
+    text = "\n".join(f"{want.instance} {want.epoch} {want.verb}" for want in wanted)
+    work = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+    return _BESIDE.join((work, *beside))
+
+
+def untag(tag: str) -> tuple[str, tuple[str, ...]]:
+    """The parts of a tag: the work, and the questions."""
+    work, *beside = tag.split(_BESIDE)
+    return work, tuple(beside)
 
 
 class LaunchAsk(model.Noun, frozen=True, kw_only=True):

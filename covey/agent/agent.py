@@ -12,7 +12,7 @@ process, so nothing is global.
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -44,6 +44,7 @@ _POLL_GRACE_S = 5.0
 _LOOK_LEAST_S = 0.1
 _FACTS_S = 60.0
 _SETTLE_LOOK_S = 0.02
+_GATHER_S = 0.25  # a poll waits so long for the first that new work has to report: quick steps spare a message
 
 _log = observe.log("agent")
 
@@ -113,12 +114,15 @@ class Agent:
         self._found: look.Found = {}
         self._changed = asyncio.Event()
         self._tag = ""
+        self._wants: tuple[wire.Wanted, ...] = ()  # of the last answer, less the orders that are known to be done
+        self._has_work = False  # since the last poll
+        self._takes_reports = False  # the controller that answered last
         self._explicit = config.explicit
         self._joined_at = host.Place()
         self._moved = False  # since it joined: name or address
         self._trouble = ""
         self._suspected = False
-        self._outbox.on_settled = self._wake_worker
+        self._outbox.on_settled = self._settled
 
     def wake(self) -> None:
         """A VM may have changed by itself: the hypervisor's `Wake`."""
@@ -214,7 +218,7 @@ class Agent:
         self._explicit = self._moved = False
         self._joined_at = host.Place(facts.name, facts.ip)
         self._ip = facts.ip or self._ip
-        self._tag = ""
+        self._tag, self._wants = "", ()
         self._outbox.begin()
         self._images.from_registries(joined.registries)
         self._wake_all()
@@ -234,18 +238,30 @@ class Agent:
     async def _ask(self) -> None:
         """One long poll, and what follows from it."""
         standing = self.session
+        if self._has_work and self._takes_reports and not standing.hold:
+            await self._outbox.expected(_GATHER_S)
+        self._has_work = False
+        number = standing.count()
+        load = self._outbox.ride() if self._takes_reports and not standing.hold else reports.Load()
         ask = wire.Ask(
             seen=standing.seen,
-            messages=standing.count(),
-            tag=self._tag if not standing.hold else "",
+            messages=number,
+            tag=self._tag_after(load.items) if not standing.hold else "",
             wait_s=wire.POLL_LIMIT_S,
+            items=load.items,
+            word=load.word,
         )
         limit_s = wire.POLL_LIMIT_S + _POLL_GRACE_S
+        settled: tuple[int, ...] | None = None
         try:
             answer = await standing.call("wanted", wire.WantedState, ask, timeout_s=limit_s, parks=bool(ask.tag))
+            self._takes_reports = answer.takes_reports
+            settled = answer.settled if answer.takes_reports and not answer.hold else None
         except session.OnHold:
             await self._on_hold()
             return
+        finally:
+            self._outbox.rode(load, settled)
         standing.heartbeat_s = answer.heartbeat_s
         if answer.hold:
             await self._on_hold()
@@ -274,11 +290,32 @@ class Agent:
             await asyncio.sleep(min(self.session.heartbeat_s, adoption.PAUSE_S))
 
     def _apply(self, answer: wire.WantedState) -> None:
+        known = {(want.instance, want.epoch, want.verb) for want in self._wants}
         wants: dict[model.InstanceId, list[wire.Wanted]] = {}
         for want in answer.wanted:
             wants.setdefault(want.instance, []).append(want)
+            self._has_work = self._has_work or (want.instance, want.epoch, want.verb) not in known
+        self._wants = answer.wanted
         for instance in wants.keys() | self._workers.keys():
             self._worker(instance).told(tuple(wants.get(instance, ())), answer.seen)
+
+    def _tag_after(self, items: Iterable[wire.Item]) -> str:
+        """The tag of what is wanted once these were taken: an order is done when what it names is gone."""
+        gone = {item.instance: item.epoch for item in items if item.event is wire.ReportEvent.GONE}
+        rest = self._left(gone)
+        return self._tag if len(rest) == len(self._wants) else wire.tag(rest, wire.untag(self._tag)[1])
+
+    def _left(self, gone: Mapping[model.InstanceId, int]) -> tuple[wire.Wanted, ...]:
+        return tuple(want for want in self._wants if not _is_done(want, gone.get(want.instance, -1)))
+
+    def _settled(self, item: wire.Item) -> None:
+        """The cloud knows it. An order that it ends is done; if it is given again, that is news."""
+        key = (item.instance, item.epoch)
+        if item.event is wire.ReportEvent.GONE and item.event in self._outbox.said(key):
+            self._tag, self._wants = self._tag_after((item,)), self._left({item.instance: item.epoch})
+        one = self._workers.get(item.instance)
+        if one is not None:
+            one.settled(item)
 
     # ---- workers ---------------------------------------------------------------------------------------------------
 
@@ -373,6 +410,10 @@ class Agent:
             foreign_vms=len(self._found) - len(own),
             trouble=self._trouble or ("the disk is full" if free <= 0 else ""),
         )
+
+
+def _is_done(want: wire.Wanted, gone_epoch: int) -> bool:
+    return want.verb is wire.Verb.DESTROY and want.epoch <= gone_epoch
 
 
 def _complain_once(trouble: str, before: str) -> str:

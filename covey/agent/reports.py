@@ -5,11 +5,16 @@ it as settled, so a lost reply costs a repeat and nothing else. A new session sa
 then, and convergence draws the facts from the records. Progress is the exception: only the newest counts, at most one
 a second per VM. The node's word travels along when capacity changed, a few seconds after VMs did, or every 60 s. When
 nothing was sent for `heartbeat_s`, an empty report keeps the lease alive.
+
+A report rides along with the node's next poll where one is about to be sent: `expected` from when the poll is known to
+come, `ride` when it goes, `rode` when it was answered. The answer may take as long as a poll may wait. So what has not
+been settled for a second goes again, in a report of its own, which finds out whether the controller is there at all.
 """
 
 import asyncio
 from collections.abc import Callable, Container, Sequence
-from typing import Any
+from enum import StrEnum
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -26,9 +31,26 @@ _ITEMS = 100  # per report
 _BYTES = 2_000_000  # of output per report
 _RETRY_S = 0.25
 _RETRY_LIMIT_S = 2.0
+_RIDE_NS = 1_000_000_000  # a rider without an answer for so long is reported
+_RIDE_BYTES = 100_000  # of output along with a poll
 
 _log = observe.log("agent")
 Said = wire.ReportEvent
+
+
+class _News(StrEnum):
+    """What of the word the controllers do not know."""
+
+    NONE = "none"
+    VMS = "vms"  # nothing else: that VMs booted or are gone is reported for itself
+    ALL = "all"
+
+
+class Load(NamedTuple):
+    """What rides along with a poll."""
+
+    items: tuple[wire.Item, ...] = ()
+    word: model.Word | None = None
 
 
 class Outbox:
@@ -45,7 +67,13 @@ class Outbox:
         self._woken = asyncio.Event()
         self._last_word: model.Word | None = None
         self._word_ns = 0
-        self.on_settled: Callable[[model.InstanceId], None] = lambda _: None
+        self._doubted = True  # since the word was compared with the last one that was sent
+        self._news = _News.ALL
+        self._reporting = False  # a report is on its way
+        self._riders = Load()
+        self._rides_ns = 0  # since when
+        self._expected: asyncio.Future[None] | None = None  # a poll is about to go, and waits for something to carry
+        self.on_settled: Callable[[wire.Item], None] = lambda _: None
 
     def say(self, key: records.Key, event: Said, **fields: Any) -> None:
         """Queue one fact."""
@@ -56,6 +84,8 @@ class Outbox:
         self._sequence += 1
         self._items.append(wire.Item(instance=key[0], epoch=key[1], seq=self._sequence, event=event, **fields))
         self._woken.set()
+        if self._expected is not None and not self._expected.done():
+            self._expected.set_result(None)
 
     def progress(self, key: records.Key, fraction: float) -> None:
         """Say how far a preparation is, if that is news and not too soon."""
@@ -88,11 +118,53 @@ class Outbox:
         self._said.clear()
         self._progress.clear()
         self._last_word = None
+        self._riders = Load()
         self._woken.set()
 
     def changed(self) -> None:
         """VMs or capacity may have changed: see whether the word has."""
+        self._doubted = True
         self._woken.set()
+
+    # ---- along with a poll -----------------------------------------------------------------------------------------
+
+    async def expected(self, limit_s: float) -> None:
+        """A poll goes as soon as there is something to say, or after `limit_s`: until then nothing else is sent."""
+        if self._items:
+            return
+        loop = asyncio.get_running_loop()
+        self._expected = ready = loop.create_future()
+        timer = loop.call_later(limit_s, _ring, ready)
+        try:
+            await ready
+        finally:
+            timer.cancel()
+            self._expected = None
+            self._woken.set()
+
+    def ride(self) -> Load:
+        """What goes along with a poll that is sent now; `rode` must follow. Nothing while a report is on its way."""
+        if self._reporting:
+            return Load()
+        word = self._due_word()
+        if word is not None:
+            word = msgspec.structs.replace(word, messages=self._session.messages)
+        self._riders = Load(tuple(self._batch(_RIDE_BYTES)), word)
+        self._rides_ns = self._clock.boot_ns()
+        return self._riders
+
+    def rode(self, load: Load, settled: Sequence[int] | None = None) -> None:
+        """The poll was answered; without `settled` it was not, or the controller does not take reports so."""
+        if self._riders is load:
+            self._riders = Load()
+        if settled is None:
+            self._woken.set()  # to be reported
+            return
+        if load.word is not None:
+            self._told(load.word)
+        self._settle(load.items, settled)
+
+    # ---- by themselves ---------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Send what there is, for ever."""
@@ -120,8 +192,8 @@ class Outbox:
     async def _turn(self) -> bool:
         """Wait until something is to be sent, and send it. False when something remained unsettled."""
         self._woken.clear()
-        word = self._due_word()
-        if not self._items and word is None:
+        word = None if self._expected is not None or self._riders.word is not None else self._due_word()
+        if not self._is_due() and word is None:
             silent_s = (self._clock.boot_ns() - self._session.sent_ns) / 1e9
             if silent_s < self._session.heartbeat_s:
                 try:
@@ -133,51 +205,89 @@ class Outbox:
         return await self._send(self._batch(), word)
 
     def _pause_s(self, silent_s: float) -> float:
-        """Until the next heartbeat, or until a word that was held back may be sent."""
+        """Until the next heartbeat, until a word that was held back may be sent, or until riders are overdue."""
         until_s = self._session.heartbeat_s - silent_s
-        return min(until_s, _WORD_LEAST_NS / 1e9) if self._stale_word() else until_s
+        if self._expected is not None:
+            return until_s
+        now_ns = self._clock.boot_ns()
+        if self._items and self._riders.items:
+            until_s = min(until_s, (self._rides_ns + _RIDE_NS - now_ns) / 1e9)
+        if self._riders.word is None and (self._doubted or self._news is not _News.NONE):
+            least_ns = _WORD_LEAST_NS if self._doubted or self._news is _News.ALL else _WORD_VMS_NS
+            until_s = min(until_s, (self._word_ns + least_ns - now_ns) / 1e9)
+        return max(until_s, 0.0)
+
+    def _is_due(self) -> bool:
+        """Whether there are items to be sent now: in their order, so with the riders that are not settled yet."""
+        if not self._items or self._expected is not None:
+            return False
+        if not self._riders.items or self._items[-1] is not self._riders.items[-1]:
+            return True
+        return self._clock.boot_ns() - self._rides_ns >= _RIDE_NS
 
     async def _send(self, batch: Sequence[wire.Item], word: model.Word | None) -> bool:
         number = self._session.count()
         if word is not None:
             word = msgspec.structs.replace(word, messages=number)
         report = wire.Report(seen=self._session.seen, messages=number, items=tuple(batch), word=word)
-        answer = await self._session.call("report", wire.Reported, report)
+        self._reporting = True
+        try:
+            answer = await self._session.call("report", wire.Reported, report)
+        finally:
+            self._reporting = False
         self._session.learn(answer.seen)
         if word is not None:
-            self._last_word, self._word_ns = heartbeat.figureless(word), self._clock.boot_ns()
-        settled = [batch[index] for index in answer.settled if 0 <= index < len(batch)]
-        done = {id(item) for item in settled}
-        self._items = [item for item in self._items if id(item) not in done]
-        for instance in {item.instance for item in settled}:
-            self.on_settled(instance)
-        return len(settled) == len(batch)
+            self._told(word)
+        return self._settle(batch, answer.settled) == len(batch)
 
-    def _batch(self) -> list[wire.Item]:
+    def _told(self, word: model.Word) -> None:
+        self._last_word, self._word_ns = heartbeat.figureless(word), self._clock.boot_ns()
+        self._doubted = True
+
+    def _settle(self, batch: Sequence[wire.Item], indexes: Sequence[int]) -> int:
+        """These items need not be said again; how many."""
+        done = {id(batch[index]) for index in indexes if 0 <= index < len(batch)}
+        settled = [item for item in self._items if id(item) in done]  # not those that another call has settled
+        self._items = [item for item in self._items if id(item) not in done]
+        for item in settled:
+            self.on_settled(item)
+        return len(done)
+
+    def _batch(self, limit_bytes: int = _BYTES) -> list[wire.Item]:
         """The oldest items that fit one report, in their order."""
         batch: list[wire.Item] = []
         size = 0
         for item in self._items[:_ITEMS]:
             size += len(item.stdout) + len(item.stderr)
-            if batch and size > _BYTES:
+            if size > limit_bytes and (batch or limit_bytes < _BYTES):
                 break
             batch.append(item)
         return batch
 
-    def _stale_word(self) -> bool:
-        return self._last_word is None or heartbeat.figureless(self._word()) != self._last_word
-
     def _due_word(self) -> model.Word | None:
         """The node's word, when it is news or 60 s old."""
         age_ns = self._clock.boot_ns() - self._word_ns
-        if self._last_word is not None and age_ns < _WORD_LEAST_NS:
-            return None
         if self._last_word is None or age_ns >= _WORD_NS:
             return self._word()
+        if age_ns < _WORD_LEAST_NS or not self._is_due_after(age_ns):
+            return None
         word = self._word()
-        told, news = self._last_word, heartbeat.figureless(word)
-        soon = news.vms == told.vms or age_ns >= _WORD_VMS_NS
-        return word if news != told and (soon or _vmless(news) != _vmless(told)) else None
+        self._compare(word)
+        return word if self._is_due_after(age_ns) else None
+
+    def _is_due_after(self, age_ns: int) -> bool:
+        """Whether what is news may be told when the last word is so old. To see what is news costs a whole word."""
+        if self._doubted:
+            self._compare(self._word())
+        return self._news is _News.ALL or (self._news is _News.VMS and age_ns >= _WORD_VMS_NS)
+
+    def _compare(self, word: model.Word) -> None:
+        told, new = self._last_word, heartbeat.figureless(word)
+        self._doubted = False
+        if told is None or _vmless(new) != _vmless(told):
+            self._news = _News.ALL
+        else:
+            self._news = _News.NONE if new == told else _News.VMS
 
 
 def _overtaken(item: wire.Item, key: records.Key) -> bool:
@@ -186,3 +296,8 @@ def _overtaken(item: wire.Item, key: records.Key) -> bool:
 
 def _vmless(word: model.Word) -> model.Word:
     return msgspec.structs.replace(word, vms=())
+
+
+def _ring(bell: "asyncio.Future[None]") -> None:
+    if not bell.done():
+        bell.set_result(None)

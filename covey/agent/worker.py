@@ -55,6 +55,15 @@ class Worker:
                 self._bury(want, want.decision)
         self.wake()
 
+    def settled(self, item: wire.Item) -> None:
+        """The cloud knows it. An order to destroy what is gone is done, unless it was given anew since."""
+        if item.event is Said.GONE and Said.GONE in self._parts.outbox.said((self.instance, item.epoch)):
+            self._wants = tuple(
+                want for want in self._wants if want.verb is not wire.Verb.DESTROY or want.epoch > item.epoch
+            )
+        if not self._wants:
+            self.wake()
+
     def wake(self) -> None:
         """Something about the instance may have changed."""
         self._woken.set()

@@ -38,6 +38,7 @@ from covey.client import balance, plain
 
 T = TypeVar("T")
 
+_envelopes = msgspec.json.Decoder(wire.Envelope)
 _LOOK_LIMIT_S = 2.0
 _BROKEN_S = 0.5  # a connection that breaks so soon may have been an old one that the server had closed
 _BYTES_PER_S = 1e6  # a line this slow is no reason for a second copy
@@ -94,8 +95,7 @@ class Sockets:
         if not self._lines.takes(url, path, headers):
             return await self._send(url, method, path, data, headers, timeout_s)
         try:
-            async with asyncio.timeout(timeout_s):
-                return Reply(*await self._lines.send(url, method, path, data, headers))
+            return Reply(*await self._lines.send(url, method, path, data, headers, timeout_s))
         except plain.Unreachable as error:
             if isinstance(error.__cause__, TimeoutError):
                 raise NotSent(f"cannot connect within {self._connect_s:g} s") from error
@@ -277,11 +277,8 @@ class Endpoints:
     ) -> T:
         """One call of an enveloped API: the typed body. FAIL at 200 raises Refused (`Not found`: NotFound) with the
         server's message; any other status raises RemoteError carrying it."""
-        return (
-            await self.ask_page(
-                method, path, kind, body, repeatable=repeatable, parks=parks, timeout_s=timeout_s, headers=headers
-            )
-        )[0]
+        reply, busy_s = await self._patiently(method, path, body, repeatable, parks, timeout_s, headers)
+        return _opened(reply, f"{method} {path}", kind, busy_s)
 
     async def ask_page(
         self,
@@ -296,20 +293,38 @@ class Endpoints:
         headers: Mapping[str, str] = {},
     ) -> tuple[T, str]:
         """As `ask`, and the cursor to the next page; "" when none follows."""
+        reply, busy_s = await self._patiently(method, path, body, repeatable, parks, timeout_s, headers)
+        cursor = next((text for name, text in reply.headers.items() if name.lower() == wire.CURSOR_HEADER), "")
+        return _opened(reply, f"{method} {path}", kind, busy_s), cursor
+
+    async def _patiently(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        repeatable: bool | None,
+        parks: bool,
+        timeout_s: float | None,
+        headers: Mapping[str, str],
+    ) -> tuple[Reply, float]:
+        """The answer of an enveloped API, and for how long all servers asked to be left alone."""
         until_s = _now() + self._patience_s
         data = None if body is None else msgspec.json.encode(body)
         while True:
             busy_s = self._balance.busy_for_s(_now())
-            if busy_s > 0 and _now() + busy_s > until_s:
-                text = f"busy; asked to be left alone for {busy_s:.1f} s: {', '.join(self.urls)}"
-                raise errors.RemoteError(text, 503, retry_after_s=busy_s)
-            await asyncio.sleep(busy_s)
-            call = self._ask(method, path, data, repeatable, parks, timeout_s, headers, enveloped=True)
-            reply = await _Race(self, call).run()
+            if busy_s > 0:
+                if _now() + busy_s > until_s:
+                    text = f"busy; asked to be left alone for {busy_s:.1f} s: {', '.join(self.urls)}"
+                    raise errors.RemoteError(text, 503, retry_after_s=busy_s)
+                await asyncio.sleep(busy_s)
+            reply = await _Race(
+                self, self._ask(method, path, data, repeatable, parks, timeout_s, headers, enveloped=True)
+            ).run()
+            if reply.status != 503:
+                return reply, 0.0
             busy_s = self._balance.busy_for_s(_now())
-            if reply.status != 503 or busy_s == 0 or _now() + busy_s > until_s:
-                cursor = next((text for name, text in reply.headers.items() if name.lower() == wire.CURSOR_HEADER), "")
-                return _opened(reply, f"{method} {path}", kind, busy_s), cursor
+            if busy_s == 0 or _now() + busy_s > until_s:
+                return reply, busy_s
 
     async def send(
         self,
@@ -378,6 +393,8 @@ class _Race:
         self._unwilling: list[Reply] = []  # 503
         self._strange: Reply | None = None  # of a server that is none of ours
         self._may_copy = ask.repeatable and not ask.parks
+        self._loop = asyncio.get_running_loop()
+        self._bell: asyncio.Future[None] | None = None  # rung when one of those that run is done, or late
 
     async def run(self) -> Reply:
         """The first good answer. Raises RemoteError."""
@@ -388,9 +405,8 @@ class _Race:
                     if not url:
                         return self._no_answer()
                     self._begin(url)
-                done, _ = await asyncio.wait(
-                    self._running, timeout=self._copy_after_s(), return_when=asyncio.FIRST_COMPLETED
-                )
+                await self._until_some_is_done()
+                done = [task for task in self._running if task.done()]
                 if not done:
                     self._copy()
                 for task in done:
@@ -398,23 +414,43 @@ class _Race:
                     if reply is not None:
                         return reply
         finally:
-            for task in self._running:
-                task.cancel()
-            await asyncio.gather(*self._running, return_exceptions=True)
+            if self._running:
+                for task in self._running:
+                    task.cancel()
+                await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def _until_some_is_done(self) -> None:
+        """Or until it is time for a second copy. As `asyncio.wait`, which costs a small call more than all the rest."""
+        if any(task.done() for task in self._running):
+            return
+        bell = self._bell = self._loop.create_future()
+        late_s = self._copy_after_s()
+        timer = None if late_s is None else self._loop.call_later(late_s, self._ring)
+        try:
+            await bell
+        finally:
+            self._bell = None
+            if timer is not None:
+                timer.cancel()
+
+    def _ring(self, _: object = None) -> None:
+        if self._bell is not None and not self._bell.done():
+            self._bell.set_result(None)
 
     def _begin(self, url: str) -> None:
         ask, owner = self._ask, self._owner
         self._tried.append(url)
         sending = owner._exchange.send(url, ask.method, ask.path, ask.data, ask.headers, ask.limit_s)
-        task = asyncio.ensure_future(sending)
-        self._running[task] = _Attempt(url, _now())
+        task = self._loop.create_task(sending)
+        task.add_done_callback(self._ring)
+        self._running[task] = _Attempt(url, self._loop.time())
         if ask.parks:
             owner._parked[task] = url
             task.add_done_callback(owner._parked.pop)
 
     def _next(self) -> str:
         """Where to try now; "" when everything was tried."""
-        for url in self._balance.order(_now()):
+        for url in self._balance.order(self._loop.time()):
             if url not in self._tried:
                 return url
         url, self._again = self._again, ""
@@ -428,11 +464,11 @@ class _Race:
             return None
         newest = max(self._running.values(), key=lambda attempt: attempt.began_s)
         late_s = self._balance.late_after_s(newest.url) + len(self._ask.data or b"") / _BYTES_PER_S
-        return max(0.0, newest.began_s + late_s - _now())
+        return max(0.0, newest.began_s + late_s - self._loop.time())
 
     def _spare(self) -> str:
         """A server that is well and was not asked yet; "" when there is none."""
-        order = self._balance.order(_now())
+        order = self._balance.order(self._loop.time())
         return next((url for url in order if url not in self._tried and self._balance.well(url)), "")
 
     def _copy(self) -> None:
@@ -446,7 +482,7 @@ class _Race:
 
     def _outcome(self, task: asyncio.Task[Reply], attempt: _Attempt) -> Reply | None:
         """The answer, or None when another server is to be asked. Raises RemoteError when that may not be."""
-        url, took_s = attempt.url, _now() - attempt.began_s
+        url, took_s = attempt.url, self._loop.time() - attempt.began_s
         if task.cancelled():  # by `mark_bad`
             self._failures.append(f"{url}: given up, because another call to it failed")
             return None
@@ -462,7 +498,7 @@ class _Race:
             self._lost(url, f"HTTP {reply.status}", took_s)
             return None
         if reply.status == 503:
-            self._balance.busy(url, _now(), _retry_after_s(reply.headers))
+            self._balance.busy(url, self._loop.time(), _retry_after_s(reply.headers))
             self._failures.append(f"{url}: not ready (503)")
             self._unwilling.append(reply)
             return None
@@ -470,7 +506,7 @@ class _Race:
             self._strange = reply
             self._missed(url, f"HTTP {reply.status}: no such API there")
             return None
-        self._balance.answered(url, _now(), None if self._ask.parks else took_s)
+        self._balance.answered(url, self._loop.time(), None if self._ask.parks else took_s)
         self._pass_by(took_s)
         return reply
 
@@ -495,7 +531,7 @@ class _Race:
     def _pass_by(self, took_s: float) -> None:
         """Those that still owe the answer which another one gave much sooner are not well."""
         for attempt in self._running.values():
-            if _now() - attempt.began_s > 2 * took_s + balance.LATE_S / 2:
+            if self._loop.time() - attempt.began_s > 2 * took_s + balance.LATE_S / 2:
                 self._owner.mark_bad(attempt.url)
 
     def _no_answer(self) -> Reply:
@@ -510,7 +546,7 @@ class _Race:
 def _opened(reply: Reply, what: str, kind: type[T], busy_s: float) -> T:
     """What is in the envelope, typed."""
     try:
-        envelope = msgspec.json.decode(reply.body, type=wire.Envelope)
+        envelope = _envelopes.decode(reply.body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise errors.RemoteError(f"{what}: HTTP {reply.status} without the API's envelope", reply.status) from error
     if reply.status != 200:

@@ -63,23 +63,27 @@ class Lines:
         plain = path.isascii() and path.isprintable() and " " not in path
         return plain and self._places[url] is not None and all(map(_is_plain, headers.values()))
 
-    async def send(self, url: str, method: str, path: str, data: bytes | None, headers: Mapping[str, str]) -> Answer:
-        """The answer. For what it `takes`. Raises Unreachable or Broken; cancelling gives the connection up."""
+    async def send(
+        self, url: str, method: str, path: str, data: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> Answer:
+        """The answer. For what it `takes`. Raises Unreachable, Broken, or TimeoutError when there is none in time;
+        cancelling gives the connection up."""
+        until_s = time.monotonic() + timeout_s
         place = cast(Place, self._places[url])
         lines = [f"{method} {place.prefix}{path} HTTP/1.1", f"Host: {place.name}", "User-Agent: covey", "Accept: */*"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         if data is not None or method not in ("GET", "HEAD", "DELETE"):
             lines.append(f"Content-Length: {len(data or b'')}")
         request = "\r\n".join(lines).encode() + b"\r\n\r\n" + (data or b"")
-        line = await self._line(place)
+        line = self._kept(place) or await self._new(place, timeout_s)
         try:
-            answer = await line.ask(request, method == "HEAD")
+            answer = await line.ask(request, method == "HEAD", until_s - time.monotonic())
         except BaseException:
             line.close()
             raise
         if line.reusable:
             line.used_s = time.monotonic()
-            self._free[place].append(line)
+            self._free.setdefault(place, deque()).append(line)
         else:
             line.close()
         return answer
@@ -90,16 +94,20 @@ class Lines:
         await asyncio.sleep(0)  # transports end in the loop's next round
         self._free.clear()
 
-    async def _line(self, place: Place) -> "_Line":
-        free = self._free.setdefault(place, deque())
+    def _kept(self, place: Place) -> "_Line | None":
+        """A connection that is there already."""
+        free = self._free.get(place)
         horizon_s = time.monotonic() - IDLE_S
         while free:
             line = free.pop()
             if line.reusable and line.used_s > horizon_s:
                 return line
             line.close()
+        return None
+
+    async def _new(self, place: Place, limit_s: float) -> "_Line":
         try:
-            async with asyncio.timeout(self._connect_s):
+            async with asyncio.timeout(min(self._connect_s, limit_s)):
                 return await self._connect(place)
         except (TimeoutError, OSError) as error:
             raise Unreachable from error
@@ -130,13 +138,15 @@ class _Line(base_protocol.BaseProtocol):
         self._parser: aiohttp_http.HttpResponseParser | None = None
         self._answer: tuple[aiohttp_http.RawResponseMessage, streams.StreamReader] | None = None
         self._keeps = True
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def reusable(self) -> bool:
         return self._keeps and self.transport is not None and not self.transport.is_closing()
 
-    def ask(self, request: bytes, bodiless: bool) -> "asyncio.Future[Answer]":
+    def ask(self, request: bytes, bodiless: bool, limit_s: float) -> "asyncio.Future[Answer]":
         self._waiting = self._loop.create_future()
+        self._timer = self._loop.call_later(max(limit_s, 0.0), self._late)  # much cheaper than asyncio.timeout
         self._answer = None
         self._parser = aiohttp_http.HttpResponseParser(
             self,
@@ -154,8 +164,18 @@ class _Line(base_protocol.BaseProtocol):
 
     def close(self) -> None:
         self._keeps = False
+        self._untime()
         if self.transport is not None:
             self.transport.abort()
+
+    def _late(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_exception(TimeoutError())
+
+    def _untime(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     # ---- what the event loop tells ---------------------------------------------------------------------------------
 
@@ -203,6 +223,7 @@ class _Line(base_protocol.BaseProtocol):
         message, body = self._answer
         if body.exception() is not None:
             return False
+        self._untime()
         self._waiting.set_result(Answer(message.code, message.headers, body.read_nowait()))
         return True
 

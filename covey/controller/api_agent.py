@@ -4,7 +4,8 @@ Every call but `join` names its session and is answered from a view at least as 
 S22). A session that is not the newest gets 409, one of a removed node 410, and 503 means: ask another controller,
 nothing was decided. Each message renews the node's lease once (safety S8); when this controller is not ready it renews
 none. A poll parks for at most a third of the lease's life, and is answered at once when what the node shall do may have
-changed, when the controller goes down, and when it turns red (safety S25).
+changed, when the controller goes down, and when it turns red (safety S25). A report may ride along with a poll: it is
+taken before the poll parks, and settled by its answer.
 """
 
 import asyncio
@@ -86,7 +87,9 @@ class AgentApi:
     def routes(self) -> Sequence[serve.Route]:
         return [
             serve.Route("POST", "/agent/v1/join", self.join),
-            serve.Route("POST", "/agent/v1/wanted", self.wanted, time_limit_s=None),
+            serve.Route(
+                "POST", "/agent/v1/wanted", self.wanted, time_limit_s=None, body_limit_bytes=_REPORT_LIMIT_BYTES
+            ),
             serve.Route("POST", "/agent/v1/launch", self.launch),
             serve.Route("POST", "/agent/v1/report", self.report, body_limit_bytes=_REPORT_LIMIT_BYTES),
             serve.Route("POST", "/agent/v1/answer", self.answer),
@@ -156,6 +159,12 @@ class AgentApi:
         caller, snapshot, hold = await self._caller(call, ask.seen, arrived_ns)
         lease = await self._renew(caller)
         until_ns = arrived_ns + int(min(max(ask.wait_s, 0.0), wire.POLL_LIMIT_S) * 1e9)
+        settled: tuple[int, ...] = ()
+        if not hold and (ask.items or ask.word is not None):
+            settled, written = await self._take(call, caller, snapshot, ask)
+            if written > snapshot.revision:  # the tag is of what the node shall do after that
+                await self._mirror.seen_at(written)
+                snapshot = self._newer(snapshot)
         wants = wanted.for_node(snapshot, caller.node)
         while not hold and not wants.news_for(ask.tag) and self._writer.world.boot_ns() < until_ns:
             if call.draining.is_set():  # what is short is still served; who waits shall wait elsewhere
@@ -177,6 +186,8 @@ class AgentApi:
             hold=bool(hold),
             questions=wants.questions,
             controllers=tuple(sorted(one.noun.url for one in snapshot.controllers() if one.noun.url)),
+            settled=settled,
+            takes_reports=True,
         )
 
     async def _park(self, call: serve.Call, node: model.NodeId, revision: int, until_ns: int) -> bool:
@@ -265,8 +276,16 @@ class AgentApi:
         if hold:
             raise answer.Fault(409, f"hold: {hold}")
         lease = await self._renew(caller)
+        settled, _ = await self._take(call, caller, snapshot, report)
+        return wire.Reported(lease=lease, seen=snapshot.seen, settled=settled)
+
+    async def _take(
+        self, call: serve.Call, caller: _Caller, snapshot: view.Snapshot, told: wire.Report | wire.Ask
+    ) -> tuple[tuple[int, ...], int]:
+        """What is settled of a report, and the revision of what was written for it (0: nothing)."""
         settled: list[int] = []
-        for start, piece in _pieces(report.items):
+        written = 0
+        for start, piece in _pieces(told.items):
             call.still_fresh()
             applied = await commit_reports.report(
                 self._writer, snapshot, caller.node, caller.session, piece, call.until_ns
@@ -274,9 +293,10 @@ class AgentApi:
             if isinstance(applied, commit_reports.StaleSession):
                 raise answer.Fault(409, _STALE)
             settled += [start + index for index in applied.settled]
-        if report.word is not None:
-            await self._say(caller, snapshot, _without_gone(report.word, report.items), report.messages)
-        return wire.Reported(lease=lease, seen=snapshot.seen, settled=tuple(settled))
+            written = max(written, applied.revision)
+        if told.word is not None:
+            await self._say(caller, snapshot, _without_gone(told.word, told.items), told.messages)
+        return tuple(settled), written
 
     async def _say(self, caller: _Caller, snapshot: view.Snapshot, word: model.Word, messages: int) -> None:
         """The node's last word, in its own name only. A lost one comes again within the minute."""

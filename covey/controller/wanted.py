@@ -8,14 +8,12 @@ An answer carries no verb for a VM that nobody wants: silence is never an order.
 (safety S11) and gets an order of its own when its time is ripe.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from covey import model, wire
 from covey.store import view
 
-_BESIDE = "."  # between the parts of a tag
 State = model.State
 Verb = wire.Verb
 
@@ -41,9 +39,11 @@ class NodeWants(NamedTuple):
     def news_for(self, tag: str) -> bool:
         """Whether somebody who was answered with `tag` does not know all of this. That a question is open no longer is
         no news."""
-        work, _, known = tag.partition(_BESIDE)
-        mine, _, _ = self.tag.partition(_BESIDE)
-        return work != mine or not {question.nonce for question in self.questions} <= set(known.split(_BESIDE))
+        if tag == self.tag:
+            return False
+        work, known = wire.untag(tag)
+        mine, open_ = wire.untag(self.tag)
+        return work != mine or not set(open_) <= set(known)
 
 
 def for_node(snapshot: view.Snapshot, node: str) -> NodeWants:
@@ -59,7 +59,7 @@ def for_node(snapshot: view.Snapshot, node: str) -> NodeWants:
             wants[claim.instance, claim.epoch] = _want(kept.noun, verb)
     wanted = tuple(wants[key] for key in sorted(wants))
     questions = tuple(sorted((kept.noun for kept in snapshot.questions_to(node)), key=lambda noun: noun.nonce))
-    return NodeWants(wanted, _tag(wanted, questions), questions)
+    return NodeWants(wanted, wire.tag(wanted, (question.nonce for question in questions)), questions)
 
 
 def _orders(snapshot: view.Snapshot, node: str) -> Iterable[wire.Wanted]:
@@ -95,10 +95,3 @@ def _want(instance: model.Instance, verb: Verb) -> wire.Wanted:
         spec=instance.spec,
         acknowledged=instance.acknowledged,
     )
-
-
-def _tag(wanted: tuple[wire.Wanted, ...], questions: tuple[model.Question, ...]) -> str:
-    """A hash of the work, then the nonces of the open questions."""
-    text = "\n".join(f"{want.instance} {want.epoch} {want.verb}" for want in wanted)
-    work = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-    return _BESIDE.join((work, *(question.nonce for question in questions)))

@@ -26,9 +26,10 @@ _TEXT = 4096  # characters kept of a message or fault: the instance is one small
 
 
 class Applied(NamedTuple):
-    """`settled`: indexes of the items that need not be sent again."""
+    """`settled`: indexes of the items that need not be sent again. `revision` of the last write; 0: none was needed."""
 
     settled: tuple[int, ...]
+    revision: int = 0
 
 
 class StaleSession(NamedTuple):
@@ -49,6 +50,7 @@ async def report(
     REFUSED makes the instance wait again and orders the node to clean up. Output goes to keys of its own (S26).
     The snapshot may be older than what the items speak of: an answer is proved, if not by what is written.
     """
+    revision = 0
     for start in range(0, len(items), _ITEMS):
         part = items[start : start + _ITEMS]
 
@@ -62,12 +64,14 @@ async def report(
             for item in part:
                 page.take(item)
             ops = page.ops()
-            return commit.Write(ops, lambda _: Applied(())) if ops else Applied(())
+            applied: commit.Write[Applied | StaleSession] = commit.Write(ops, lambda at: Applied((), at))
+            return applied if ops else Applied(())
 
-        answer = await writer.run(snapshot, rule, until_ns=until_ns, sure=True)
+        answer: Applied | StaleSession = await writer.run(snapshot, rule, until_ns=until_ns, sure=True)
         if isinstance(answer, StaleSession):
             return answer
-    return Applied(tuple(range(len(items))))
+        revision = max(revision, answer.revision)
+    return Applied(tuple(range(len(items))), revision)
 
 
 class _Page:

@@ -8,7 +8,7 @@ a path to the HTTP status its calls get.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 from aiohttp import web
@@ -41,6 +41,8 @@ class Controller:
         self.items: list[wire.Item] = []
         self.words: list[model.Word] = []
         self.reports: list[wire.Report] = []
+        self.takes_reports = True  # False: as an older version, which does not look at what rides along with a poll
+        self.polls: list[wire.Ask] = []
         self.joins: list[wire.Join] = []
         self.questions: list[model.Question] = []  # shown until they are answered
         self.answers: list[wire.Answer] = []
@@ -172,6 +174,9 @@ class Controller:
     async def _wanted(self, body: bytes) -> wire.WantedState:
         ask = msgspec.json.decode(body, type=wire.Ask)
         self.messages.append(ask.messages)
+        self.polls.append(ask)
+        if self.takes_reports:
+            self._take(ask.items, ask.word)
         until = time.monotonic() + ask.wait_s
         while self._tag() == ask.tag and not self.hold and time.monotonic() < until:
             with contextlib.suppress(TimeoutError):
@@ -186,6 +191,8 @@ class Controller:
             hold=self.hold,
             questions=tuple(self.questions),
             controllers=self.controllers,
+            settled=tuple(range(len(ask.items))) if self.takes_reports else (),
+            takes_reports=self.takes_reports,
         )
 
     async def _answer(self, body: bytes) -> wire.Answered:
@@ -223,7 +230,11 @@ class Controller:
         report = msgspec.json.decode(body, type=wire.Report)
         self.reports.append(report)
         self.messages.append(report.messages)
-        for item in report.items:
+        self._take(report.items, report.word)
+        return wire.Reported(lease=self._lease(), seen=self._seen(), settled=tuple(range(len(report.items))))
+
+    def _take(self, items: Sequence[wire.Item], word: model.Word | None) -> None:
+        for item in items:
             number = (self.counter, item.instance, item.epoch, item.seq)
             if number not in self._numbers:
                 self._numbers.add(number)
@@ -235,16 +246,14 @@ class Controller:
                     if key[0] != item.instance or key[1] > item.epoch or want.verb is not wire.Verb.DESTROY
                 }
                 self.changed()
-        if report.word is not None:
-            self.words.append(report.word)
-        return wire.Reported(lease=self._lease(), seen=self._seen(), settled=tuple(range(len(report.items))))
+        if word is not None:
+            self.words.append(word)
 
     def _with_launch(self, want: wire.Wanted) -> wire.Wanted:
         return msgspec.structs.replace(want, launched=(want.instance, want.epoch) in self.granted)
 
     def _tag(self) -> str:
-        work = tuple(sorted((key, want.verb) for key, want in self.wants.items()))
-        return str(hash((work, tuple(question.nonce for question in self.questions))))
+        return wire.tag((want for _, want in sorted(self.wants.items())), (one.nonce for one in self.questions))
 
     def _seen(self) -> wire.Seen:
         return wire.Seen(history=self.history, revision=self.revision)

@@ -51,6 +51,62 @@ async def test_a_vm_starts_and_ends(cloud: fake.Controller, make_node: MakeNode)
     assert [ask.instance for ask in cloud.launches] == [vm]
 
 
+async def test_what_quick_steps_come_to_rides_along_with_the_next_poll(
+    cloud: fake.Controller, make_node: MakeNode
+) -> None:
+    """Two polls and a launch are all that a VM without a boot time costs."""
+    cloud.heartbeat_s = 60
+    node, vm = make_node(), name()
+    await node.start()
+    await fake.until(lambda: cloud.words, "the node has said how it is")
+    await started(cloud, vm)
+    cloud.want(DESTROY, vm)
+    await fake.until(lambda: Said.GONE in cloud.said(vm), "gone")
+    riders = [item.event for poll in cloud.polls for item in poll.items]
+    reported = [item.event for report in cloud.reports for item in report.items]
+    assert (riders, reported) == ([Said.BOOTED, Said.GONE], [])
+    assert cloud.polls[-1].tag == wire.tag((), ()), "its end is no news to who tells of it"
+
+
+async def test_a_rider_without_an_answer_is_reported_after_a_second(
+    cloud: fake.Controller, make_node: MakeNode
+) -> None:
+    """A poll may wait for long, and nobody knows whether its controller still lives."""
+    cloud.heartbeat_s = 60
+    node, vm = make_node(), name()
+    await node.start()
+    await fake.until(lambda: cloud.words, "the node has said how it is")
+    await started(cloud, vm)
+    await fake.until(lambda: any(report.items for report in cloud.reports), "reported")
+    sent = [(item.event, item.seq) for poll in cloud.polls for item in poll.items]
+    sent += [(item.event, item.seq) for report in cloud.reports for item in report.items]
+    assert sent == 2 * [(Said.BOOTED, cloud.item(vm, Said.BOOTED).seq)], "the same fact, which counts once"
+
+
+async def test_a_controller_that_takes_no_riders_gets_reports(cloud: fake.Controller, make_node: MakeNode) -> None:
+    """Version 0.2.0; also one that answers between newer ones."""
+    node, vms = make_node(), [name() for _ in range(3)]
+    await node.start()
+    for takes, vm in zip((True, False, True), vms, strict=True):
+        cloud.takes_reports = takes
+        await started(cloud, vm)
+        cloud.want(DESTROY, vm)
+        await fake.until(lambda vm=vm: Said.GONE in cloud.said(vm), "gone")  # type: ignore[misc]
+    assert not await node.phases()
+
+
+async def test_an_order_given_again_after_its_end_was_told_is_told_again(
+    cloud: fake.Controller, make_node: MakeNode
+) -> None:
+    """Promise I3: the cloud believes in a claim again, by a word that was older than the end."""
+    node, vm = make_node(), name()
+    await node.start()
+    await started(cloud, vm)
+    for times in range(1, 4):
+        cloud.want(DESTROY, vm)
+        await fake.until(lambda times=times: cloud.said(vm).count(Said.GONE) >= times, "gone")  # type: ignore[misc]
+
+
 async def test_a_host_that_cannot_prepare_says_so_at_once(
     cloud: fake.Controller, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,14 +345,16 @@ async def test_a_lost_launch_answer_is_asked_again_with_the_same_nonce(
     assert len({ask.nonce for ask in cloud.launches}) == 1
 
 
+@pytest.mark.parametrize("rides", [False, True])
 async def test_a_lost_report_answer_is_sent_again_with_the_same_number(
-    cloud: fake.Controller, make_node: MakeNode
+    cloud: fake.Controller, make_node: MakeNode, rides: bool
 ) -> None:
     """Safety S3."""
     node, vm = make_node(), name()
+    cloud.takes_reports = rides
     await node.start()
     await fake.until(lambda: cloud.words, "the first word")
-    cloud.lose.append("report")
+    cloud.before_launch_answer = lambda: cloud.lose.append("wanted" if rides else "report")
     await started(cloud, vm)
     cloud.want(DESTROY, vm)
     await fake.until(lambda: Said.GONE in cloud.said(vm), "gone")

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import time
+from typing import Any
 
 import msgspec
 import pytest
@@ -22,6 +23,13 @@ async def status_of(agent: cloud.Agent, verb: str = "wanted") -> tuple[int, str]
     }
     status, envelope = await agent.call(verb, bodies[verb])
     return status, envelope["message"]
+
+
+async def becomes(house: cloud.Cloud, id: str, state: str) -> None:
+    async def has_become() -> bool:
+        return await house.api.state(id) == state
+
+    await cloud.until(has_become)
 
 
 # ---- sessions (safety S7)
@@ -184,6 +192,32 @@ async def test_a_poll_without_news_ends_when_it_asked_to(house: cloud.Cloud) -> 
     second = await agent.wanted(wait_s=0.5)
     assert 0.4 < time.monotonic() - started < 8
     assert first.tag == second.tag
+
+
+async def test_a_report_rides_along_with_a_poll(house: cloud.Cloud) -> None:
+    """It is taken before the poll parks, and what it ends is no news to who sent it."""
+    agent = cloud.Agent(house.api)
+    await agent.join()
+    [id] = await house.api.start()
+    want = await agent.work(wire.Verb.RUN)
+    await agent.launch(want)
+
+    def riding(item: wire.Item, tag: str) -> "asyncio.Task[tuple[int, dict[str, Any]]]":
+        ask = wire.Ask(seen=agent.seen, messages=agent.messages, tag=tag, wait_s=10, items=(item,))
+        return asyncio.create_task(agent.call("wanted", ask))
+
+    parked = riding(agent.item(want, Event.BOOTED, vm=cloud.vm_info(id)), agent.tag)
+    await becomes(house, id, "Started")
+    assert not parked.done(), "that it booted is no news to its node"
+    await house.api.ok("DELETE", "/api/v1/vm", {"id": id})
+    state = msgspec.convert((await parked)[1]["body"], wire.WantedState)
+    assert [one.verb for one in state.wanted] == [wire.Verb.DESTROY]
+    assert (state.settled, state.takes_reports) == ((0,), True)
+    parked = riding(agent.item(want, Event.GONE), wire.tag((), ()))
+    await becomes(house, id, "Terminated")
+    [other] = await house.api.start()
+    state = msgspec.convert((await parked)[1]["body"], wire.WantedState)
+    assert ([one.instance for one in state.wanted], state.settled) == ([other], (0,))
 
 
 async def test_draining_answers_parked_polls_at_once(pair: cloud.Cloud) -> None:
