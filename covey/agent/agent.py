@@ -42,6 +42,7 @@ _PAUSE_LIMIT_S = 3.0
 _REFUSED_PAUSE_S = 5.0
 _POLL_GRACE_S = 5.0
 _LOOK_LEAST_S = 0.1
+_LOOK_AFTER_S = 0.5  # after a step of a worker: a word tells of VMs some seconds later anyway
 _FACTS_S = 60.0
 _SETTLE_LOOK_S = 0.02
 _GATHER_S = 0.25  # a poll waits so long for the first that new work has to report: quick steps spare a message
@@ -103,7 +104,7 @@ class Agent:
             outbox=self._outbox,
             look=self._look,
             limits=config.limits,
-            changed=self.wake,
+            changed=self._changes,
             host_ip=lambda: self._ip,
             suspect=self._suspect,
         )
@@ -113,6 +114,7 @@ class Agent:
         self._group: asyncio.TaskGroup | None = None
         self._found: look.Found = {}
         self._changed = asyncio.Event()
+        self._due: asyncio.TimerHandle | None = None  # when a look follows what workers have done
         self._tag = ""
         self._wants: tuple[wire.Wanted, ...] = ()  # of the last answer, less the orders that are known to be done
         self._has_work = False  # since the last poll
@@ -126,7 +128,15 @@ class Agent:
 
     def wake(self) -> None:
         """A VM may have changed by itself: the hypervisor's `Wake`."""
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
         self._changed.set()
+
+    def _changes(self) -> None:
+        """A worker has changed a VM, and knows of it; the next look, for the word, need not be at once."""
+        if self._due is None:
+            self._due = asyncio.get_running_loop().call_later(_LOOK_AFTER_S, self.wake)
 
     def _suspect(self) -> None:
         """A VM could not be prepared by this host's fault: look at once, so that the node is offered no more."""
@@ -147,6 +157,8 @@ class Agent:
                     group.create_task(self._keeping(loop))
         finally:
             self._group = None
+            if self._due is not None:
+                self._due.cancel()
 
     async def settle(self, limit_s: float) -> None:
         """Before an end in good order: ask for no launch any more, and use those that were asked for. One that is
@@ -338,11 +350,6 @@ class Agent:
                 await asyncio.sleep(_REFUSED_PAUSE_S)
         del self._workers[one.instance]
 
-    def _wake_worker(self, instance: model.InstanceId) -> None:
-        one = self._workers.get(instance)
-        if one is not None:
-            one.wake()
-
     def _wake_all(self) -> None:
         for one in self._workers.values():
             one.wake()
@@ -376,8 +383,8 @@ class Agent:
     def _notice(self, found: look.Found) -> None:
         before, self._found = self._found, found
         for key in before.keys() | found.keys():
-            if before.get(key) != found.get(key):
-                self._wake_worker(key[0])
+            if before.get(key) != found.get(key) and key[0] in self._workers:
+                self._workers[key[0]].noticed(key[1], found.get(key))
         self._outbox.keep(self._workers.keys() | {instance for instance, _ in found})
 
     def _word(self) -> model.Word:

@@ -75,6 +75,7 @@ class Records:
         self._records_dir = None if data is None else data / "records"
         self._tombstones_dir = None if data is None else data / "tombstones"
         self._records: dict[Key, Record] = {}
+        self._epochs: dict[model.InstanceId, set[int]] = {}  # of which there are records
         self._tombstones: dict[model.InstanceId, Tombstone] = {}
         self._swept_ns = 0  # when old tombstones were looked for last
 
@@ -88,7 +89,7 @@ class Records:
         for path in sorted(self._records_dir.glob("*.json")):
             record = durable.read(path, Record)
             if record is not None:
-                self._records[record.key] = record
+                self._keep(record)
         for path in sorted(self._tombstones_dir.glob("*.json")):
             tombstone = durable.read(path, Tombstone)
             if tombstone is not None:
@@ -99,20 +100,29 @@ class Records:
         """Durable when it returns."""
         if self._records_dir is not None:
             durable.write(self._records_dir / f"{record.instance}.{record.epoch}.json", record, fsync=self._sync)
-        self._records[record.key] = record
+        self._keep(record)
 
     def save_if_possible(self, record: Record) -> None:
         """For what must be told whether or not the disk takes it: a full disk is no excuse."""
         try:
             self.save(record)
         except OSError as error:
-            self._records[record.key] = record
+            self._keep(record)
             _log.error("a record could not be written", instance=record.instance, error=str(error))
 
     def forget(self, key: Key) -> None:
         """The VM is gone and nobody asks for it any more. Harmless when unknown."""
-        if self._records.pop(key, None) is not None and self._records_dir is not None:
+        if self._records.pop(key, None) is None:
+            return
+        self._epochs[key[0]].discard(key[1])
+        if not self._epochs[key[0]]:
+            del self._epochs[key[0]]
+        if self._records_dir is not None:
             durable.remove(self._records_dir / f"{key[0]}.{key[1]}.json", fsync=self._sync)
+
+    def _keep(self, record: Record) -> None:
+        self._records[record.key] = record
+        self._epochs.setdefault(record.instance, set()).add(record.epoch)
 
     def bury(self, tombstone: Tombstone) -> None:
         """Durable when it returns; an older order never replaces a newer one, nor an order about a placement one that
@@ -148,7 +158,7 @@ class Records:
         return self._records.get(key)
 
     def of(self, instance: model.InstanceId) -> list[Record]:
-        return [record for (owner, _), record in self._records.items() if owner == instance]
+        return [self._records[instance, epoch] for epoch in sorted(self._epochs.get(instance, ()))]
 
     def all(self) -> list[Record]:
         return list(self._records.values())

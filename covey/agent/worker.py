@@ -64,6 +64,12 @@ class Worker:
         if not self._wants:
             self.wake()
 
+    def noticed(self, epoch: int, vm: hypervisor.Vm | None) -> None:
+        """A look shows a VM differently; that is no news where a step of this worker has made it so."""
+        known = None if self._bodies is None else self._bodies.get(epoch)
+        if self._bodies is None or (known and known.phase) != (vm and vm.phase):
+            self.wake()
+
     def wake(self) -> None:
         """Something about the instance may have changed."""
         self._woken.set()
@@ -76,7 +82,9 @@ class Worker:
     async def run(self) -> None:
         try:
             while True:
-                self._woken.clear()
+                if self._woken.is_set():
+                    self._woken.clear()
+                    self._bodies = None  # also when that was during a step
                 step = await self._next()
                 if step is not None:
                     await self._carry_out(step)
@@ -161,11 +169,13 @@ class Worker:
 
     async def _carry_out(self, step: convergence.Step) -> None:
         """One step as a task of its own, so that an order to destroy can cut it short and then wait for its end."""
-        if step.do is not Do.REPORT:
-            _log.info("next step", step=str(step.do), instance=step.instance, epoch=step.epoch, why=step.why)
+        if step.do is Do.REPORT and step.event is not None:
+            self._report((self.instance, step.epoch), step.event)
+            return
+        _log.debug("next step", step=str(step.do), instance=step.instance, epoch=step.epoch, why=step.why)
         self._step = step
         self._task = asyncio.create_task(self._do(step))
-        await asyncio.wait({self._task})
+        await _end_of(self._task)
         done, self._task, self._step = self._task, None, None
         if done.cancelled():
             self._bodies = None
@@ -183,9 +193,7 @@ class Worker:
 
     async def _do(self, step: convergence.Step) -> None:
         key = (self.instance, step.epoch)
-        if step.do is Do.REPORT and step.event is not None:
-            self._report(key, step.event)
-        elif step.do is Do.DESTROY and step.decision is not None:
+        if step.do is Do.DESTROY and step.decision is not None:
             await self._destroy(key, step.decision)
         elif step.do is Do.FAIL:
             self._fail(key, step.why)
@@ -369,6 +377,18 @@ class Worker:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+
+async def _end_of(task: asyncio.Task[None]) -> None:
+    """As `asyncio.wait` for one: it may end however it likes, and goes on when this is cancelled."""
+    ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def ring(_: object) -> None:
+        if not ended.done():
+            ended.set_result(None)
+
+    task.add_done_callback(ring)
+    await ended
 
 
 def _addressless(record: records.Record) -> bool:
