@@ -33,8 +33,19 @@ from covey.store import base, etcd, schema
 
 SHAPES = ("isolated", "back-to-back", "steady", "burst", "flat-out", "standing", "full-fleet")
 WRITERS = 128
+BESIDE_GOAL = 0.9  # of the rate alone, beside thousands that stand
 _SETTLE_S = 20.0
 _CALLS = ("Txn", "Range", "LeaseKeepAlive")
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What is left of the rate alone when many stand: by the clock, and by the processor time of a life-cycle, which
+    depends less on who else uses the machine."""
+
+    shape: str
+    rate: float
+    processor: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,7 @@ class Result:
     members: int
     raw: float  # guarded transactions a second
     rows: list[shapes.Row]
+    beside: Beside | None = None  # when both were measured
 
 
 # ---- measurements ----------------------------------------------------------------------------------------------
@@ -168,6 +180,15 @@ async def measure(running: cloud.Cloud, options: argparse.Namespace) -> tuple[fl
     return raw, rows
 
 
+def ratio(rows: list[shapes.Row]) -> Beside | None:
+    """Both figures of one run, as a ratio."""
+    alone = next((row for row in rows if row.shape.startswith("flat out") and row.rate), None)
+    many = next((row for row in rows if row.shape.startswith("beside") and row.total_ms), None)
+    if alone is None or many is None:
+        return None
+    return Beside(many.shape, many.rate / alone.rate, alone.total_ms / many.total_ms)
+
+
 # ---- the program -----------------------------------------------------------------------------------------------
 
 
@@ -182,6 +203,10 @@ def show(one: Result) -> None:
             f"{row.p50_ms:>8.1f}{row.p95_ms:>8.1f}{row.worst_ms:>8.1f}{row.failed:>8}"
             + ("" if row.of == "POST → Started" else f"   ({row.of})")
         )
+    if one.beside is not None:
+        met = "met" if one.beside.rate >= BESIDE_GOAL else "missed"
+        print(f"\n{one.beside.shape}: {one.beside.rate:.0%} of the rate alone (goal {BESIDE_GOAL:.0%}: {met}),", end="")
+        print(f" {one.beside.processor:.0%} by processor time")
     print("\nProcessor milliseconds per life-cycle")
     for row in one.rows[:1]:
         print(f"{'':<32}" + "".join(f"{kind:>12}" for kind in row.cpu_ms) + f"{'in all':>8}{'etcd: proposals':>18}")
@@ -197,11 +222,14 @@ def picture(results: list[Result]) -> str:
 
     every = [(one, row) for one in results for row in one.rows]
     fast = [(one, row) for one, row in every if row.shape.startswith(("flat", "burst", "beside"))]
+    stood = [(f"{one.beside.shape} · {one.controllers} ctl", one.beside) for one in results if one.beside is not None]
+    shares = [(name, {"% of the rate alone": 100 * found.rate}) for name, found in stood]
     return chart.draw(
         f"Whole life-cycles: {results[0].nodes} nodes, {results[0].members} etcd members, {os.cpu_count()} cores",
         [
             chart.Panel("life-cycles a second", [(label(*pair), {"rate": pair[1].rate}) for pair in fast]),
             chart.Panel("processor ms per life-cycle", [(label(*pair), pair[1].cpu_ms) for pair in fast]),
+            *([chart.Panel("beside many, % of the rate alone", shares, 100 * BESIDE_GOAL)] if shares else []),
             chart.Panel(
                 "latency, ms",
                 [
@@ -253,7 +281,7 @@ def run(options: argparse.Namespace) -> list[Result]:
             forget_s=0.2 if options.quick else 2.0,
         ) as running:
             raw, rows = uvloop.run(measure(running, options))
-            results.append(Result(count, options.nodes, options.members, raw, rows))
+            results.append(Result(count, options.nodes, options.members, raw, rows, ratio(rows)))
     return results
 
 

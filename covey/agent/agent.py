@@ -21,6 +21,7 @@ import covey
 from covey import errors, model, observe, wire, world
 from covey.agent import (
     adoption,
+    bell,
     contact,
     host,
     hypervisor,
@@ -113,7 +114,7 @@ class Agent:
         self._workers: dict[model.InstanceId, worker.Worker] = {}
         self._group: asyncio.TaskGroup | None = None
         self._found: look.Found = {}
-        self._changed = asyncio.Event()
+        self._changed = bell.Bell()
         self._due: asyncio.TimerHandle | None = None  # when a look follows what workers have done
         self._tag = ""
         self._wants: tuple[wire.Wanted, ...] = ()  # of the last answer, less the orders that are known to be done
@@ -131,7 +132,7 @@ class Agent:
         if self._due is not None:
             self._due.cancel()
             self._due = None
-        self._changed.set()
+        self._changed.ring()
 
     def _changes(self) -> None:
         """A worker has changed a VM, and knows of it; the next look, for the word, need not be at once."""
@@ -374,11 +375,7 @@ class Agent:
                 self._trouble = str(error)
             self._outbox.changed()
             await asyncio.sleep(_LOOK_LEAST_S)
-            try:
-                async with asyncio.timeout(self.session.heartbeat_s):
-                    await self._changed.wait()
-            except TimeoutError:
-                pass
+            await self._changed.wait(self.session.heartbeat_s)
 
     def _notice(self, found: look.Found) -> None:
         before, self._found = self._found, found

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from covey import errors, model, observe, wire, world
-from covey.agent import records, session
+from covey.agent import bell, records, session
 from covey.decide import heartbeat
 
 _PROGRESS_NS = 1_000_000_000
@@ -64,7 +64,7 @@ class Outbox:
         self._sequence = 0  # one for all: it must go on for each VM, also for one that comes back
         self._said: dict[records.Key, set[Said]] = {}
         self._progress: dict[records.Key, tuple[int, float]] = {}  # when, and how much, was said last
-        self._woken = asyncio.Event()
+        self._woken = bell.Bell()
         self._last_word: model.Word | None = None
         self._word_ns = 0
         self._doubted = True  # since the word was compared with the last one that was sent
@@ -72,7 +72,9 @@ class Outbox:
         self._reporting = False  # a report is on its way
         self._riders = Load()
         self._rides_ns = 0  # since when
-        self._expected: asyncio.Future[None] | None = None  # a poll is about to go, and waits for something to carry
+        self._overdue: asyncio.TimerHandle | None = None  # rings when they have gone without an answer for long
+        self._expected = False  # a poll is about to go, and waits for something to carry
+        self._load = bell.Bell()
         self.on_settled: Callable[[wire.Item], None] = lambda _: None
 
     def say(self, key: records.Key, event: Said, **fields: Any) -> None:
@@ -83,9 +85,7 @@ class Outbox:
             self._items = [item for item in self._items if not _overtaken(item, key)]
         self._sequence += 1
         self._items.append(wire.Item(instance=key[0], epoch=key[1], seq=self._sequence, event=event, **fields))
-        self._woken.set()
-        if self._expected is not None and not self._expected.done():
-            self._expected.set_result(None)
+        (self._load if self._expected else self._woken).ring()
 
     def progress(self, key: records.Key, fraction: float) -> None:
         """Say how far a preparation is, if that is news and not too soon."""
@@ -119,12 +119,12 @@ class Outbox:
         self._progress.clear()
         self._last_word = None
         self._riders = Load()
-        self._woken.set()
+        self._woken.ring()
 
     def changed(self) -> None:
         """VMs or capacity may have changed: see whether the word has."""
         self._doubted = True
-        self._woken.set()
+        self._woken.ring()
 
     # ---- along with a poll -----------------------------------------------------------------------------------------
 
@@ -132,15 +132,12 @@ class Outbox:
         """A poll goes as soon as there is something to say, or after `limit_s`: until then nothing else is sent."""
         if self._items:
             return
-        loop = asyncio.get_running_loop()
-        self._expected = ready = loop.create_future()
-        timer = loop.call_later(limit_s, _ring, ready)
+        self._load.clear()
+        self._expected = True
         try:
-            await ready
+            await self._load.wait(limit_s)
         finally:
-            timer.cancel()
-            self._expected = None
-            self._woken.set()
+            self._expected = False
 
     def ride(self) -> Load:
         """What goes along with a poll that is sent now; `rode` must follow. Nothing while a report is on its way."""
@@ -150,15 +147,22 @@ class Outbox:
         if word is not None:
             word = msgspec.structs.replace(word, messages=self._session.messages)
         self._riders = Load(tuple(self._batch(_RIDE_BYTES)), word)
-        self._rides_ns = self._clock.boot_ns()
+        if self._riders.items:
+            self._rides_ns = self._clock.boot_ns()
+            self._overdue = asyncio.get_running_loop().call_later(_RIDE_NS / 1e9 + 0.01, self._woken.ring)
+        if len(self._riders.items) < len(self._items) or (word is None and self._may_be_news()):
+            self._woken.ring()
         return self._riders
 
     def rode(self, load: Load, settled: Sequence[int] | None = None) -> None:
         """The poll was answered; without `settled` it was not, or the controller does not take reports so."""
         if self._riders is load:
             self._riders = Load()
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
         if settled is None:
-            self._woken.set()  # to be reported
+            self._woken.ring()  # to be reported
             return
         if load.word is not None:
             self._told(load.word)
@@ -192,34 +196,29 @@ class Outbox:
     async def _turn(self) -> bool:
         """Wait until something is to be sent, and send it. False when something remained unsettled."""
         self._woken.clear()
-        word = None if self._expected is not None or self._riders.word is not None else self._due_word()
+        word = None if self._expected or self._riders.word is not None else self._due_word()
         if not self._is_due() and word is None:
             silent_s = (self._clock.boot_ns() - self._session.sent_ns) / 1e9
             if silent_s < self._session.heartbeat_s:
-                try:
-                    async with asyncio.timeout(self._pause_s(silent_s)):
-                        await self._woken.wait()
-                except TimeoutError:
-                    pass
+                await self._woken.wait(self._pause_s(silent_s))
                 return True
         return await self._send(self._batch(), word)
 
     def _pause_s(self, silent_s: float) -> float:
-        """Until the next heartbeat, until a word that was held back may be sent, or until riders are overdue."""
+        """Until the next heartbeat, or until a word that was held back may be sent."""
         until_s = self._session.heartbeat_s - silent_s
-        if self._expected is not None:
+        if self._expected or self._riders.word is not None or not (self._doubted or self._news is not _News.NONE):
             return until_s
-        now_ns = self._clock.boot_ns()
-        if self._items and self._riders.items:
-            until_s = min(until_s, (self._rides_ns + _RIDE_NS - now_ns) / 1e9)
-        if self._riders.word is None and (self._doubted or self._news is not _News.NONE):
-            least_ns = _WORD_LEAST_NS if self._doubted or self._news is _News.ALL else _WORD_VMS_NS
-            until_s = min(until_s, (self._word_ns + least_ns - now_ns) / 1e9)
-        return max(until_s, 0.0)
+        least_ns = _WORD_LEAST_NS if self._may_be_news() else _WORD_VMS_NS
+        return min(until_s, max(self._word_ns + least_ns - self._clock.boot_ns(), 0) / 1e9)
+
+    def _may_be_news(self) -> bool:
+        """Whether the word may say more that is new than how VMs are."""
+        return self._doubted or self._news is _News.ALL
 
     def _is_due(self) -> bool:
         """Whether there are items to be sent now: in their order, so with the riders that are not settled yet."""
-        if not self._items or self._expected is not None:
+        if not self._items or self._expected:
             return False
         if not self._riders.items or self._items[-1] is not self._riders.items[-1]:
             return True
@@ -296,8 +295,3 @@ def _overtaken(item: wire.Item, key: records.Key) -> bool:
 
 def _vmless(word: model.Word) -> model.Word:
     return msgspec.structs.replace(word, vms=())
-
-
-def _ring(bell: "asyncio.Future[None]") -> None:
-    if not bell.done():
-        bell.set_result(None)

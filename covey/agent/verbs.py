@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from covey import errors, failpoint, model, observe, wire
-from covey.agent import hypervisor, images, parts, records, script, session
+from covey.agent import bell, hypervisor, images, parts, records, script, session
 from covey.client import packing
 from covey.decide import convergence
 
@@ -147,7 +147,7 @@ class Verbs:
         failpoint.reach("agent.started")
         return launched
 
-    async def follow(self, record: records.Record, woken: asyncio.Event) -> records.Record:
+    async def follow(self, record: records.Record, woken: bell.Bell) -> records.Record:
         """Until the guest answers and a monitored script has ended: BOOTED or FAILED."""
         try:
             vm = await self._guest(record, woken)
@@ -230,7 +230,7 @@ class Verbs:
             return True
         return False
 
-    async def _guest(self, record: records.Record, woken: asyncio.Event) -> model.VmInfo:
+    async def _guest(self, record: records.Record, woken: bell.Bell) -> model.VmInfo:
         """The vminfo once the guest answers. Raises HypervisorError when it ended, or does not answer in time."""
         pause_s = _LOOK_S
         while True:
@@ -241,9 +241,7 @@ class Verbs:
             if record.launched_ns and waited_s > self._parts.limits.boot_s:
                 raise errors.HypervisorError(f"the guest did not answer within {self._parts.limits.boot_s:g} s")
             woken.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_s):
-                    await woken.wait()
+            await woken.wait(pause_s)
             pause_s = min(1.5 * pause_s, _LOOK_LIMIT_S)
 
     async def _scripted(self, record: records.Record) -> records.Record:

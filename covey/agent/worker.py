@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import msgspec
 
 from covey import errors, model, observe, wire
-from covey.agent import hypervisor, parts, records, script, verbs
+from covey.agent import bell, hypervisor, parts, records, script, verbs
 from covey.decide import convergence
 
 Body = convergence.Body
@@ -36,7 +36,7 @@ class Worker:
         self._verbs = verbs.Verbs(shared)
         self._wants: tuple[wire.Wanted, ...] = ()
         self._seen = wire.Seen()
-        self._woken = asyncio.Event()
+        self._woken = bell.Bell()
         self._bodies: dict[int, hypervisor.Vm] | None = None  # by epoch; None: look first
         self._nonces: dict[int, tuple[int, str]] = {}  # epoch -> (session, nonce) of a launch asked for
         self._grants: dict[int, verbs.Grant] = {}
@@ -72,7 +72,7 @@ class Worker:
 
     def wake(self) -> None:
         """Something about the instance may have changed."""
-        self._woken.set()
+        self._woken.ring()
 
     @property
     def launches(self) -> bool:
@@ -82,7 +82,7 @@ class Worker:
     async def run(self) -> None:
         try:
             while True:
-                if self._woken.is_set():
+                if self._woken.rung:
                     self._woken.clear()
                     self._bodies = None  # also when that was during a step
                 step = await self._next()
@@ -100,10 +100,7 @@ class Worker:
         now_ns = self._parts.clock.boot_ns()
         waits = any(after_ns > now_ns for after_ns in self._ask_after_ns.values())
         waits = waits or any(_addressless(one) for one in self._here())
-        limit_s = _ASK_AGAIN_S if waits else None
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(limit_s):
-                await self._woken.wait()
+        await self._woken.wait(_ASK_AGAIN_S if waits else None)
         self._bodies = None
 
     # ---- deciding --------------------------------------------------------------------------------------------------

@@ -26,6 +26,9 @@ def test_every_shape_runs_and_its_numbers_add_up(tmp_path: pathlib.Path) -> None
         assert sum(row["cpu_ms"].values()) > 0, row
     isolated, back_to_back, _, burst, *_, full = one["rows"]
     assert (isolated["lives"], back_to_back["lives"], burst["lives"], full["lives"]) == (3, 3, 8, 4)
+    flat_out, beside = one["rows"][4:6]
+    assert one["beside"]["shape"] == beside["shape"]
+    assert one["beside"]["rate"] == pytest.approx(beside["rate"] / flat_out["rate"])
     assert picture.read_text().startswith("<svg") and picture.read_text().endswith("</svg>\n")
 
 
