@@ -2,11 +2,13 @@
 
 A node says a few hundred bytes at a time, and a process may play hundreds of nodes: what a general client does for
 each request (cookies, redirects, proxies, streams) costs more there than the call. So a request is written in one
-piece, and its answer, read by aiohttp's parser, is gathered until it is whole. What this does not speak (`takes` says
-so) is left to the general client: TLS, addresses with credentials, names that need quoting.
+piece, and an answer that comes in one, with a length and nothing out of the ordinary, is taken as it is. Any other is
+gathered by aiohttp's parser until it is whole. What this does not speak (`takes` says so) is left to the general
+client: TLS, addresses with credentials, names that need quoting.
 """
 
 import asyncio
+import re
 import socket
 import time
 import urllib.parse
@@ -22,6 +24,12 @@ from aiohttp import http as aiohttp_http
 IDLE_S = 60.0  # a connection that was not used for so long is not used again
 _DELAY_S = 0.25  # before another of a name's addresses is tried beside the first (RFC 8305)
 _GATHER_BYTES = 1 << 30  # of a body, before the parser would ask us to read slower; servers bound their answers
+
+_ANSWER = re.compile(rb"HTTP/1\.1 ([2-5][0-9]{2}) [ -~]*\r\n((?:[A-Za-z0-9-]+:[ -~]*\r\n){1,100})\r\n")
+_BODILESS = (b"204", b"304")  # whatever their length says
+_HEADER = re.compile(r"([A-Za-z0-9-]+): *([ -~]*?) *\r\n")
+_SIZE = re.compile(r"[0-9]{1,8}")
+_NOT_SIMPLE = ("Transfer-Encoding", "Connection", "Upgrade", "Content-Encoding")
 
 
 class Answer(NamedTuple):
@@ -135,7 +143,8 @@ class _Line(base_protocol.BaseProtocol):
         self.used_s = 0.0
         self._others = others
         self._waiting: asyncio.Future[Answer] | None = None
-        self._parser: aiohttp_http.HttpResponseParser | None = None
+        self._bodiless = False
+        self._parser: aiohttp_http.HttpResponseParser | None = None  # of an answer that is not simple
         self._answer: tuple[aiohttp_http.RawResponseMessage, streams.StreamReader] | None = None
         self._keeps = True
         self._timer: asyncio.TimerHandle | None = None
@@ -147,15 +156,7 @@ class _Line(base_protocol.BaseProtocol):
     def ask(self, request: bytes, bodiless: bool, limit_s: float) -> "asyncio.Future[Answer]":
         self._waiting = self._loop.create_future()
         self._timer = self._loop.call_later(max(limit_s, 0.0), self._late)  # much cheaper than asyncio.timeout
-        self._answer = None
-        self._parser = aiohttp_http.HttpResponseParser(
-            self,
-            self._loop,
-            _GATHER_BYTES,
-            response_with_body=not bodiless,
-            read_until_eof=True,
-            auto_decompress=False,  # nothing packed was asked for
-        )
+        self._answer, self._parser, self._bodiless = None, None, bodiless
         if self.transport is None:
             self._waiting.set_exception(Broken("the server closed the connection"))
         else:
@@ -186,9 +187,9 @@ class _Line(base_protocol.BaseProtocol):
     def connection_lost(self, error: BaseException | None) -> None:
         super().connection_lost(error)
         self._others.discard(self)
-        if self._parser is None or self._waiting is None or self._waiting.done():
+        if self._waiting is None or self._waiting.done():
             return
-        if self._answer is not None and error is None:
+        if self._parser is not None and self._answer is not None and error is None:
             try:
                 self._parser.feed_eof()  # ends a body that is as long as the connection
             except http_exceptions.HttpProcessingError:
@@ -200,9 +201,16 @@ class _Line(base_protocol.BaseProtocol):
     def data_received(self, data: bytes) -> None:
         if not data:  # aiohttp's reader says so that it has room again
             return
-        if self._parser is None or self._waiting is None or self._waiting.done():  # nobody asked
+        if self._waiting is None or self._waiting.done():  # nobody asked
             self.close()
             return
+        if self._parser is None:
+            simple = None if self._bodiless else _simple(data)
+            if simple is not None:
+                self._untime()
+                self._waiting.set_result(simple)
+                return
+            self._parser = self._general_parser()
         try:
             messages, _, _ = self._parser.feed_data(data)
         except http_exceptions.HttpProcessingError:
@@ -215,6 +223,16 @@ class _Line(base_protocol.BaseProtocol):
         if self._answer is not None and self._answer[1].is_eof():
             self._keeps = self._keeps and self._parser.feed_eof() is None  # else more than the answer came
             self._finish()
+
+    def _general_parser(self) -> aiohttp_http.HttpResponseParser:
+        return aiohttp_http.HttpResponseParser(
+            self,
+            self._loop,
+            _GATHER_BYTES,
+            response_with_body=not self._bodiless,
+            read_until_eof=True,
+            auto_decompress=False,  # nothing packed was asked for
+        )
 
     def _finish(self) -> bool:
         """Hand over what came, if it is whole."""
@@ -231,6 +249,20 @@ class _Line(base_protocol.BaseProtocol):
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_exception(Broken(why))
         self.close()
+
+
+def _simple(data: bytes) -> Answer | None:
+    """The one answer that `data` is, after which the connection stays open. None: something else, or not all of it."""
+    found = _ANSWER.match(data)
+    if found is None or found[1] in _BODILESS:
+        return None
+    headers = multidict.CIMultiDict(_HEADER.findall(found[2].decode("ascii")))
+    sizes = headers.getall("Content-Length", [])
+    if len(sizes) != 1 or not _SIZE.fullmatch(sizes[0]) or len(data) != found.end() + int(sizes[0]):
+        return None
+    if any(name in headers for name in _NOT_SIMPLE):
+        return None
+    return Answer(int(found[1]), multidict.CIMultiDictProxy(headers), data[found.end() :])
 
 
 def _place(url: str) -> Place | None:
