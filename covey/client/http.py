@@ -25,10 +25,9 @@ import asyncio
 import os
 import ssl
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import aiohttp
 import msgspec
@@ -44,8 +43,7 @@ _BROKEN_S = 0.5  # a connection that breaks so soon may have been an old one tha
 _BYTES_PER_S = 1e6  # a line this slow is no reason for a second copy
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """A server's answer, whatever its status."""
 
     status: int
@@ -356,11 +354,10 @@ class Endpoints:
         if repeatable is None:
             repeatable = method != "POST" or any(name.lower() == "idempotency-key" for name in headers)
         limit_s = self._timeout_s if timeout_s is None else timeout_s
-        return _Ask(method, path, data, dict(headers), repeatable, parks, limit_s, enveloped)
+        return _Ask(method, path, data, headers, repeatable, parks, limit_s, enveloped)
 
 
-@dataclass(frozen=True, slots=True)
-class _Ask:
+class _Ask(NamedTuple):
     """One call, wherever it goes."""
 
     method: str
@@ -373,8 +370,7 @@ class _Ask:
     enveloped: bool  # the answer must be the API's
 
 
-@dataclass(frozen=True, slots=True)
-class _Attempt:
+class _Attempt(NamedTuple):
     url: str
     began_s: float
 

@@ -156,15 +156,17 @@ class AgentApi:
     async def wanted(self, call: serve.Call) -> wire.WantedState:
         arrived_ns = self._writer.world.boot_ns()
         ask = await call.json(wire.Ask)
-        caller, snapshot, hold = await self._caller(call, ask.seen, arrived_ns)
+        find = self._writing_caller if ask.items else self._caller
+        caller, snapshot, hold = await find(call, ask.seen, arrived_ns)
         lease = await self._renew(caller)
         until_ns = arrived_ns + int(min(max(ask.wait_s, 0.0), wire.POLL_LIMIT_S) * 1e9)
         settled: tuple[int, ...] = ()
         if not hold and (ask.items or ask.word is not None):
             settled, written = await self._take(call, caller, snapshot, ask)
-            if written > snapshot.revision:  # the tag is of what the node shall do after that
-                await self._mirror.seen_at(written)
-                snapshot = self._newer(snapshot)
+            if ask.items:  # the tag is of what the node shall do after that
+                snapshot = await self._after(written)
+                _authenticate(call, snapshot, arrived_ns)
+                hold = await api_adopt.must_hold(self._writer, snapshot, caller.node, ask.seen)
         wants = wanted.for_node(snapshot, caller.node)
         while not hold and not wants.news_for(ask.tag) and self._writer.world.boot_ns() < until_ns:
             if call.draining.is_set():  # what is short is still served; who waits shall wait elsewhere
@@ -189,6 +191,14 @@ class AgentApi:
             settled=settled,
             takes_reports=True,
         )
+
+    async def _after(self, written: int) -> view.Snapshot:
+        """A view that shows what was written at that revision, and so all that was answered before; 0: nothing was."""
+        if not written:
+            return await self._mirror.fresh()
+        await self._mirror.seen_at(written)
+        self._check_ready()
+        return self._mirror.snapshot()
 
     async def _park(self, call: serve.Call, node: model.NodeId, revision: int, until_ns: int) -> bool:
         """Until the node's wanted state may have changed, time is up, or the alarm is raised. False: this poll gives
