@@ -16,6 +16,7 @@ from tests.sim import clockwork
 
 _CONNECT_S = 2.0
 _FOR_EVER_S = 3600.0
+_LATE_S = 15.0
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Net:
         self.doors: dict[str, Door] = {}  # url -> who listens
         self.cuts: set[tuple[str, str]] = set()  # (from, to): nothing passes that way
         self.loss = 0.0  # of messages, each way
+        self.lateness = 0.0  # of agents' messages: they come when nobody waits for an answer any more
         self.slowness_s = 0.004
 
     def exchange(self, host: str) -> "Wire":
@@ -51,7 +53,7 @@ class Net:
 
     def heal(self) -> None:
         self.cuts.clear()
-        self.loss = 0.0
+        self.loss = self.lateness = 0.0
 
     async def carry(self, parcel: "Parcel") -> http.Reply:
         """A request to its server and the answer back."""
@@ -62,6 +64,9 @@ class Net:
         if door is None or door.process.dead:
             raise http.NotSent(f"{parcel.url}: cannot connect (connection refused)")
         if self._chance.random() < self.loss:
+            await self._vanish(new_connection=False)
+        if parcel.path.startswith("/agent/") and self._chance.random() < self.lateness:
+            clockwork.depart(self._come_late(parcel))
             await self._vanish(new_connection=False)
         answering = door.process.spawn(_answered(door, parcel))
         ended = clockwork.depart(_ended(door.process))
@@ -78,6 +83,12 @@ class Net:
             await self._vanish(new_connection=False)
         return reply
 
+    async def _come_late(self, parcel: "Parcel") -> None:
+        await asyncio.sleep(self._chance.uniform(0.1, _LATE_S))
+        door = self.doors.get(parcel.url)
+        if door is not None and not door.process.dead:
+            door.process.spawn(_answered(door, parcel)).add_done_callback(_forget)
+
     async def _vanish(self, *, new_connection: bool) -> None:
         """Nothing comes back. A connection that is just being opened gives up by itself."""
         if new_connection:
@@ -93,6 +104,12 @@ class Net:
 async def _answered(door: Door, parcel: "Parcel") -> http.Reply:
     reply = await door.hand(parcel.method, parcel.path, parcel.headers, parcel.data or b"", parcel.host)
     return http.Reply(reply.status, reply.headers, reply.body)
+
+
+def _forget(task: "asyncio.Task[http.Reply]") -> None:
+    """Nobody waits for the answer."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _ended(process: clockwork.Process) -> None:

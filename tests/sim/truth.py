@@ -161,6 +161,7 @@ class Truth:
             self._held[id] = (now.node, now.epoch)
         if now.launch is not None:
             self._launched.add((id, now.launch.epoch, now.launch.node))
+        self._check_session(now, before)
         if before is None and id in self._lost:
             self._saw_return(id)
         elif before is None:
@@ -170,6 +171,17 @@ class Truth:
         if now.state == State.ERROR:
             self.failed.add(id)
         self._check_end(id)
+
+    def _check_session(self, now: model.Instance, before: model.Instance | None) -> None:
+        """Safety S7: only the newest life of an agent is believed, and granted anything."""
+        node = now.node or (before.node if before is not None else "")  # one that refuses it loses it
+        life = self.sessions.get(node)
+        newest = 0 if life is None else life.counter
+        launch, said = (None, None) if before is None else (before.launch, before.applied)
+        if now.launch not in (None, launch) and now.launch is not None and now.launch.session != newest:
+            self.fail(f"S7: launch of {now.id} was granted to session {now.launch.session} of {node}, not {newest}")
+        if now.applied not in (None, said) and now.applied is not None and now.applied.session != newest:
+            self.fail(f"S7: session {now.applied.session} of {node} was believed of {now.id}, not {newest}")
 
     def _saw_birth(self, id: str, now: model.Instance) -> None:
         if id in self.forgotten:

@@ -50,7 +50,13 @@ class Weather:
             *(self.cut_controller_from_store, self.deafen_controller, self.slow_watch, self.lose_reads, self.compact),
             *(self.deafen_controller_at_create, self.deafen_controller_at_create),
             *(self.end_lease, self.delay_lease, self.cut_node, self.cut_node_one_way, self.cut_controller),
-            *(self.lose_messages, self.kill_controller, self.kill_controller_at_commit, self.freeze_controller),
+            *(
+                self.lose_messages,
+                self.delay_messages,
+                self.kill_controller,
+                self.kill_controller_at_commit,
+                self.freeze_controller,
+            ),
             *(self.restart_controller, self.kill_all_controllers, self.jump_controller_clock, self.kill_agent),
             *(self.kill_agent_at_failpoint, self.kill_agent_at_failpoint, self.freeze_agent, self.lose_power),
             *(self.jump_node_clock, self.break_hypervisor, self.have_trouble),
@@ -165,6 +171,12 @@ class Weather:
         self._net.loss = self._chance.choice((0.05, 0.3))
         await asyncio.sleep(for_s)
         self._net.loss = 0.0
+
+    async def delay_messages(self, for_s: float) -> None:
+        """What an agent sent comes late, also from a life that has ended."""
+        self._net.lateness = self._chance.choice((0.05, 0.3))
+        await asyncio.sleep(for_s)
+        self._net.lateness = 0.0
 
     # ---- controllers -----------------------------------------------------------------------------------------------
 
