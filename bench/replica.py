@@ -166,9 +166,9 @@ class Tag:
 
     def upload(self, url: str) -> None:
         """All but the manifest: followers hear of nothing yet."""
-        for digest, data in ((self.layer, f"@{self.path}"), (self._digest_of_config(), self._config.decode())):
-            to = f"{url}/v2/{self.repository}/blobs/uploads/?digest={digest}"
-            curl("-X", "POST", "-H", "Content-Type: application/octet-stream", "--data-binary", data, to)
+        to = f"{url}/v2/{self.repository}/blobs/uploads/?digest="
+        curl("-X", "POST", "-T", str(self.path), to + self.layer)
+        curl("-X", "POST", "--data-binary", self._config.decode(), to + self._digest_of_config())
 
     def _digest_of_config(self) -> str:
         return f"sha256:{hashlib.sha256(self._config).hexdigest()}"
