@@ -166,7 +166,7 @@ class Tag:
 
     def upload(self, url: str) -> None:
         """All but the manifest: followers hear of nothing yet."""
-        to = f"{url}/v2/{self.repository}/blobs/uploads/?digest="
+        to = f"{url}/v2/{self.repository}/blobs/uploads?digest="
         curl("-X", "POST", "-T", str(self.path), to + self.layer)
         curl("-X", "POST", "--data-binary", self._config.decode(), to + self._digest_of_config())
 
