@@ -75,8 +75,11 @@ class Fetching:
         for peer in self.order():
             try:
                 return await peer.size_bytes(digest)
-            except (errors.RemoteError, errors.NotFound) as error:
+            except errors.NotFound as error:
                 faults.append(error)
+            except errors.RemoteError as error:
+                text = str(error)
+                faults.append(error if peer.url in text else errors.RemoteError(f"{peer.url}: {text}"))
         raise worst(faults, digest)
 
     # ---- one fetch -------------------------------------------------------------------------------------------------

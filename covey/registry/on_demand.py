@@ -124,15 +124,16 @@ class OnDemand:
         except errors.NotFound:
             if self._view().mine:
                 return None
-            raise self._nowhere(repository, digest) from None
+            raise self._nowhere(
+                repository, digest, f"push registry: {self._view().holder or 'none is known'}"
+            ) from None
         except errors.RemoteError as error:
-            raise self._nowhere(repository, digest) from error
+            raise self._nowhere(repository, digest, f"who may have it cannot be asked: {error}") from error
         coming = blobs.Blob(digest=digest, size_bytes=size_bytes)
         return await sending.answer(call, _Coming(self._fetching), coming)  # type: ignore[arg-type]
 
-    def _nowhere(self, repository: str, digest: model.Digest) -> answer.Fault:
-        holder = self._view().holder or "none is known"
-        text = f"blob {digest} of repository {repository} is not here yet (push registry: {holder}); try again"
+    def _nowhere(self, repository: str, digest: model.Digest, why: str) -> answer.Fault:
+        text = f"blob {digest} of repository {repository} is not here yet ({why}); try again"
         return answer.Fault(503, text, code="UNAVAILABLE", headers={"Retry-After": "1"})
 
     async def manifest(self, digest: model.Digest) -> bool:

@@ -109,6 +109,14 @@ class Member(registry.Server):
                     return found
         return {}
 
+    async def holds(self) -> bool:
+        """Whether it believes to be the one that takes pushes."""
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with asyncio.timeout(5):
+                status, _, content = await self.call("GET", "/replica/v1/word", Covey_Peer_Secret=SECRET)
+                return status == 200 and json.loads(content)["holder"] == self.known_as
+        return False
+
     async def promote(self, *, force: bool = False) -> str:
         """ "" or why not."""
         body = json.dumps({"force": force}).encode()
@@ -174,6 +182,6 @@ async def holder(members: Sequence[Member], *, but: Member | None = None) -> Mem
     async with asyncio.timeout(DEADLINE_S):
         while True:
             for member in members:
-                if member is not but and (await member.says()).get("mine"):
+                if member is not but and await member.holds():
                     return member
             await asyncio.sleep(0.1)

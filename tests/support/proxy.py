@@ -52,15 +52,20 @@ class Proxy:
         if self._server is not None:
             self._server.close()
             self._server = None
-        for task, writers in list(self._pairs.items()):
-            task.cancel()
-            for writer in writers:
-                writer.transport.abort()
-        await asyncio.gather(*self._pairs, return_exceptions=True)
+        for _ in range(2):  # some may be half-way between the kernel and `_accept`
+            for task, writers in list(self._pairs.items()):
+                task.cancel()
+                for writer in writers:
+                    writer.transport.abort()
+            await asyncio.gather(*self._pairs, return_exceptions=True)
+            await asyncio.sleep(0.01)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
+        if self._server is None:
+            writer.transport.abort()
+            return
         self._pairs[task] = (writer,)
         try:
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)

@@ -1,0 +1,114 @@
+"""The push role with etcd: taken over by itself, and fenced before every entry (safety S33, S34). Real processes, real
+etcd; more histories: `python -m tests.reigns.real --histories 20`."""
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from covey.client import oci
+from tests.registry.test_role import TEMPLATE, push, pushed, until_all_show, versions
+from tests.reigns import real
+from tests.support import etcd, fleet
+
+HISTORIES = int(os.environ.get("COVEY_REAL_REIGNS", "2"))
+
+
+@pytest.fixture
+def cluster() -> Iterator[etcd.Cluster]:
+    with etcd.running() as made:
+        yield made
+
+
+async def test_a_frozen_holder_wakes_up_in_the_middle_of_a_push(tmp_path: Path, cluster: etcd.Cluster) -> None:
+    """It stops right before the acceptance of its entry, and goes on when another one has held the role for a while."""
+    async with fleet.running(tmp_path, 3, cluster.endpoints) as servers:
+        old = await fleet.holder(servers)
+        await pushed(old, "v1", b"one")
+        await until_all_show(servers, {"v1": 0})
+        await old.terminate()
+        await old.start(failpoints="registry.entry.unaccepted=stop")
+        assert await _promoted(old)
+        sleeping = asyncio.create_task(push(old, "v2", b"the old one's"))
+        new = await fleet.holder([one for one in servers if one is not old])
+        assert await pushed(new, "v2", b"the new one's") == 1
+        old.thaw()
+        with contextlib.suppress(aiohttp.ClientError):
+            assert (await sleeping)[0] in (
+                404,
+                503,
+            )  # 404: repeated by its client, at the new one, which lacks its blobs
+        await until_all_show(servers, {"v1": 0, "v2": 1})
+        assert await pushed(old, "v3", b"three") == 2
+        await until_all_show(servers, {"v1": 0, "v2": 1, "v3": 2})
+        logs = [one.entries(TEMPLATE) for one in servers]
+        assert logs[0] == logs[1] == logs[2]
+        assert oci.digest_of(b"the old one's") not in str(logs)
+
+
+async def _promoted(server: fleet.Member) -> bool:
+    async with asyncio.timeout(fleet.DEADLINE_S):
+        while why := await server.promote():
+            assert "did not take" in why or "HTTP" in why or "etcd" in why, why
+    return True
+
+
+async def test_what_was_accepted_survives_the_holder(tmp_path: Path, cluster: etcd.Cluster) -> None:
+    """It dies between the acceptance and the link: nobody has the entry but etcd, and nobody but it has the bytes."""
+    async with fleet.running(tmp_path, 3, cluster.endpoints) as servers:
+        old = await fleet.holder(servers)
+        await pushed(old, "v1", b"one")
+        await until_all_show(servers, {"v1": 0})
+        await old.terminate()
+        await old.start(failpoints="registry.entry.accepted=kill")
+        assert await _promoted(old)
+        with pytest.raises(aiohttp.ClientError):
+            await push(old, "v2", b"two")
+        await old.kill()
+        assert len(old.entries(TEMPLATE)) == 1
+        others = [one for one in servers if one is not old]
+        new = await fleet.holder(others)
+        assert await versions(new) == {"v1": 0, "v2": 1}
+        status, _, content = await new.call("GET", f"/v2/{TEMPLATE}/blobs/{oci.digest_of(b'two')}")
+        assert status == 503, content
+        assert old.known_as in content.decode()
+        assert await pushed(new, "v3", b"three") == 2  # the number is not given again
+        await old.start()
+        await until_all_show(servers, {"v1": 0, "v2": 1, "v3": 2})
+        async with asyncio.timeout(fleet.DEADLINE_S):
+            while (await new.call("GET", f"/v2/{TEMPLATE}/blobs/{oci.digest_of(b'two')}"))[2] != b"two":
+                await asyncio.sleep(0.1)
+
+
+async def test_a_holder_without_etcd_takes_nothing_and_serves_on(tmp_path: Path, cluster: etcd.Cluster) -> None:
+    async with fleet.running(tmp_path, 2, cluster.endpoints, REGISTRY_WORKERS="2") as servers:
+        old = await fleet.holder(servers)
+        await pushed(old, "v1", b"one")
+        await until_all_show(servers, {"v1": 0})
+        await old.cut()
+        new = await fleet.holder([one for one in servers if one is not old])
+        assert await pushed(new, "v2", b"two") == 1
+        status, text = await push(old, "v2", b"not two")
+        assert status == 503, text
+        assert (await old.call("GET", f"/v2/{TEMPLATE}/blobs/{oci.digest_of(b'one')}"))[2] == b"one"
+        await old.heal()
+        assert await pushed(old, "v3", b"three") == 2
+        await until_all_show(servers, {"v1": 0, "v2": 1, "v3": 2})
+        keys = cluster.ctl("get", "--prefix", "/covey-registry/", "-w", "json")
+        assert {"role", "term", "format"} <= {_key(kv) for kv in json.loads(keys)["kvs"]}
+
+
+def _key(kv: dict[str, str]) -> str:
+
+    return base64.b64decode(kv["key"]).decode().removeprefix("/covey-registry/")
+
+
+@pytest.mark.parametrize("seed", range(1, HISTORIES + 1))
+async def test_random_histories(tmp_path: Path, cluster: etcd.Cluster, seed: int) -> None:
+    await real.History(seed, tmp_path, cluster, storm_s=10.0).run()
