@@ -53,6 +53,8 @@ class Inlet(asyncio.BufferedProtocol):
     def __init__(self, raw: web.BaseRequest, connection: asyncio.Protocol, parsing: Parsing) -> None:
         if raw.transport is None:
             raise ConnectionResetError("the client has gone")
+        if raw.content_length is None:
+            raise ValueError("only a body of known length ends by counting")
         self._transport = raw.transport
         self._content = raw.content
         self._connection = connection
@@ -63,7 +65,7 @@ class Inlet(asyncio.BufferedProtocol):
         self._lost = False
         self._low_bytes = 1
         self._take_early()
-        self._left = 0 if self._content.is_eof() else (raw.content_length or 0) - self._content.total_bytes
+        self._left = 0 if self._content.is_eof() else raw.content_length - self._content.total_bytes
         self.open = self._left > 0  # whether the connection is ours
         if self.open:
             self._transport.pause_reading()
