@@ -1,5 +1,6 @@
 """The runner counts honestly: what did not run, or was skipped, has failed."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,13 @@ def test_one_product_has_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runner.seed_of_this_product() == runner.seed_of_this_product() < 2**31
     monkeypatch.setenv("COVEY_TEST_SEED", "7")
     assert runner.seed_of_this_product() == 7
+
+
+async def test_what_was_compiled_once_is_kept_for_all_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    (tmp_path / "once.py").write_text("")
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import once"]
+    assert await runner.run(command, tmp_path / "log", limit_s=60) == 0
+    kept = Path(runner.environment()["PYTHONPYCACHEPREFIX"] + str(tmp_path))
+    (compiled,) = kept.glob("once.*.pyc")
+    compiled.unlink()
