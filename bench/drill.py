@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Restore the store of a running cloud from an old backup.")
     parser.add_argument("--instances", type=int, default=1000, help="started since the backup (default 1000)")
     parser.add_argument("--minutes", type=float, default=10.0, help="so old is the backup (default 10)")
-    parser.add_argument("--nodes", type=int, default=40, help="of 100 slots each (default 40)")
+    parser.add_argument("--nodes", type=int, default=40, help="of 300 slots each (default 40)")
     options = parser.parse_args()
     terms = drill.Terms(kept=KEPT, since=options.instances, ended=ENDED, minutes=options.minutes)
     with (

@@ -15,6 +15,7 @@ from tests.operate import hosts
 from tests.support import etcd
 
 eventually = conftest.eventually
+SLOTS = 300  # of each node
 
 
 def lesser_troubles(url: str) -> list[str]:
@@ -79,7 +80,7 @@ def running(folder: Path, *, nodes: int = 10, controllers: int = 2, **env: str) 
             )
             cloud.controllers.append(fleet.Controller(argv, {**fleet.DEFAULTS, **env}, url=f"http://127.0.0.1:{port}"))
         agent = ("agent", "--hypervisor", "synthetic", "--nodes", nodes, "--data-dir", folder / "nodes")
-        cloud.agent = fleet.Part((*agent, "--controller", ",".join(cloud.urls), "--max-vms", 100), {})
+        cloud.agent = fleet.Part((*agent, "--controller", ",".join(cloud.urls), "--max-vms", SLOTS), {})
         try:
             for part in (cloud.registry, *cloud.controllers):
                 part.start()
