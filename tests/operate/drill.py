@@ -32,7 +32,7 @@ class Terms(NamedTuple):
 class Found(NamedTuple):
     """Seconds are counted from the end of the first etcd member. `behind_s`: the backup's age at that moment."""
 
-    standing: int
+    ran: int
     unknown: int
     behind_s: float
     down_s: float
@@ -43,7 +43,7 @@ class Found(NamedTuple):
 
     def told(self) -> str:
         return (
-            f"backup {self.behind_s:.0f} s old, {self.standing} VMs ran, {self.unknown} of them unknown to it; etcd was"
+            f"backup {self.behind_s:.0f} s old, {self.ran} VMs ran, {self.unknown} of them unknown to it; etcd was"
             f" down for {self.down_s:.1f} s, requests were answered after {self.served_s:.1f} s, every VM was accounted"
             f" for after {self.accounted_s:.1f} s, all was settled after {self.settled_s:.1f} s;"
             f" {self.lost_starts} starts that no node had heard of were lost"
@@ -70,7 +70,8 @@ def run(cloud: clouds.Cloud, folder: Path, terms: Terms) -> Found:
         lost_at = time.monotonic()
         for host in cloud.store.hosts:
             host.end()
-        unknown = len(set(cloud.vms()) - set(kept))
+        ran_then = set(cloud.vms())
+        unknown = len(ran_then - set(kept))
         accepted = set(load.started)
         restore(cloud.store, folder / "backup.db")
         down_s = time.monotonic() - lost_at
@@ -80,7 +81,7 @@ def run(cloud: clouds.Cloud, folder: Path, terms: Terms) -> Found:
         hosts.eventually(lambda: len(load.started) > len(accepted) + 5)  # new ones start again
     lost = _prove(cloud, load, accepted, standing, set(ended))
     behind_s = lost_at - backed_up_at
-    return Found(len(standing), unknown, behind_s, down_s, served_s, accounted_s, settled_s, lost)
+    return Found(len(ran_then), unknown, behind_s, down_s, served_s, accounted_s, settled_s, lost)
 
 
 def _start(cloud: clouds.Cloud, count: int, spread_s: float = 0.0) -> list[str]:
