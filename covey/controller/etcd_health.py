@@ -41,14 +41,15 @@ class Members:
         self._now_ns = now_ns
         self._tls = tls
         self._listed: Sequence[etcd_admin.Member] = ()
+        self._refused = False  # newer releases of etcd tell a member's status to administrators only
         self._quotas: dict[str, tuple[int, int]] = {}  # address → bytes, and when it told them
 
     async def look(self) -> tuple[list[troubles.Member], list[str]]:
-        """The members, and the names of raised alarms."""
+        """The members, and the names of raised alarms. No members when we may not ask them: that is no illness."""
         admin = self._admin
         if admin is None:
             return [], []
-        addresses = admin.addresses
+        addresses, self._refused = admin.addresses, False
         words, listed, alarms = await asyncio.gather(
             asyncio.gather(*(within(self._ask(admin, address), None) for address in addresses)),
             within(admin.members(), []),
@@ -57,11 +58,15 @@ class Members:
         self._listed = listed or self._listed
         quotas = {address: told[0] for address, told in self._quotas.items()}
         found = members(dict(zip(addresses, words, strict=True)), self._listed, quotas)
-        return found, sorted({alarm.name for alarm in alarms})
+        return [] if self._refused else found, sorted({alarm.name for alarm in alarms})
 
     async def _ask(self, admin: etcd_admin.Admin, address: str) -> etcd_admin.Status:
         """One member's word; its quota is asked for only when it answers, and need not come in time."""
-        word = await admin.status(address)
+        try:
+            word = await admin.status(address)
+        except errors.Rejected:
+            self._refused = True
+            raise
         known, told_ns = self._quotas.get(address, (0, 0))
         if not known or self._now_ns() - told_ns >= _QUOTA_NS:
             asked = await within(asyncio.to_thread(etcd_care.quota_bytes, address, self._tls), 0)

@@ -100,11 +100,19 @@ class Etcd:
                 raise
 
     async def origin(self, revision: int) -> permission.Origin:
-        """Asked of the present member, and of others when it lags or does not answer: a hung one costs an attempt."""
+        """Asked of the present member, and of others when it lags or does not answer: a hung one costs an attempt.
+        Newer releases of etcd tell a member's status to administrators only: then a linearizable read tells all but
+        the index."""
         present = self.admin.present
         for address in (present, *(other for other in self.admin.addresses if other != present)):
             with contextlib.suppress(errors.Unavailable):
-                status = await self.admin.status(address)
+                try:
+                    status = await self.admin.status(address)
+                except errors.Rejected:
+                    page = await self.range(base.EVERYTHING)
+                    if page.revision < revision:
+                        break
+                    return permission.Origin(page.cluster, page.term)
                 if status.revision >= revision and status.leader_id:
                     return permission.Origin(f"{status.cluster_id:x}", status.raft_term, status.raft_index)
         raise errors.Unavailable("no member says where the store is in its life")

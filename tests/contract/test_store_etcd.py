@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from covey import errors, world
+from covey.decide import permission
 from covey.store import base, etcd, etcd_endpoints
 from tests.support import certificates, proxy
 from tests.support import etcd as etcd_server
@@ -415,3 +416,24 @@ async def leads(store: etcd.Etcd, id: int) -> bool:
     with contextlib.suppress(errors.Unavailable, errors.Unsure):
         await store.admin.move_leader(id)
     return {status and status.leader_id for status in (await store.admin.statuses()).values()} == {id}
+
+
+class NoAdministrator:
+    """etcd 3.5.30 and newer tell a member's status to the role root only."""
+
+    present = "127.0.0.1:1"
+    addresses = (present,)
+
+    async def status(self, address: str) -> object:
+        raise errors.Rejected("etcdserver: permission denied")
+
+
+async def test_without_the_role_root_a_read_tells_where_the_store_is_in_its_life(store: etcd.Etcd) -> None:
+    outcome = await soon(store, put(fresh()))
+    whole = await store.origin(outcome.revision)
+    store.admin = NoAdministrator()  # type: ignore[assignment]
+    told = await store.origin(outcome.revision)
+    assert (told.cluster, told.term, told.entries) == (whole.cluster, whole.term, 0)
+    assert permission.restored(whole, told) == permission.restored(told, whole) == ""
+    with pytest.raises(errors.Unavailable):
+        await store.origin(outcome.revision + 1000)

@@ -205,6 +205,21 @@ class Admin:
         return []
 
 
+class Refusing(Admin):
+    """One that tells its status to administrators only, and we are none."""
+
+    async def status(self, address: str) -> etcd_admin.Status:
+        raise errors.Rejected("etcdserver: permission denied")
+
+    async def alarms(self) -> list[etcd_admin.Alarm]:
+        return []
+
+
+async def test_members_that_may_not_be_asked_are_not_called_ill() -> None:
+    found, _ = await etcd_health.Members(Refusing(), lambda: 0).look()  # type: ignore[arg-type]
+    assert found == []
+
+
 async def test_a_member_that_hangs_costs_a_bounded_time_and_nothing_fails() -> None:
     began = time.monotonic()
     found, alarms = await etcd_health.Members(Admin(), lambda: 0).look()  # type: ignore[arg-type]
