@@ -9,20 +9,22 @@ twice: a part that is told again, or in another order, or by another node, comes
     of an older epoch             a leftover: it holds its slot until an order removes it
     of an instance not known      made again from its specification; not when it was forgotten after its end
 
-Each VM becomes a claim on its node. A terminate that was accepted after the restore still wins.
+Each VM becomes a claim on its node; what had not begun there and has no room beside them any more waits again. A
+terminate that was accepted after the restore still wins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from covey import lifecycle, model, wire
-from covey.decide import permission
-from covey.store import base, codec, commit, commit_reports, schema, view
+from covey.decide import permission, rooms
+from covey.store import base, codec, commit, commit_instances, commit_reports, schema, view
 
 _AT_ONCE = 12  # VMs, or ended instances, per transaction: each may need five operations
 _NONCE = "adopted"  # of a launch that was granted in a history which is lost
+_NO_ROOM = "the store was restored, and others have its room on the node by now"
 _WHY = "the store was restored, and its node has this VM"
 
 State = model.State
@@ -118,10 +120,38 @@ async def _release(
         ops = (
             reading.put(schema.adopted(node), msgspec.structs.replace(new, tx=reading.tx)),
             reading.event("node-adopted", node, decision),
+            *_without_room(reading, life.noun),
         )
         return commit.Write(ops, lambda _: Told())
 
     return await writer.run(snapshot, rule, until_ns=until_ns)
+
+
+def _without_room(reading: commit.Reading, life: model.Session) -> Iterator[base.Op]:
+    """Placements that had not begun at the backup, and whose room others have taken since: they wait again. The node
+    is told to clean up, for it may have prepared them (safety S10). As many as a transaction holds."""
+    known, ledger = reading.node(life.node), reading.ledger(life.node)
+    claims = [] if ledger is None else list(ledger.noun.claims)
+    seen = {claim: reading.snapshot.instance(claim.instance) for claim in reversed(claims)}
+    unbegun = [claim for claim, kept in seen.items() if kept is not None and not kept.noun.launched]
+    for claim in unbegun[:_AT_ONCE]:
+        if known is None or not _is_over(known.noun, life.facts, claims):
+            return
+        old = reading.instance(claim.instance)
+        if old is None or (old.noun.node, old.noun.epoch) != (life.node, claim.epoch) or old.noun.launched:
+            continue
+        waiting = commit.stepped(old.noun, lifecycle.Event.REFUSED, reading, message=_NO_ROOM)
+        if waiting is not None and waiting.waiting:
+            claims.remove(claim)
+            decision = model.Decision(who=life.node, why=_NO_ROOM)
+            yield reading.put(schema.instance(waiting.id), waiting)
+            yield commit_instances.clean_up(reading, old.noun, decision, withdrawn=True)
+            yield reading.event("withdrawn", waiting.id, decision, node=life.node)
+
+
+def _is_over(node: model.Node, facts: model.Facts, claims: Sequence[model.Claim]) -> bool:
+    room = rooms.room(rooms.Host(node=node, facts=facts, claims=tuple(claims)))
+    return room.free_slots < 0 if room.counts_vms else room.free.vcpu < 0 or room.free.ram_mb < 0
 
 
 class _Page:

@@ -278,6 +278,7 @@ class Truth:
         self._runs = {id for id, accepted in self._lost.items() if accepted and id in running}
         self._runs -= self.terminate_asked | self.failed
         self._ran = {id: (name, epoch) for id, (name, epoch) in self._ran.items() if (name, (id, epoch)) in bodies}
+        self._scripted &= self._ran.keys()
         self._untold = set(self.nodes)
 
     # ---- every act of a hypervisor ---------------------------------------------------------------------------------

@@ -397,6 +397,34 @@ async def test_what_was_launched_after_the_backup_is_so_again() -> None:
         assert await c.claims(node) == [(id, 1)]
 
 
+@pytest.mark.parametrize("sizes", [True, False], ids=["processors and memory", "slots"])
+async def test_a_placement_whose_room_others_have_taken_since_the_backup_waits_again(sizes: bool) -> None:
+    """Safety S19, promise I3: it ended after the backup, and left its room to a VM that the store has forgotten."""
+    async with cloud.running() as c:
+        node = await c.join(facts=nouns.facts(slots=2, cpu_count=4))
+        if sizes:
+            kept = (await c.look()).node(node)
+            assert kept is not None
+            noun = msgspec.structs.replace(kept.noun, capacity_mode=model.CapacityMode.RESOURCE, max_vms=99)
+            await c.store.commit(base.Txn((), (base.Put(schema.node(node), schema.encode(noun)),)))
+        (runs,) = await c.create(homes=[node], vcpu=2, vram_mb=1024)
+        (began,) = await c.create(homes=[node], vcpu=2, vram_mb=1024)
+        await restore(c, backup(c), cluster="another")
+        spec = nouns.spec(vcpu=2, vram_mb=1024)
+        await tell(c, node, held(runs, spec=spec))
+        assert (await c.instance(began)).node == node, "there is room for both"
+        await restore(c, backup(c), cluster="a third")
+        forgotten = nouns.instance_id()
+        await tell(c, node, held(runs, spec=spec), held(forgotten, spec=spec))
+        found = await c.instance(began)
+        assert (found.waiting, "room" in found.message) == (True, True)
+        assert {(await c.instance(id)).state for id in (runs, forgotten)} == {State.STARTED}
+        (order,) = [kv for kv in await c.values(schema.ORDERS) if began in kv.key]
+        assert b'"withdrawn":true' in order.value
+        await c.report(node, nouns.item(wire.ReportEvent.GONE, model.InstanceId(began)))
+        assert await c.claims(node) == [(runs, 1), (forgotten, 1)]
+
+
 async def test_what_was_placed_elsewhere_after_the_backup_is_there() -> None:
     """The highest epoch wins, and what the older one left is ordered away."""
     async with cloud.running() as c:
