@@ -1,8 +1,11 @@
 """Controllers defragment etcd by themselves: where it pays, while all members are well, and nobody notices."""
 
 import asyncio
+import contextlib
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +31,17 @@ async def fill(endpoints: list[str]) -> None:
         await store.close()
 
 
+def record(cloud: fleet.Fleet) -> dict[str, Any]:
+    """What the controllers wrote down; asked again where a busy etcd does not answer in time."""
+
+    def read() -> dict[str, Any]:
+        with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+            return cloud.value("defrag")
+        return {}
+
+    return conftest.eventually(read)
+
+
 def size_mb(member: members.Member) -> float:
     return (member.directory / member.name / "member" / "snap" / "db").stat().st_size / 1e6
 
@@ -35,23 +49,23 @@ def size_mb(member: members.Member) -> float:
 @pytest.mark.timeout(480)
 def test_one_controller_gives_space_back_when_it_pays_and_all_members_are_well(tmp_path: Path) -> None:
     with fleet.running(tmp_path, controllers=2, members=3, COVEY_DEFRAG_DB_INTERVAL="2s") as cloud:
-        conftest.eventually(lambda: cloud.keys("defrag") and cloud.value("defrag")["at_ns"])
-        assert cloud.value("defrag").get("members", []) == [], "an empty store is not worth it"
+        conftest.eventually(lambda: record(cloud)["at_ns"])
+        assert record(cloud).get("members", []) == [], "an empty store is not worth it"
         away = cloud.etcd.members[2]
         away.kill()
         for url in cloud.urls:
             conftest.eventually(lambda url=url: "does not answer" in str(clouds.lesser_troubles(url)))  # type: ignore[misc]
-        conftest.eventually(lambda: not cloud.value("defrag").get("claim"))
+        conftest.eventually(lambda: not record(cloud).get("claim"))
         asyncio.run(fill(cloud.etcd.endpoints[:2]))
-        before = cloud.value("defrag")
+        before = record(cloud)
         for _ in fleet.until(5):
-            assert cloud.value("defrag") == before, "a member is away"
+            assert record(cloud) == before, "a member is away"
         assert min(map(size_mb, cloud.etcd.members[:2])) > FILL
 
         with clients.asking(cloud.urls, cloud.template, start_each=SILENT) as load:
             away.start()
-            conftest.eventually(lambda: cloud.value("defrag").get("members"), 120)
-            conftest.eventually(lambda: not cloud.value("defrag").get("members"), 120)  # the next time: not worth it
+            conftest.eventually(lambda: record(cloud).get("members"), 120)
+            conftest.eventually(lambda: not record(cloud).get("members"), 120)  # the next time: not worth it
         assert load.failures == []
         assert max(map(size_mb, cloud.etcd.members)) < FILL / 2
         ran = conftest.covey("etcd", "status", COVEY_ETCD_ENDPOINTS=cloud.etcd.endpoints[0])
