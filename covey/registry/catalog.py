@@ -5,6 +5,7 @@ reading on from the last entry seen; so every answer contains all that any serve
 A change is decided on such a fold and entered under the next number; when that number is taken, read and decide again.
 """
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -171,7 +172,8 @@ class Catalog:
         found: list[str] = []
         folders = [""]
         while folders:
-            below = [name.lstrip("/") for folder in folders for name in await self.logs.names(folder)]
+            listed = await asyncio.gather(*map(self.logs.names, folders))  # a bucket answers each after a while
+            below = [name.lstrip("/") for names in listed for name in names]
             folders = [name for name in below if oci.valid_name(name)]
             found += folders
         return sorted(fold.name for fold in await self.repositories(found) if fold.manifests)

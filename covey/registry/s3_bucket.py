@@ -182,8 +182,9 @@ class Bucket:
 
     async def folders(self, prefix: str) -> list[str]:
         """The names directly below `prefix` that have something below them."""
-        with self._told("list"):
-            listed = await obstore.list_with_delimiter_async(self._store, prefix.rstrip("/"))
+        async with self._busy:
+            with self._told("list"):
+                listed = await obstore.list_with_delimiter_async(self._store, prefix.rstrip("/"))
         return [name.rstrip("/").rpartition("/")[2] for name in listed["common_prefixes"]]
 
     # ---- large objects ---------------------------------------------------------------------------------------------
