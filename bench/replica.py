@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import select
 import signal
@@ -46,7 +47,7 @@ def say(text: str) -> None:
 class Server:
     """`covey registry`, one of a set; `url` is how its peers reach it."""
 
-    def __init__(self, base: Path, port: int, url: str, urls: list[str]) -> None:
+    def __init__(self, base: Path, port: int, url: str, urls: list[str], processes: int) -> None:
         self.base, self.url = base, url
         self.local = f"http://127.0.0.1:{port}"
         self._environ = {
@@ -59,7 +60,7 @@ class Server:
             "COVEY_REGISTRY_PEERS": ",".join(urls),
             "COVEY_REGISTRY_PEER_SECRET": _SECRET,
             "COVEY_REGISTRY_PUSH": urls[0],
-            "COVEY_REGISTRY_WORKERS": "1",
+            "COVEY_REGISTRY_WORKERS": str(processes),
             "COVEY_LOG_LEVEL": "error",
         }
         self._process: subprocess.Popen[bytes] | None = None
@@ -109,8 +110,8 @@ def wait_until(true: Callable[[], bool], limit_s: float = _DEADLINE_S) -> float:
 
 
 @contextlib.contextmanager
-def running(folder: Path, ports: list[int], urls: list[str]) -> Iterator[list[Server]]:
-    servers = [Server(folder / f"r{number}", port, urls[number], urls) for number, port in enumerate(ports)]
+def running(folder: Path, ports: list[int], urls: list[str], processes: int = 1) -> Iterator[list[Server]]:
+    servers = [Server(folder / f"r{number}", port, urls[number], urls, processes) for number, port in enumerate(ports)]
     try:
         for server in servers:
             server.base.mkdir(parents=True)
@@ -245,24 +246,42 @@ def plain_copies(folder: Path, url: str, tag: Tag) -> tuple[float, float]:
 
 
 class Relay:
-    """Before one port of this machine: counts what comes back, passes nothing while it is cut."""
+    """Before one port of this machine: counts what it has passed back, passes nothing while it is cut. It holds little
+    by itself: what waits there has not been fetched."""
 
     def __init__(self, target: int) -> None:
         self.down_bytes = 0
+        self.hold_at: float = math.inf  # so many bytes have passed: no more do
         self.cut = False
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._closed = False
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def close(self) -> None:
+        self._closed = self.cut = True
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port), timeout=5).close()  # wakes `_accept`
+        for thread in self._threads:
+            thread.join(10)
+        self._listener.close()
 
     def _accept(self) -> None:
         while True:
+            near, _ = self._listener.accept()
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 128 << 10)
             try:
-                near, _ = self._listener.accept()
+                if self._closed:
+                    near.close()
+                    return
                 far = socket.create_connection(("127.0.0.1", self._target))
             except OSError:
+                near.close()
                 continue
-            threading.Thread(target=self._pass, args=(near, far), daemon=True).start()
+            self._threads.append(threading.Thread(target=self._pass, args=(near, far), daemon=True))
+            self._threads[-1].start()
 
     def _pass(self, near: socket.socket, far: socket.socket) -> None:
         with near, far, contextlib.suppress(OSError):
@@ -272,43 +291,46 @@ class Relay:
                     data = source.recv(256 << 10)
                     if not data or self.cut:
                         return
+                    (near if source is far else far).sendall(data)
                     if source is far:
                         self.down_bytes += len(data)
-                    (near if source is far else far).sendall(data)
+                        while self.down_bytes >= self.hold_at and not self.cut:
+                            time.sleep(0.005)
 
 
 @contextlib.contextmanager
-def pair(folder: Path) -> Iterator[tuple[Server, Server, Relay]]:
+def pair(folder: Path, processes: int) -> Iterator[tuple[Server, Server, Relay]]:
     ports = free_ports(2)
     relay = Relay(ports[0])
     urls = [f"http://127.0.0.1:{relay.port}", f"http://127.0.0.1:{ports[1]}"]
-    with running(folder, ports, urls) as (holder, follower):
-        yield holder, follower, relay
+    try:
+        with running(folder, ports, urls, processes) as (holder, follower):
+            yield holder, follower, relay
+    finally:
+        relay.close()
 
 
-def kills(folder: Path, size_bytes: int, count: int) -> dict[str, object]:
-    with pair(folder) as (holder, follower, relay):
+def kills(folder: Path, size_bytes: int, count: int, processes: int) -> dict[str, object]:
+    with pair(folder, processes) as (holder, follower, relay):
         tag = Tag(folder, size_bytes)
         tag.upload(holder.local)
         began_bytes, began = relay.down_bytes, time.monotonic()
+        goals = [began_bytes + size_bytes * number // (count + 1) for number in range(1, count + 1)]
+        relay.hold_at = goals[0]
         tag.enter(holder.local)
-        done = 0
-        for number in range(count):
-            goal = began_bytes + size_bytes * (number + 1) // (count + 1)
-            wait_until(lambda: relay.down_bytes >= goal or follower.has(tag.layer))  # noqa: B023
-            if follower.has(tag.layer):
-                break
+        for goal in [*goals[1:], math.inf]:
+            wait_until(lambda: relay.down_bytes >= relay.hold_at)
             follower.end(signal.SIGKILL)
-            done += 1
+            relay.hold_at = goal
             follower.start()
         wait_until(lambda: follower.has(tag.layer))
         twice = relay.down_bytes - began_bytes - size_bytes
-        return {"kills": done, "twice_mib": round(twice / MIB, 2), "took_s": round(time.monotonic() - began, 1)}
+        return {"kills": count, "twice_mib": round(twice / MIB, 2), "took_s": round(time.monotonic() - began, 1)}
 
 
-def cut(folder: Path, size_bytes: int, cut_s: float) -> dict[str, object]:
+def cut(folder: Path, size_bytes: int, cut_s: float, processes: int) -> dict[str, object]:
     """Ten tags are pushed while the line is cut."""
-    with pair(folder) as (holder, follower, relay):
+    with pair(folder, processes) as (holder, follower, relay):
         relay.cut = True
         began = time.monotonic()
         tags = []
@@ -342,14 +364,15 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--cut", type=float, default=60.0, help="seconds")
+    parser.add_argument("--processes", type=int, default=1, help="of each server, in kills and cut")
     parser.add_argument("--only", nargs="+", choices=("copies", "kills", "cut"), default=["copies", "kills", "cut"])
     parser.add_argument("--folder", type=Path, help="where the disks are")
     options = parser.parse_args(words)
     size_bytes = options.size * MIB
     parts: dict[str, Callable[[Path], dict[str, object]]] = {
         "copies": lambda folder: copies(folder, size_bytes, options.rounds),
-        "kills": lambda folder: kills(folder, size_bytes, options.kills),
-        "cut": lambda folder: cut(folder, size_bytes, options.cut),
+        "kills": lambda folder: kills(folder, size_bytes, options.kills, options.processes),
+        "cut": lambda folder: cut(folder, size_bytes, options.cut, options.processes),
     }
     found = {}
     with tempfile.TemporaryDirectory(prefix="covey-bench-", dir=options.folder) as text:

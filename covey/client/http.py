@@ -23,6 +23,7 @@ All time is the running loop's, so that a simulation can run in time of its own.
 
 import asyncio
 import os
+import socket
 import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,9 +72,11 @@ class Exchange(Protocol):
 
 class Sockets:
     """Exchange over real sockets: pools of connections, opened at first use inside the running loop. Plain HTTP goes
-    over `plain`, everything else by aiohttp. `ca_cert`: authorities that are believed beside the system's own."""
+    over `plain`, everything else by aiohttp. `ca_cert`: authorities that are believed beside the system's own.
+    `receive_bytes`: how much of a stream may wait in the kernel; 0: as much as the kernel likes."""
 
-    def __init__(self, connect_s: float = 2.0, ca_cert: Path | None = None) -> None:
+    def __init__(self, connect_s: float = 2.0, ca_cert: Path | None = None, *, receive_bytes: int = 0) -> None:
+        self._receive_bytes = receive_bytes
         self._connect_s = connect_s
         self._trust = trusting(ca_cert)
         self._session: aiohttp.ClientSession | None = None
@@ -82,7 +85,12 @@ class Sockets:
     @property
     def session(self) -> aiohttp.ClientSession:
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60, ssl=self._trust)
+            connector = aiohttp.TCPConnector(
+                limit=0,
+                keepalive_timeout=60,
+                ssl=self._trust,
+                socket_factory=_receiving(self._receive_bytes) if self._receive_bytes else None,
+            )
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s)
             self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
         return self._session
@@ -130,6 +138,16 @@ class Sockets:
         if self._session is not None:
             await self._session.close()
             self._session = None
+
+
+def _receiving(size_bytes: int) -> aiohttp.SocketFactoryType:
+    def made(address: aiohttp.AddrInfoType) -> socket.socket:
+        family, kind, protocol, *_ = address
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size_bytes)
+        return found
+
+    return made
 
 
 def trusting(ca_cert: Path | None) -> ssl.SSLContext | bool:

@@ -27,7 +27,8 @@ from covey.client import http, line
 T = TypeVar("T")
 
 SECRET_HEADER = "Covey-Peer-Secret"  # noqa: S105  its name
-_READ_BYTES = 1 << 20
+_READ_BYTES = 256 << 10
+_RECEIVE_BYTES = 1 << 20  # what waits in the kernel is fetched twice when this process is killed
 _STALL_S = 15.0  # a peer that sends nothing for so long, in the middle of a blob, is left
 _ASK_S = 10.0
 _WORD_S = 3.0
@@ -143,7 +144,7 @@ class Peers:
     """All peers by URL, over HTTP. `close` at the end."""
 
     def __init__(self, urls: Sequence[str], secret: str, *, ca_cert: Path | None = None) -> None:
-        self._sockets = http.Sockets(ca_cert=ca_cert)
+        self._sockets = http.Sockets(ca_cert=ca_cert, receive_bytes=_RECEIVE_BYTES)
         self._headers = {SECRET_HEADER: secret}
         self.all: Mapping[str, Peer] = {url: _Remote(url, self._sockets, self._headers) for url in urls}
 
