@@ -47,6 +47,7 @@ from covey.store import base, commit, commit_cloud, etcd, etcd_connect, mirror, 
 
 _LEASE_S = 15  # of this controller's announcement
 _RETRY_S = 1.0
+_REASONS = 5  # why etcd cannot be used: a busy one may first give no answer at all, and then a refusal
 _SLOW_S = 2.0  # a store that has not answered at start by then is worth a line
 _LOOK_S = 0.2  # how often health is looked at: parked polls are answered this soon after turning red
 _NS = 1_000_000_000
@@ -246,7 +247,8 @@ class Replica:
                 group.create_task(self._keep("defragmentation", self._defrags.run))
 
     async def _enter(self) -> None:
-        """Take part in the cloud as soon as the store lets us: said once when it does not, once when it does."""
+        """Take part in the cloud as soon as the store lets us: each reason why it does not is said once, and that it
+        does."""
         where = ",".join(self._chosen.etcd_endpoints)
         self._entering = f"etcd at {where} has not answered yet"
         say = functools.partial(log.warning, "etcd has not answered yet; waiting for it", endpoints=where)
@@ -257,16 +259,16 @@ class Replica:
             slow.cancel()
 
     async def _enter_when_possible(self, where: str) -> None:
-        said = False
+        said: set[str] = set()
         while True:
             try:
                 cloud = await commit_cloud.start(self._writer)
             except errors.StoreError as error:
                 why = await etcd_connect.explain(self._chosen, error)
                 self._entering = f"etcd at {where} cannot be used: {why}"
-                if not said:
+                if why not in said and len(said) < _REASONS:
                     log.error("etcd cannot be used; trying on until it can", endpoints=where, why=why)
-                said = True
+                    said.add(why)
                 await asyncio.sleep(_RETRY_S)
                 continue
             if isinstance(cloud, commit_cloud.Cloud):

@@ -1,6 +1,7 @@
 """The composition root: a store that is away and comes back, a frozen process, stopping, odd requests end to end."""
 
 import asyncio
+import functools
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -8,6 +9,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import structlog
 
 from covey import errors, wire, world
 from covey.controller import replica
@@ -22,6 +24,7 @@ class Away:
     def __init__(self, store: base.Store) -> None:
         self._store = store
         self.away = False
+        self.why = "connection refused"
         self.back = asyncio.Event()
         self.back.set()
 
@@ -35,7 +38,7 @@ class Away:
 
     def _check(self) -> None:
         if self.away:
-            raise errors.Unavailable("connection refused")
+            raise errors.Unavailable(self.why)
 
     async def range(self, key: str, end: str = "", **options: Any) -> base.Page:
         self._check()
@@ -97,6 +100,26 @@ async def test_a_store_that_is_away_at_the_start_is_waited_for(capsys: pytest.Ca
     finally:
         await one.stop()
     assert capsys.readouterr().err.count("etcd cannot be used; trying on until it can") <= 1
+
+
+async def test_each_reason_why_the_store_cannot_be_used_is_logged_once() -> None:
+    """A busy etcd first gives no answer, and then refuses the login: who reads the log must hear of the latter."""
+    clock = world.System()
+    store = Away(memory.Memory(clock))
+    store.leave()
+    refused = "etcd refuses the login"
+    one = replica.Replica(cloud.chosen(COVEY_ALLOW_EMPTY_REGISTRY="true"), clock, store)
+    with structlog.testing.capture_logs() as logs:
+        await one.start()
+        try:
+            async with aiohttp.ClientSession(f"http://127.0.0.1:{one.server.port}") as http:
+                api = cloud.Api(http)
+                for store.why, told in (("no answer", "cannot be used: "), ("invalid user ID or password", refused)):
+                    await cloud.until(functools.partial(_says, api, told))
+        finally:
+            await one.stop()
+    reasons = [line["why"] for line in logs if line["event"].startswith("etcd cannot be used")]
+    assert [refused in why for why in reasons] == [False, True]
 
 
 async def _says(api: cloud.Api, text: str) -> bool:
