@@ -22,7 +22,7 @@ from tests.support import etcd, fleet, registry
 TEMPLATE = "templates/7a3f5f5e-6d0c-4b87-9c15-3f1f2a3b4c5d"
 CONFIG = registry.template_config()
 STORM_S = 20.0
-CALM_S = 90.0
+CALM_S = 200.0
 CLIENTS = 3
 
 
@@ -62,7 +62,7 @@ class History:
             for member in members:
                 member.thaw()
                 await member.heal()
-                if member.child is None:
+                if member.child is None or member.child.returncode is not None:
                     await member.start()
             await asyncio.gather(*clients)
             await self.settled()
@@ -92,7 +92,7 @@ class History:
         await member.kill()
         await asyncio.sleep(self.chance.choice((0.0, 3.0, 12.0)))
         point = self.chance.choice(("", "", "registry.entry.accepted=kill", "registry.role.taken=kill"))
-        await member.start(failpoints=point)
+        await (member.launch(failpoints=point) if point else member.start())
         self.say(f"started {member.number} {point}")
 
     async def freeze(self, member: fleet.Member) -> None:

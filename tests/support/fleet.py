@@ -22,7 +22,7 @@ import aiohttp
 from tests.support import etcd, proxy, registry
 
 SECRET = "a secret for tests only"
-DEADLINE_S = 60.0
+DEADLINE_S = 100.0
 
 
 class Member(registry.Server):
@@ -136,7 +136,7 @@ async def running(
     """A set, all of it started unless `start` is False. Without etcd the first one takes pushes first. `more` are
     settings of all."""
     async with contextlib.AsyncExitStack() as stack:
-        timeout = aiohttp.ClientTimeout(total=60)
+        timeout = aiohttp.ClientTimeout(total=120)
         session = await stack.enter_async_context(aiohttp.ClientSession(timeout=timeout))
         members = []
         for number in range(count):
