@@ -122,7 +122,7 @@ class Appointing:
             return
         told = await inventories(self._others)
         newest = max([(view.term, view.holder), *((found.term, found.holder) for found in told.values())])
-        term = newest[0] + 1
+        term = max(newest[0], 1) + 1  # the first term is that of REGISTRY_PUSH, whether it was heard of or not
         # Whom the others believe in, and whom we followed: if it was promised to us before, they are not the same.
         for holder in sorted({newest[1], view.holder} - {"", self._own_url}):
             await self._take_from(holder, term, force=force, disputed=bool(view.why_not))

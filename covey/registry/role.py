@@ -207,7 +207,7 @@ class Appointed:
         known, known_holder, other = self._terms.last()
         if not holder or term < max(known, 1) or (holder == self._own_url and term > known):
             return
-        if (term, holder) in ((known, known_holder), (known, other)):
+        if (term, holder) in ((known, known_holder), (known, other)) or (term == known and other):
             return
         if term == known:
             log.error("two registries hold one term", term=term, holders=[known_holder, holder])
