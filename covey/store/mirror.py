@@ -349,14 +349,16 @@ class Mirror:
             self._proven, self._broke = True, ""
 
     async def _directly(self, revision: int) -> view.Snapshot:
-        """The mirror is late: read everything from the store, one read for all who ask meanwhile."""
-        if self._direct is None or self._direct.done():
-            self._direct = asyncio.create_task(_bounded_listing(self._store))
-            self._direct.add_done_callback(_seen)
-        snapshot = await asyncio.shield(self._direct)
-        if snapshot.revision < revision:  # the shared read had begun before this request
-            raise errors.Unavailable("the copy of the store is late")
-        return snapshot
+        """The mirror is late: read everything from the store, one read for all who ask meanwhile. One that had begun
+        before may lack what this request must show; then the next one is waited for."""
+        for _ in range(2):
+            if self._direct is None or self._direct.done():
+                self._direct = asyncio.create_task(_bounded_listing(self._store))
+                self._direct.add_done_callback(_seen)
+            snapshot = await asyncio.shield(self._direct)
+            if snapshot.revision >= revision:
+                return snapshot
+        raise errors.Unavailable("the copy of the store is late")
 
 
 async def _bounded_listing(store: base.Store) -> view.Snapshot:

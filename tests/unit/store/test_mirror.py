@@ -92,6 +92,21 @@ async def test_a_late_watch_is_not_waited_for_long() -> None:
         assert copy.snapshot().instance(id) is None, "the copy itself is still late"
 
 
+async def test_who_comes_while_the_store_is_read_directly_waits_for_the_next_read() -> None:
+    """Promise I6: a read that began too early for a request is no reason to refuse it."""
+    async with cloud.running() as c, mirrored(c) as (copy, weather):
+        await copy.fresh()
+        weather.watch_delay_s = 30
+        await c.create()
+        early = asyncio.create_task(copy.fresh())
+        await until(lambda: copy._direct is not None)
+        begun, copy._direct = copy._direct, asyncio.create_task(asyncio.sleep(2.0, copy.snapshot()))
+        (id,) = await c.create()
+        assert (await copy.fresh()).instance(id) is not None
+        assert begun is not None
+        await asyncio.gather(early, begun)
+
+
 async def test_a_store_that_says_nothing_is_not_waited_for_long() -> None:
     """Promise I10: who asks gets a 503 soon enough to ask another controller, however patient the store's client is."""
     async with cloud.running() as c, mirrored(c) as (copy, weather):
