@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import io
 import os
 import random
 import shutil
@@ -89,7 +90,12 @@ class Life:
         await self._pause()
         with self.play.working(self):
             found = work()
-        await self._pause()
+        try:
+            await self._pause()
+        except BaseException:
+            if isinstance(found, io.IOBase):
+                found.close()  # the kernel does it for one that was killed
+            raise
         return found
 
     async def _pause(self) -> None:
