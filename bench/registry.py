@@ -332,18 +332,23 @@ def pulls(row: Row, files: Files, one: tuple[Server, str], other: tuple[Server, 
 
 
 def pushes(row: Row, files: Files, one: Server, other: Server, base: Path, home: Path) -> None:
-    """One round of a push: nginx, then Covey. What the last round stored is deleted first."""
+    """One round of a push: nginx, then Covey. What one has stored is deleted before the other begins, and the disk has
+    written what was left to be written: both find the same memory for their pages, and a disk at rest."""
     chosen = list(zip(files.paths, files.digests, strict=True))[: row.at_once]
-    for path, digest in chosen:
-        (home / "put" / path.name).unlink(missing_ok=True)
-        disk.locate(base, digest).unlink(missing_ok=True)
-    commands = [["-o", os.devnull, "-T", str(path), f"{one.url}/put/{path.name}"] for path, _ in chosen]
-    row.note_nginx(_curls(commands, files.size_bytes, one))
-    commands = [_store(path, other.url, digest) for path, digest in chosen]
-    row.note_covey(_curls(commands, files.size_bytes, other))
-    for _, digest in chosen:
-        if disk.locate(base, digest).stat().st_size != files.size_bytes:
-            raise RuntimeError(f"{digest} was not stored whole")
+    at_nginx = [home / "put" / path.name for path, _ in chosen]
+    at_covey = [disk.locate(base, digest) for _, digest in chosen]
+    puts = [["-o", os.devnull, "-T", str(path), f"{one.url}/put/{path.name}"] for path, _ in chosen]
+    posts = [_store(path, other.url, digest) for path, digest in chosen]
+    for commands, server, stored, note in (
+        (puts, one, at_nginx, row.note_nginx),
+        (posts, other, at_covey, row.note_covey),
+    ):
+        os.sync()
+        note(_curls(commands, files.size_bytes, server))
+        for path in stored:
+            if path.stat().st_size != files.size_bytes:
+                raise RuntimeError(f"{path} was not stored whole")
+            path.unlink()
 
 
 # ---- the whole -----------------------------------------------------------------------------------------------------
@@ -448,7 +453,6 @@ def _measure_pushes(
     for number in range(given.rounds):
         say(f"pushes, round {number + 1}")
         for row, base, made in rows:
-            os.sync()  # what the one before left to be written shall not fall on the next
             pushes(row, files, web, made, base, home / "nginx")
     for fsync, _, made in kinds:
         found.peak_mb[f"push, fsync {'on' if fsync else 'off'}"] = made.peak_mb()
