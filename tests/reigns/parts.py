@@ -12,6 +12,7 @@ from covey import errors, model
 from covey.client import oci
 from covey.registry import blobs, campaign, catalog, copying, elected, follower, heads, peers, role
 from covey.store import memory
+from tests.histories import play
 from tests.reigns import clockwork, verdict
 from tests.support import flaky
 
@@ -22,26 +23,14 @@ REQUEST_S = 10.0  # as `serve.AGE_LIMIT_S`
 _ANSWER_S = 5.0
 
 
-class World:
+class World(play.Chance):
     """`world.World` from a seed and a loop's clock."""
-
-    def __init__(self, chance: random.Random) -> None:
-        self._chance = chance
 
     def boot_ns(self) -> int:
         return int(asyncio.get_running_loop().time() * 1e9)
 
     def wall_ns(self) -> int:
         return self.boot_ns()
-
-    def token(self) -> str:
-        return f"{self._chance.getrandbits(64):016x}"
-
-    def secret(self) -> str:
-        return self.token()
-
-    def uuid(self) -> str:
-        raise AssertionError("every template of a history has its id")
 
 
 # ---- what outlives a server ----------------------------------------------------------------------------------------

@@ -8,20 +8,11 @@ import pytest
 from covey import errors, model
 from covey.store import commit, commit_births, commit_cloud, commit_door, memory, schema
 from tests.support import cloud, flaky, nouns
+from tests.support.births import create, start
 
 Fate = flaky.Fate
 State = model.State
 TWIN = nouns.spec(external_id="e", name="n")
-
-
-def start(count: int = 1, **changes: object) -> commit_births.Start:
-    ids = tuple(nouns.instance_id() for _ in range(count))
-    values: dict[str, object] = {"spec": nouns.spec(), "ids": ids, "who": "tester", "body": "b"}
-    return commit_births.Start(**(values | changes))  # type: ignore[arg-type]
-
-
-async def create(c: cloud.Cloud, what: commit_births.Start, until_ns: int = 0) -> commit_births.Answer:
-    return await commit_births.create(c.writer, await c.look(), what, until_ns=until_ns)
 
 
 async def test_the_door_is_closed_on_a_create_that_was_given_up() -> None:
