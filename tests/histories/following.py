@@ -68,6 +68,7 @@ class Life:
         self.over = False
         self.partials: list[replica_disk.Partial] = []
         self.tasks: list[asyncio.Task[Any]] = []
+        self.answers: list[asyncio.Task[Any]] = []  # whose faults are for those who asked
         self.died = asyncio.Event()
 
     async def answer(self, work: Coroutine[Any, Any, T]) -> T:
@@ -76,14 +77,15 @@ class Life:
             work.close()
             raise errors.RemoteError(f"{self.url} refuses connections")
         task, dying = asyncio.create_task(work), asyncio.create_task(self.died.wait())
-        self.tasks.append(task)
+        self.answers.append(task)
         try:
             await asyncio.wait([task, dying], return_when=asyncio.FIRST_COMPLETED)
         finally:
             dying.cancel()
         if not task.done():
+            task.add_done_callback(_looked_at)
             raise errors.RemoteError(f"{self.url} died before it had answered")
-        self.tasks.remove(task)
+        self.answers.remove(task)
         return task.result()
 
     async def step(self, work: Callable[[], Any]) -> Any:
@@ -115,6 +117,12 @@ class Life:
             if partial._handle >= 0:  # the kernel closes them
                 os.close(partial._handle)
                 partial._handle = -1
+
+
+def _looked_at(task: "asyncio.Task[Any]") -> None:
+    """Nobody waits for it any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 class Mortal(near_peer.Near):
@@ -424,9 +432,10 @@ class Following:
     async def settle(self) -> None:
         """All servers run, nobody lies, time passes: until nothing is to be done any more."""
         for life in [life for life in self.lives if not life.dead]:
-            for task in life.tasks:  # what is under way comes to its end
+            for task in [*life.tasks, *life.answers]:  # what is under way comes to its end
                 if not task.done():
                     await asyncio.wait([task], timeout=20)
+            for task in life.tasks:
                 if task.done() and not task.cancelled() and task.exception() is not None:
                     raise task.exception() or Wrong
         for url in URLS:

@@ -17,7 +17,8 @@ from tests.registry.test_role import TEMPLATE, push, pushed, until_all_show, unt
 from tests.reigns import real
 from tests.support import etcd, fleet
 
-HISTORIES = int(os.environ.get("COVEY_REAL_REIGNS", "1"))
+SEEDS = range(1, int(os.environ.get("COVEY_REAL_REIGNS", "1")) + 1)
+STORM_S = 10.0
 
 
 @pytest.fixture
@@ -107,6 +108,6 @@ def _key(kv: dict[str, str]) -> str:
     return base64.b64decode(kv["key"]).decode().removeprefix("/covey-registry/")
 
 
-@pytest.mark.parametrize("seed", range(1, HISTORIES + 1))
-async def test_random_histories(tmp_path: Path, cluster: etcd.Cluster, seed: int) -> None:
-    await real.History(seed, tmp_path, cluster, storm_s=10.0).run()
+@pytest.mark.parametrize("seed", SEEDS)
+async def test_random_histories(tmp_path: Path, seed: int) -> None:
+    await real.play(seed, tmp_path, storm_s=STORM_S)

@@ -25,6 +25,34 @@ class Done:
     number: int | None = None
 
 
+@dataclass
+class Step:
+    """An acknowledged change of a template that one client alone changes, one step after the other. `tag` of a revert:
+    its request id; `number` then is the version that it begins with."""
+
+    kind: str
+    tag: str
+    digest: str
+    number: int | None
+
+
+def in_order(final: Sequence[bytes], steps: Sequence[Step]) -> None:
+    """All steps are in the log, in their order. Raises Wrong."""
+    entries = [msgspec.json.decode(raw, type=views.Entry) for raw in final]
+    left = [
+        (entry.kind, entry.request or entry.tag, entry.digest, entry.version)
+        for entry in entries
+        if entry.kind in (views.Kind.PUSH, views.Kind.REVERT)
+    ]
+    told = list(left)
+    for step in steps:
+        wanted = step.kind, step.tag, step.digest, step.number
+        while left and left[0] != wanted:
+            left.pop(0)
+        if not left:
+            raise Wrong(f"{step} was acknowledged and is not in its place: {told}")
+
+
 def judge(final: Logs, aside: Mapping[str, Logs], done: Sequence[Done], *, with_etcd: bool, forced: bool) -> None:
     """`final`: the logs that all servers have in the end; `aside`: what each has set aside. Raises Wrong."""
     for url, logs in aside.items():

@@ -5,7 +5,8 @@
         holder.freeze()                                                        # SIGSTOP; .thaw()
         await servers[1].cut()                                                 # no peer and no etcd; .heal()
 
-What servers say to each other and to etcd goes through a `proxy.Proxy` of each, what clients say does not.
+What servers say to each other and to etcd goes through a `proxy.Proxy` of each, what clients say does not. On hosts
+with networks of their own: `lab_fleet`.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import aiohttp
 
@@ -25,22 +27,52 @@ SECRET = "a secret for tests only"
 DEADLINE_S = 100.0
 
 
-class Member(registry.Server):
-    """One server of a set, whether it runs or not."""
+class Lines(Protocol):
+    """What connects a server with its peers and with etcd."""
 
-    def __init__(self, number: int, base: Path, session: aiohttp.ClientSession, line: proxy.Proxy) -> None:
-        super().__init__(line.target, session)
+    async def cut(self, *, etcd: bool) -> None: ...
+
+    async def heal(self) -> None: ...
+
+
+class Proxies:
+    """`Lines` of one machine's loopback."""
+
+    def __init__(self, line: proxy.Proxy, to_etcd: Sequence[proxy.Proxy]) -> None:
+        self.line = line
+        self.to_etcd = to_etcd
+
+    async def cut(self, *, etcd: bool) -> None:
+        for one in (self.line, *(self.to_etcd if etcd else ())):
+            await one.turn(proxy.Mood.CLOSED)
+
+    async def heal(self) -> None:
+        for one in (self.line, *self.to_etcd):
+            await one.turn(proxy.Mood.HONEST)
+
+
+class Member(registry.Server):
+    """One server of a set, whether it runs or not. `known_as`: its URL for its peers; `inside`: what puts a command
+    into the place where it runs."""
+
+    def __init__(
+        self,
+        number: int,
+        base: Path,
+        session: aiohttp.ClientSession,
+        url: str,
+        known_as: str,
+        lines: Lines,
+        inside: Sequence[str] = (),
+    ) -> None:
+        super().__init__(0, session, url)
         self.number = number
         self.base = base
-        self.line = line
-        self.to_etcd: list[proxy.Proxy] = []
+        self.known_as = known_as
         self.environ: dict[str, str] = {}
         self.child: asyncio.subprocess.Process | None = None
-
-    @property
-    def known_as(self) -> str:
-        """Its URL for its peers."""
-        return f"http://{self.line.address}"
+        self._lines = lines
+        self._inside = inside
 
     async def start(self, *, failpoints: str = "") -> None:
         """And wait until it answers."""
@@ -57,7 +89,7 @@ class Member(registry.Server):
     async def launch(self, *, failpoints: str = "") -> None:
         with (self.base.parent / f"r{self.number}.log").open("ab") as log:
             self.child = await asyncio.create_subprocess_exec(
-                *("setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "covey", "registry"),
+                *("setpriv", "--pdeathsig", "KILL", *self._inside, sys.executable, "-m", "covey", "registry"),
                 env={**os.environ, **self.environ, "COVEY_FAILPOINTS": failpoints},
                 stdout=log,
                 stderr=log,
@@ -66,38 +98,47 @@ class Member(registry.Server):
     def log(self) -> str:
         return (self.base.parent / f"r{self.number}.log").read_text(errors="replace")
 
-    def send(self, number: signal.Signals) -> None:
-        if self.child is not None and self.child.returncode is None:
-            self.child.send_signal(number)
+    @property
+    def running(self) -> bool:
+        return self.child is not None and self.child.returncode is None
+
+    def _send(self, number: signal.Signals) -> None:
+        """To all processes of the server. What put it into its place hears only what wakes up: it stops by itself when
+        its child does."""
+        if self.child is None or self.child.returncode is not None:
+            return
+        first = self.child.pid
+        for pid in _tree(first):
+            if pid != first or not self._inside or number != signal.SIGSTOP:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     async def kill(self) -> None:
-        """kill -9, and wait for its end."""
-        self.send(signal.SIGKILL)
+        """kill -9 of all its processes, and wait for its end."""
+        self._send(signal.SIGKILL)
         if self.child is not None:
             await self.child.wait()
             self.child = None
 
     async def terminate(self) -> None:
-        self.send(signal.SIGTERM)
-        if self.child is not None:
+        if self.child is not None and self.child.returncode is None:
+            pids = _tree(self.child.pid)
+            os.kill(pids[1 if self._inside else 0], signal.SIGTERM)
             await asyncio.wait_for(self.child.wait(), DEADLINE_S)
-            self.child = None
+        self.child = None
 
     def freeze(self) -> None:
-        self.send(signal.SIGSTOP)
+        self._send(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        self.send(signal.SIGCONT)
+        self._send(signal.SIGCONT)
 
     async def cut(self, *, etcd: bool = True) -> None:
         """Its peers do not reach it, and it does not reach etcd."""
-        await self.line.turn(proxy.Mood.CLOSED)
-        for one in self.to_etcd if etcd else ():
-            await one.turn(proxy.Mood.CLOSED)
+        await self._lines.cut(etcd=etcd)
 
     async def heal(self) -> None:
-        for one in (self.line, *self.to_etcd):
-            await one.turn(proxy.Mood.HONEST)
+        await self._lines.heal()
 
     async def says(self) -> dict[str, object]:
         """How it stands: `standing.Standing`; nothing when it does not answer."""
@@ -139,14 +180,17 @@ async def running(
         timeout = aiohttp.ClientTimeout(total=120)
         session = await stack.enter_async_context(aiohttp.ClientSession(timeout=timeout))
         members = []
+        ways = []
         for number in range(count):
             line = await stack.enter_async_context(proxy.before(etcd.free_port()))
-            members.append(Member(number, folder / f"r{number}", session, line))
-            for endpoint in etcd_endpoints:
-                way = await stack.enter_async_context(proxy.before(int(endpoint.rpartition(":")[2])))
-                members[-1].to_etcd.append(way)
-        for member in members:
-            member.environ = {**_environ(member, members), **{f"COVEY_{name}": text for name, text in more.items()}}
+            ports = [int(endpoint.rpartition(":")[2]) for endpoint in etcd_endpoints]
+            ways.append([await stack.enter_async_context(proxy.before(port)) for port in ports])
+            url = f"http://127.0.0.1:{line.target}"
+            known_as, lines = f"http://{line.address}", Proxies(line, ways[-1])
+            members.append(Member(number, folder / f"r{number}", session, url, known_as, lines))
+        for member, to_etcd in zip(members, ways, strict=True):
+            endpoints = [one.address for one in to_etcd]
+            member.environ = environ(member, members, member.url.removeprefix("http://"), endpoints, **more)
         try:
             if start:
                 await asyncio.gather(*(member.start() for member in members))
@@ -155,10 +199,13 @@ async def running(
             await asyncio.gather(*(member.kill() for member in members))
 
 
-def _environ(member: Member, members: list[Member]) -> dict[str, str]:
+def environ(
+    member: Member, members: Sequence[Member], listen: str, etcd_endpoints: Sequence[str], **more: str
+) -> dict[str, str]:
+    """The settings of one of a set."""
     settings = {
         "CONFIG": "/dev/null",
-        "LISTEN_ADDR": f"127.0.0.1:{member.port}",
+        "LISTEN_ADDR": listen,
         "BASE_PATH": str(member.base),
         "REGISTRY_WORKERS": "1",
         "REGISTRY_MODE": "replica",
@@ -169,12 +216,22 @@ def _environ(member: Member, members: list[Member]) -> dict[str, str]:
         "LOG_JSON": "false",
         "GRACEFUL_SHUTDOWN_TIMEOUT": "2s",
     }
-    if member.to_etcd:
-        settings["ETCD_ENDPOINTS"] = ",".join(one.address for one in member.to_etcd)
+    if etcd_endpoints:
+        settings["ETCD_ENDPOINTS"] = ",".join(etcd_endpoints)
         settings["ETCD_REQUEST_TIMEOUT"] = "5s"
     else:
         settings["REGISTRY_PUSH"] = members[0].known_as
-    return {f"COVEY_{name}": text for name, text in settings.items()}
+    return {f"COVEY_{name}": text for name, text in {**settings, **more}.items()}
+
+
+def _tree(pid: int) -> list[int]:
+    """A process and all that came of it, parents first."""
+    found = [pid]
+    for one in found:
+        with contextlib.suppress(OSError):
+            threads = Path(f"/proc/{one}/task").iterdir()
+            found += [int(word) for thread in threads for word in (thread / "children").read_text().split()]
+    return found
 
 
 async def holder(members: Sequence[Member], *, but: Member | None = None) -> Member:

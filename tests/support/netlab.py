@@ -130,7 +130,8 @@ class Host:
         self._card: Callable[[bool], None] = lambda up: None  # the cable, once the switch has one for us
         self._off = False
 
-    def _inside(self, argv: Sequence[str | os.PathLike[str]]) -> list[str]:
+    def inside(self, argv: Sequence[str | os.PathLike[str]] = ()) -> list[str]:
+        """What starts a command here, for those who start it by themselves."""
         return ["nsenter", "-t", str(self.holder), "-n", "-p", "-m", "-u", "--", *(os.fspath(word) for word in argv)]
 
     def run(
@@ -138,7 +139,7 @@ class Host:
     ) -> subprocess.CompletedProcess[str]:
         """A command to its end. Raises LabError with its complaint unless `check` is off."""
         done = subprocess.run(
-            self._inside(argv), env=environment(**env), capture_output=True, text=True, timeout=timeout_s, check=False
+            self.inside(argv), env=environment(**env), capture_output=True, text=True, timeout=timeout_s, check=False
         )
         if check and done.returncode:
             raise LabError(f"{self.name}: {' '.join(map(str, argv))}: {done.stderr.strip() or done.stdout.strip()}")
@@ -157,7 +158,7 @@ class Host:
         with contextlib.ExitStack() as files:
             out: int | IO[bytes] = subprocess.DEVNULL if log is None else files.enter_context(log.open("ab"))
             chosen = environment() if env is None else dict(env)
-            process = Process(_start(self._inside(argv), stdout=out, stderr=subprocess.STDOUT, env=chosen))
+            process = Process(_start(self.inside(argv), stdout=out, stderr=subprocess.STDOUT, env=chosen))
         self._processes.append(process)
         return process
 
@@ -208,6 +209,11 @@ class Host:
             process.wait(10)
         self._processes.clear()
         self.run(["ip", "addr", "flush", "dev", "eth0"])
+
+    @property
+    def off(self) -> bool:
+        """After `crash`, until `boot`."""
+        return self._off
 
     def boot(self) -> None:
         """Power on again; nothing runs yet. Without effect on a host that is on."""
