@@ -121,7 +121,7 @@ class Replicas(msgspec.Struct, frozen=True, kw_only=True):
     registry_peer_secret: str
     push_url: str  # "": etcd decides
     push_copies: int
-    etcd: Etcd | None  # None: an operator decides
+    etcd: Etcd | None  # None: an operator decides, or the all-in-one service's own
 
 
 class Registry(_Settings, frozen=True, kw_only=True):
@@ -177,6 +177,8 @@ class Standalone(_Settings, frozen=True, kw_only=True):
     registry_listen: settings_reader.Address
     registry_base_path: Path
     registry_workers: int
+    registry_mode: str
+    replicas: Replicas | None  # None: the built-in registry is alone, or one of several on one storage
     registries: tuple[str, ...]
     data_dir: Path
     nodes: int
@@ -301,7 +303,8 @@ def registry(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Registry:
 
 
 _SHORTEST_SECRET = 16
-_OF_REPLICAS = (
+_MODES = ("single", "shared", "replica", "write-only")
+OF_REPLICAS = (
     "REGISTRY_PEERS",
     "REGISTRY_ADVERTISE_URL",
     "REGISTRY_PEER_SECRET",
@@ -312,19 +315,36 @@ _OF_REPLICAS = (
 
 
 def _replicas(read: settings_reader.Reader) -> Replicas | None:
-    mode = read.one_of("REGISTRY_MODE", ("single", "shared", "replica", "write-only"))
+    """Of a registry program, whose etcd is somebody else's."""
+    mode = read.one_of("REGISTRY_MODE", _MODES)
+    if mode in ("replica", "write-only") and read.one_of("BACKEND_TYPE", ("disk", "s3")) != "disk":
+        raise errors.SettingError(
+            f"REGISTRY_MODE is {mode} but BACKEND_TYPE is not disk: servers on one bucket share it"
+            " (REGISTRY_MODE=shared)"
+        )
+    found = _one_of_a_set(read, mode)
+    if found is None or not read.items("ETCD_ENDPOINTS"):
+        if found is not None and not found.push_url:
+            raise errors.SettingError(
+                "nobody says which registry takes pushes: name it in REGISTRY_PUSH, the same at all servers,"
+                " or set ETCD_ENDPOINTS to have them agree by themselves"
+            )
+        return found
+    if found.push_url:
+        raise errors.SettingError(
+            "REGISTRY_PUSH and ETCD_ENDPOINTS are both set: with etcd the servers agree by themselves; unset one"
+        )
+    return msgspec.structs.replace(found, etcd=Etcd(**_way_to_etcd(read)))
+
+
+def _one_of_a_set(read: settings_reader.Reader, mode: str) -> Replicas | None:
     if mode in ("single", "shared"):
-        for name in _OF_REPLICAS:
+        for name in OF_REPLICAS:
             if read.find(name) is not None:
                 raise errors.SettingError(
                     f"{name} is set but REGISTRY_MODE is {mode}: it is for REGISTRY_MODE=replica or write-only"
                 )
         return None
-    if read.one_of("BACKEND_TYPE", ("disk", "s3")) != "disk":
-        raise errors.SettingError(
-            f"REGISTRY_MODE is {mode} but BACKEND_TYPE is not disk: servers on one bucket share it"
-            " (REGISTRY_MODE=shared)"
-        )
     own = read.one_url("REGISTRY_ADVERTISE_URL")
     peers = tuple(url for url in dict.fromkeys(read.urls("REGISTRY_PEERS")) if url != own)
     if not own or not peers:
@@ -342,30 +362,19 @@ def _replicas(read: settings_reader.Reader) -> Replicas | None:
         peers=peers,
         registry_peer_secret=_peer_secret(read),
         push_copies=copies,
-        **_decider(read, (own, *peers)),
+        push_url=_named_to_push(read, (own, *peers)),
+        etcd=None,
     )
 
 
-def _decider(read: settings_reader.Reader, servers: tuple[str, ...]) -> dict[str, Any]:
-    """Who says which server takes pushes: etcd, or an operator."""
+def _named_to_push(read: settings_reader.Reader, servers: tuple[str, ...]) -> str:
     push = read.one_url("REGISTRY_PUSH")
-    if read.items("ETCD_ENDPOINTS"):
-        if push:
-            raise errors.SettingError(
-                "REGISTRY_PUSH and ETCD_ENDPOINTS are both set: with etcd the servers agree by themselves; unset one"
-            )
-        return {"push_url": "", "etcd": Etcd(**_way_to_etcd(read))}
-    if not push:
-        raise errors.SettingError(
-            "nobody says which registry takes pushes: name it in REGISTRY_PUSH, the same at all servers,"
-            " or set ETCD_ENDPOINTS to have them agree by themselves"
-        )
-    if push not in servers:
+    if push and push not in servers:
         raise errors.SettingError(
             f"REGISTRY_PUSH={push} is none of the set: use one of {', '.join(servers)} (REGISTRY_ADVERTISE_URL,"
             " REGISTRY_PEERS)"
         )
-    return {"push_url": push, "etcd": None}
+    return push
 
 
 def _peer_secret(read: settings_reader.Reader) -> str:
@@ -491,11 +500,14 @@ def standalone(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Standalon
     """Settings of `covey standalone` and `covey up`."""
     read = settings_reader.Reader(Part.STANDALONE, environ, flags)
     data_dir = read.data_dir()
+    mode = read.one_of("REGISTRY_MODE", _MODES)
     return Standalone(
         listen=read.listen("LISTEN_ADDR"),
         registry_listen=read.listen("REGISTRY_LISTEN_ADDRESS"),
         registry_workers=read.number("REGISTRY_WORKERS") if read.find("REGISTRY_WORKERS") else 1,  # a small cloud
         registry_base_path=read.path("REGISTRY_BASE_PATH") or data_dir / "registry",
+        registry_mode=mode,
+        replicas=_one_of_a_set(read, mode),
         registries=read.urls("ANKA_REGISTRY"),
         data_dir=data_dir,
         nodes=read.number("NODES"),

@@ -72,7 +72,7 @@ _PLACES = (
     ),
     Setting(
         "ADVERTISE_URL",
-        _C,
+        _CS,
         _K.URLS,
         "",
         "The URL at which nodes reach this very controller. Nodes learn it and spread over all that have one; leave it"
@@ -161,7 +161,13 @@ _PLACES = (
         " whose share of the server a request takes.",
     ),
     Setting(
-        "ANKA_REGISTRY", _CS, _K.URLS, "", "Registry URLs that nodes pull templates from.", aliases=("NODE_REGISTRY",)
+        "ANKA_REGISTRY",
+        _CS,
+        _K.URLS,
+        "",
+        "Registry URLs that nodes pull templates from. The all-in-one service tells its own registry's, and those of"
+        " REGISTRY_PEERS, unless this is set.",
+        aliases=("NODE_REGISTRY",),
     ),
     Setting(
         "LOCAL_ANKA_REGISTRY",
@@ -396,7 +402,7 @@ _REGISTRY = (
 _REPLICAS = (
     Setting(
         "REGISTRY_MODE",
-        _R,
+        _RS,
         _K.TEXT,
         "single",
         "single; shared: other servers use the same BASE_PATH or bucket; replica: this one has its own disk and follows"
@@ -404,31 +410,32 @@ _REPLICAS = (
     ),
     Setting(
         "REGISTRY_PEERS",
-        _R,
+        _RS,
         _K.URLS,
         "",
         "For replica and write-only: the URLs of all servers of the set; this one's own may be among them.",
     ),
-    Setting("REGISTRY_ADVERTISE_URL", _R, _K.URLS, "", "The URL at which its peers reach this registry."),
+    Setting("REGISTRY_ADVERTISE_URL", _RS, _K.URLS, "", "The URL at which its peers reach this registry."),
     Setting(
         "REGISTRY_PEER_SECRET",
-        _R,
+        _RS,
         _K.TEXT,
         "",
         "How servers of the set know each other: the same at all of them, 16 characters or more.",
         secret=True,
     ),
-    Setting("REGISTRY_PEER_SECRET_FILE", _R, _K.PATH, "", "A file that holds it, instead."),
+    Setting("REGISTRY_PEER_SECRET_FILE", _RS, _K.PATH, "", "A file that holds it, instead."),
     Setting(
         "REGISTRY_PUSH",
-        _R,
+        _RS,
         _K.URLS,
         "",
-        "Without etcd: which server takes pushes at first. Later `covey registry promote URL` says so.",
+        "Without etcd: which server takes pushes at first. Later `covey registry promote URL` says so. The all-in-one"
+        " service has etcd: unless this is set, the servers agree there.",
     ),
     Setting(
         "REGISTRY_PUSH_COPIES",
-        _R,
+        _RS,
         _K.NUMBER,
         "1",
         "How many servers must have all of a push before it is answered; 2: the loss of one disk loses nothing.",

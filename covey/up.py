@@ -3,6 +3,10 @@
 Each part is a program of its own, the same that runs in a large installation, configured by the environment that it
 is given here; `supervise` keeps them running. Below DATA_DIR: etcd/ (one member), etcd.log, registry/, nodes/,
 ports.json (ports that were picked, used again at the next start when they are free), standalone.lock.
+
+Several hosts that each run this, with etcd members of one cluster (INITIAL_CLUSTER) and registries of one set
+(REGISTRY_PEERS), are one cloud. A host of such a cloud does not wait at its start for the majority, which may be away:
+its registry serves what it has, and its controller says in /readyz what is missing.
 """
 
 import asyncio
@@ -104,7 +108,8 @@ def _programs(
 ) -> Iterator[supervise.Program]:
     """In the order of starting."""
     covey = (sys.executable, "-m", "covey")
-    common = {**environ, "COVEY_STANDALONE": "false", "COVEY_RUN_REGISTRY": "false", "COVEY_NODES": "0"}
+    common = {name: text for name, text in environ.items() if name not in _OF_THE_SET}
+    common |= {"COVEY_STANDALONE": "false", "COVEY_RUN_REGISTRY": "false", "COVEY_NODES": "0"}
     patience_s = chosen.shutdown_delay_s + chosen.graceful_shutdown_timeout_s + 5
     if where.etcd_client:
         yield _etcd(chosen, where, binary, environ)
@@ -114,6 +119,7 @@ def _programs(
             "COVEY_LISTEN_ADDR": str(where.registry),
             "COVEY_BASE_PATH": str(chosen.registry_base_path),
             "COVEY_REGISTRY_WORKERS": str(chosen.registry_workers),
+            **_set_of(chosen),
         }
         if chosen.metrics is not None and chosen.metrics.port:
             env["COVEY_METRICS_PORT"] = str(chosen.metrics.port + 1)
@@ -122,11 +128,11 @@ def _programs(
         )
     env = {"COVEY_LISTEN_ADDR": str(where.controller)}
     if where.registry is not None:
-        env["COVEY_LOCAL_ANKA_REGISTRY"] = base_url(where.registry)
-        env["COVEY_ANKA_REGISTRY"] = ",".join(chosen.registries) or base_url(where.registry, outward=True)
-    yield supervise.Program(
-        "controller", (*covey, "controller"), {**common, **env}, _readyz(where.controller), stop_s=patience_s
-    )
+        peers = () if chosen.replicas is None else chosen.replicas.peers
+        env["COVEY_LOCAL_ANKA_REGISTRY"] = ",".join((base_url(where.registry), *peers))
+        env["COVEY_ANKA_REGISTRY"] = ",".join(chosen.registries or _pulled_from(chosen.replicas, where.registry))
+    begun = _livez(where.controller) if _one_of_several(chosen) else _readyz(where.controller)
+    yield supervise.Program("controller", (*covey, "controller"), {**common, **env}, begun, stop_s=patience_s)
     if chosen.nodes:
         env = {
             "COVEY_CONTROLLER": base_url(where.controller),
@@ -135,6 +141,39 @@ def _programs(
             "COVEY_NODES": str(chosen.nodes),
         }
         yield supervise.Program("nodes", (*covey, "agent"), {**common, **env}, _at_once)
+
+
+_OF_THE_SET = frozenset(
+    f"{prefix}_{name}" for prefix in ("COVEY", "ANKA") for name in ("REGISTRY_MODE", *settings.OF_REPLICAS)
+)
+
+
+def _set_of(chosen: settings.Standalone) -> dict[str, str]:
+    """What the registry is told of others."""
+    told = {"COVEY_REGISTRY_MODE": chosen.registry_mode}
+    replicas = chosen.replicas
+    if replicas is not None:
+        told |= {
+            "COVEY_REGISTRY_ADVERTISE_URL": replicas.own_url,
+            "COVEY_REGISTRY_PEERS": ",".join(replicas.peers),
+            "COVEY_REGISTRY_PEER_SECRET": replicas.registry_peer_secret,
+            "COVEY_REGISTRY_PUSH_COPIES": str(replicas.push_copies),
+        }
+    if replicas is not None and replicas.push_url:
+        told |= {"COVEY_REGISTRY_PUSH": replicas.push_url, "COVEY_ETCD_ENDPOINTS": "", "ANKA_ETCD_ENDPOINTS": ""}
+    return told
+
+
+def _pulled_from(replicas: settings.Replicas | None, own: Address) -> tuple[str, ...]:
+    """Where nodes pull from, if nobody says."""
+    if replicas is None:
+        return (base_url(own, outward=True),)
+    return replicas.peers if replicas.write_only else (replicas.own_url, *replicas.peers)
+
+
+def _one_of_several(chosen: settings.Standalone) -> bool:
+    """Whether the built-in etcd has a majority only together with other hosts."""
+    return "," in chosen.initial_cluster or chosen.initial_cluster_state == "existing"
 
 
 def _etcd(chosen: settings.Standalone, where: Where, binary: str, environ: Mapping[str, str]) -> supervise.Program:
@@ -157,7 +196,7 @@ def _etcd(chosen: settings.Standalone, where: Where, binary: str, environ: Mappi
         "etcd",
         (binary, *member.arguments()),
         etcd_flags.environment(environ),
-        _answers(client.split(",")[0], "/health"),
+        _answers(client.split(",")[0], "/health", majority=not _one_of_several(chosen)),
         log=chosen.data_dir / "etcd.log",
     )
 
@@ -178,15 +217,20 @@ def _readyz(address: Address) -> Callable[[], "asyncio.Future[bool]"]:
     return _answers(base_url(address), "/readyz")
 
 
-def _answers(base: str, path: str) -> Callable[[], "asyncio.Future[bool]"]:
-    """Asks once whether a server answers 200. The supervisor needs no more of HTTP than this."""
+def _livez(address: Address) -> Callable[[], "asyncio.Future[bool]"]:
+    return _answers(base_url(address), "/livez")
+
+
+def _answers(base: str, path: str, *, majority: bool = True) -> Callable[[], "asyncio.Future[bool]"]:
+    """Asks once whether a server answers 200; unless it needs a `majority`, 503 is an answer too. The supervisor needs
+    no more of HTTP than this."""
     host = base.partition("://")[2].partition("/")[0]
 
     def ask() -> bool:
         connection = http.client.HTTPConnection(host, timeout=2)
         try:
             connection.request("GET", path)
-            return connection.getresponse().status == 200
+            return connection.getresponse().status in ((200,) if majority else (200, 503))
         except (OSError, http.client.HTTPException):
             return False
         finally:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Part = settings_table.Part
 
+_NOT_FLAGS = frozenset({"NODES", "REGISTRY_PEER_SECRET"})  # what is in argv, all of this host see
 _FILES = 65_536
 _MORE_OBJECTS = 50_000  # some 10 MB
 
@@ -112,13 +113,13 @@ def agent(flags: flags.Flags) -> None:
         _run(lambda: made, quick=True, ended=program.Program.ended)
 
 
-@flags.of(Part.STANDALONE, without=frozenset({"NODES"}))
+@flags.of(Part.STANDALONE, without=_NOT_FLAGS)
 def standalone(flags: flags.Flags) -> None:
     """Run etcd, a controller and a registry in one process tree."""
     _standalone(flags)
 
 
-@flags.of(Part.STANDALONE, without=frozenset({"NODES"}))
+@flags.of(Part.STANDALONE, without=_NOT_FLAGS)
 def up(
     flags: flags.Flags,
     nodes: Annotated[int, typer.Option(help="How many synthetic nodes.", min=0, max=10_000)] = 5,

@@ -232,10 +232,14 @@ class Endpoints:
     def mark_bad(self, url: str) -> None:
         """It failed in a way that nobody here has seen. Calls that wait for news from it are asked elsewhere."""
         self._balance.failed(url, _now())
-        if any(self._balance.well(other) for other in self.urls if other != url):
+        if self.another_is_well(url):
             for task, where in self._parked.items():
                 if where == url:
                     task.cancel()
+
+    def another_is_well(self, url: str) -> bool:
+        """Whether a server but this one may be used without need."""
+        return any(self._balance.well(other) for other in self.urls if other != url)
 
     def _look_around(self) -> None:
         """Have a look at the servers that may be well again; nobody waits for it."""

@@ -2,8 +2,10 @@
 and open streams.
 
 Rules: what fails is tried again, at the next server if need be, and given up only when nothing moved for a while
-(`patience_s`: a server may be starting again). Faults: NotFound and Refused carry the registry's text, RemoteError
-means that no registry gave an answer.
+(`patience_s`: a server may be starting again). A download in which nothing moves is left after `QUIET_S` while another
+server is well, so that it goes on within two seconds when a server freezes; one that finds all of them silent waits
+twice as long each time (`Silence`), for they may just be slow. Faults: NotFound and Refused carry the registry's text,
+RemoteError means that no registry gave an answer.
 """
 
 import asyncio
@@ -22,14 +24,15 @@ from covey.client import http
 READ_BYTES = 1 << 20
 _PAUSE_S = 0.1  # after a failed try, doubled with each one in a row
 _PAUSE_LIMIT_S = 2.0
-_HEADERS_S = 5.0  # a server that has not begun to answer a download by then is left, if there is another one
+_CONNECT_S = 2.0
+QUIET_S = 1.0  # a server that sends nothing of a download for so long is left, if another one is well
 
 
 class Line:
     """One registry, reached by one or several URLs of equal servers."""
 
     def __init__(self, endpoints: http.Endpoints, *, patience_s: float, stall_s: float) -> None:
-        """`stall_s`: a peer that sends or takes nothing for so long is left."""
+        """`stall_s`: a peer that sends or takes nothing for so long is left, whether there is another one or not."""
         self._http = endpoints
         self._patience_s = patience_s
         self.stall_s = stall_s
@@ -90,28 +93,32 @@ class Line:
 
     @contextlib.asynccontextmanager
     async def open(
-        self, method: str, path: str, *, data: Any = None, headers: Mapping[str, str] = {}
+        self, method: str, path: str, *, data: Any = None, headers: Mapping[str, str] = {}, quiet_s: float = QUIET_S
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """One request, at the next server when one cannot be reached or is going down. An error status is raised as
-        our own fault. The caller sees to it that it ends: only a silent download is left by itself."""
-        stall_s = self.stall_s if method == "GET" else None
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=2.0, sock_read=stall_s)
+        our own fault. The caller sees to it that it ends: only a silent download is left by itself (`quiet_s`), and a
+        server whose download broke is not the next one to be asked."""
         failures: list[str] = []
         for _ in self._http.urls:
             url = self._http.pick()
             body = io.BytesIO(data) if isinstance(data, bytes) else data  # aiohttp sends a stream in pieces
             try:
-                async with asyncio.timeout(_HEADERS_S if method == "GET" and len(self._http.urls) > 1 else None):
-                    answer = await self._http.session.request(
-                        method, url + path, data=body, headers=dict(headers), timeout=timeout, read_bufsize=READ_BYTES
-                    )
+                answer = await self._http.session.request(
+                    method,
+                    url + path,
+                    data=body,
+                    headers=dict(headers),
+                    timeout=self._limits(method, url, quiet_s),
+                    read_bufsize=READ_BYTES,
+                )
             except (aiohttp.ClientError, OSError) as error:
                 self._http.mark_bad(url)
                 failures.append(f"{url}: {type(error).__name__}{f' {error}' if str(error) else ''}")
             else:
                 async with answer:
                     if answer.status < 400:
-                        yield answer
+                        with self._blamed(method, url):
+                            yield answer
                         return
                     found = await _read_fault(answer)
                 if answer.status != 503:
@@ -121,6 +128,49 @@ class Line:
             if body is not None and not isinstance(data, bytes):
                 break  # a stream that was begun cannot be sent again
         raise errors.RemoteError("; ".join(failures))
+
+    def _limits(self, method: str, url: str, quiet_s: float) -> aiohttp.ClientTimeout:
+        if method != "GET":
+            return aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
+        silence_s = min(quiet_s, self.stall_s) if self._http.another_is_well(url) else self.stall_s
+        return aiohttp.ClientTimeout(total=None, sock_connect=min(silence_s, _CONNECT_S), sock_read=silence_s)
+
+    @contextlib.contextmanager
+    def _blamed(self, method: str, url: str) -> Iterator[None]:
+        try:
+            yield
+        except errors.RemoteError:
+            if method == "GET":
+                self._http.mark_bad(url)
+            raise
+
+
+class Silence:
+    """For how long one download waits for a silent server: twice as long after each that sent nothing for all of that
+    time, as at first once bytes came."""
+
+    def __init__(self) -> None:
+        self.limit_s = QUIET_S
+
+    @contextlib.contextmanager
+    def measured(self, standing: Callable[[], int]) -> Iterator[float]:
+        """Around one attempt; `standing` tells how far the download is."""
+        loop = asyncio.get_running_loop()
+        before, began_s = standing(), loop.time()
+        try:
+            yield self.limit_s
+        finally:
+            if standing() > before:
+                self.limit_s = QUIET_S
+            elif loop.time() - began_s >= self.limit_s:
+                self.limit_s *= 2
+
+
+async def pieces(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The body as it comes. Raises RemoteError when the transfer is cut."""
+    with as_remote(answer.url):
+        async for chunk in answer.content.iter_any():
+            yield chunk
 
 
 async def _read_fault(answer: aiohttp.ClientResponse) -> errors.CoveyError:

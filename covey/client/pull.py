@@ -99,32 +99,32 @@ class Pull:
 
     async def _ranges(self, path: str, coming: "_Coming") -> None:
         while (span := coming.part.take(self._range_bytes)) is not None:
-            standing = _Standing(*span)
+            standing, silence = _Standing(*span), line.Silence()
 
-            async def once(standing: _Standing = standing) -> None:
-                await self._one_range(path, coming, standing)
+            async def once(standing: _Standing = standing, silence: line.Silence = silence) -> None:
+                with silence.measured(lambda: standing.start) as quiet_s:
+                    await self._one_range(path, coming, standing, quiet_s)
 
             await self._line.persist(once, lambda: coming.part.here_bytes)
 
-    async def _one_range(self, path: str, coming: "_Coming", standing: "_Standing") -> None:
+    async def _one_range(self, path: str, coming: "_Coming", standing: "_Standing", quiet_s: float) -> None:
         """Go on with one range to its end, or raise."""
         whole = standing.start == 0 and standing.end == coming.size_bytes
         headers = {} if whole else {"Range": f"bytes={standing.start}-{standing.end - 1}"}
-        async with self._line.open("GET", path, headers=headers) as answer:
+        async with self._line.open("GET", path, headers=headers, quiet_s=quiet_s) as answer:
             _check_size(answer.status, answer.headers.get("Content-Range", ""), answer.content_length, coming, standing)
             batch = bytearray()
-            with line.as_remote(answer.url):
-                try:
-                    async for chunk in answer.content.iter_any():
-                        if standing.start + len(batch) + len(chunk) > standing.end:
-                            raise errors.RemoteError(_longer(coming))
-                        batch += chunk
-                        if len(batch) >= self._batch_bytes:
-                            await _write(coming, standing, bytes(batch))
-                            batch.clear()
-                finally:
-                    if batch:
-                        await asyncio.shield(_write(coming, standing, bytes(batch)))
+            try:
+                async for chunk in line.pieces(answer):
+                    if standing.start + len(batch) + len(chunk) > standing.end:
+                        raise errors.RemoteError(_longer(coming))
+                    batch += chunk
+                    if len(batch) >= self._batch_bytes:
+                        await _write(coming, standing, bytes(batch))
+                        batch.clear()
+            finally:
+                if batch:
+                    await asyncio.shield(_write(coming, standing, bytes(batch)))
         if standing.start != standing.end:
             raise errors.RemoteError(f"{coming.digest} ended at {standing.start} of {standing.end} bytes")
 

@@ -129,11 +129,14 @@ class Registry:
     async def has_blob(self, repository: str, digest: str) -> bool:
         return await self._push.has(repository, digest)
 
-    async def stream(self, repository: str, digest: str, offset: int = 0) -> AsyncIterator[bytes]:
+    async def stream(
+        self, repository: str, digest: str, offset: int = 0, *, quiet_s: float = line.QUIET_S
+    ) -> AsyncIterator[bytes]:
         """The bytes of a blob from `offset` on, from one server, as they come: not verified, not resumed. Raises
-        RemoteError when the transfer is cut."""
+        RemoteError when the transfer is cut, or silent for `quiet_s` while another server is well."""
         headers = {"Range": f"bytes={offset}-"} if offset else {}
-        async with self._line.open("GET", f"/v2/{repository}/blobs/{digest}", headers=headers) as answer:
+        path = f"/v2/{repository}/blobs/{digest}"
+        async with self._line.open("GET", path, headers=headers, quiet_s=quiet_s) as answer:
             if offset and answer.status != 206:
                 raise errors.RemoteError(f"{answer.url}: the server does not send ranges", answer.status)
             with line.as_remote(answer.url):
@@ -142,8 +145,19 @@ class Registry:
 
     async def content(self, repository: str, digest: str, limit_bytes: int = oci.CONFIG_LIMIT) -> bytes:
         """A small blob (a template's config), verified."""
+        found: list[bytes] = []
+        silence = line.Silence()
+
+        async def once() -> None:
+            with silence.measured(lambda: len(found)) as quiet_s:
+                found.append(await self._content(repository, digest, limit_bytes, quiet_s))
+
+        await self._line.persist(once, lambda: 0)
+        return found[-1]
+
+    async def _content(self, repository: str, digest: str, limit_bytes: int, quiet_s: float) -> bytes:
         parts = bytearray()
-        async for chunk in self.stream(repository, digest):
+        async for chunk in self.stream(repository, digest, quiet_s=quiet_s):
             parts += chunk
             if len(parts) > limit_bytes:
                 raise errors.RemoteError(f"{digest} is larger than {limit_bytes} bytes")
