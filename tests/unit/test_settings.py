@@ -331,6 +331,20 @@ def test_replicas_that_cannot_work_stop_the_start(change: Mapping[str, str], tex
     assert "0123456789abcdef" not in str(caught.value)
 
 
+def test_the_all_in_one_services_registry_is_one_of_a_set() -> None:
+    """Which server takes pushes its own etcd says, unless an operator does."""
+    given = {"COVEY_" + name: value for name, value in _REPLICA.items()}
+    assert (standalone().replicas, standalone().registry_mode) == (None, "single")
+    for push in ("", "http://b:8089"):
+        chosen = standalone({**given, "COVEY_REGISTRY_PUSH": push}).replicas
+        assert chosen is not None
+        assert (chosen.own_url, chosen.push_url, chosen.etcd) == ("http://a:8089", push, None)
+    with pytest.raises(errors.SettingError, match="REGISTRY_PUSH=http://x is none of the set"):
+        standalone({**given, "COVEY_REGISTRY_PUSH": "http://x"})
+    with pytest.raises(errors.SettingError, match="REGISTRY_PEERS is set but REGISTRY_MODE is single"):
+        standalone({**given, "COVEY_REGISTRY_MODE": ""})
+
+
 def test_what_is_pushed_may_go_elsewhere() -> None:
     both = {"ANKA_ANKA_REGISTRY": "http://pull:1", "ANKA_PUSH_REGISTRY": "http://push:2"}
     assert controller(both).push_registries == ("http://push:2",)
