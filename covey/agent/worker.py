@@ -34,6 +34,7 @@ class Worker:
         self.instance = instance
         self._parts = shared
         self._verbs = verbs.Verbs(shared)
+        self._told = False  # in this life of the agent; until then nobody knows what is wanted, and whether to hold
         self._wants: tuple[wire.Wanted, ...] = ()
         self._seen = wire.Seen()
         self._woken = bell.Bell()
@@ -47,8 +48,9 @@ class Worker:
 
     def told(self, wants: tuple[wire.Wanted, ...], seen: wire.Seen) -> None:
         """A new answer; an order to destroy in it is on disk when this returns. Never called while on hold."""
-        if wants == self._wants:
+        if self._told and wants == self._wants:
             return
+        self._told = True
         self._wants, self._seen = wants, seen
         for want in wants:
             if want.verb is wire.Verb.DESTROY and want.decision is not None:
@@ -152,8 +154,9 @@ class Worker:
         )
 
     def _over(self) -> bool:
-        """Nothing wanted, nothing here, nothing unsaid: what is on record is of no use to anybody any more."""
-        if self._wants or self._bodies or self._parts.outbox.waits_for(self.instance):
+        """Nothing wanted, nothing here, nothing unsaid: what is on record is of no use to anybody any more. Not before
+        the first answer: a restored store must be told of a VM that is on record alone (safety S19)."""
+        if not self._told or self._wants or self._bodies or self._parts.outbox.waits_for(self.instance):
             return False
         if not self._parts.session.may_act:
             return False

@@ -245,7 +245,8 @@ class AgentApi:
     def _newer(self, snapshot: view.Snapshot) -> view.Snapshot:
         """The mirror's view, unless a direct one was ahead of it (safety S21). A break makes others count no more."""
         mirrored = self._mirror.snapshot()
-        return mirrored if mirrored.fence != snapshot.fence or mirrored.revision > snapshot.revision else snapshot
+        newer = mirrored.revision > snapshot.revision or snapshot.is_shut_out_from(mirrored)
+        return mirrored if newer else snapshot
 
     # ---- launch ----------------------------------------------------------------------------------------------------
 

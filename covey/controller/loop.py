@@ -291,8 +291,9 @@ class Loop:
             if now_ns - swept_ns >= _HOUR_NS:
                 swept_ns = now_ns
                 await commit_cloud.add_nonce(self._writer)
-                await commit_cloud.sweep(self._writer, await commit_cloud.old_nonces(self._writer))
-                await sweep(self._writer, await self._mirror.fresh())
+                snapshot = await self._mirror.fresh()
+                await commit_cloud.sweep(self._writer, snapshot, await commit_cloud.old_nonces(self._writer))
+                await sweep(self._writer, snapshot)
 
     async def _compact(self, now_ns: int) -> None:
         """Drop history older than a quarter of an hour, if there is any that this process knows the age of (S28)."""
@@ -317,7 +318,7 @@ async def sweep(writer: commit.Writer, snapshot: view.Snapshot) -> int:
     for prefix, count in users.items():
         async for kvs in _pages(writer.store, prefix):
             useless = [kv for kv in kvs if retention.unreferenced(count(kv.key), kv.mod_revision, snapshot.revision)]
-            done += await commit_cloud.sweep(writer, useless)
+            done += await commit_cloud.sweep(writer, snapshot, useless)
     for prefix in (schema.KEYS, schema.TWINS):
         total = (await writer.store.range(prefix, base.prefix_end(prefix), count_only=True)).total
         excess = retention.beyond_limit(total)
@@ -325,7 +326,7 @@ async def sweep(writer: commit.Writer, snapshot: view.Snapshot) -> int:
             page = await writer.store.range(
                 prefix, base.prefix_end(prefix), limit=excess, keys_only=True, oldest_first=True
             )
-            done += await commit_cloud.sweep(writer, page.kvs)
+            done += await commit_cloud.sweep(writer, snapshot, page.kvs)
     return done
 
 

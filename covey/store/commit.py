@@ -7,7 +7,8 @@ stands. When it does not, the present values are read and the rule decides again
 without waiting for the mirror.
 
 The format key is also a fence: it is written anew when the store is found restored from a backup (safety S18), and
-what was decided on a view from before that is never written, whatever revisions its guards name.
+what was decided on a view from before that is never written, whatever revisions its guards name. Once a store was
+restored its newest break is compared too: restored a second time it may write the fence at the same revision again.
 
 Replies get lost. An `Unsure` transaction is sent again unchanged until the outcome is definite (safety S15). Every
 written noun carries the transaction's id, so a guard that fails because our own first copy was applied is known by
@@ -51,6 +52,7 @@ _ATTEMPTS = 50  # each lost race means that somebody else got on; so many in a r
 _RESEND_S = 0.05  # doubled each time, up to …
 _RESEND_MOST_S = 0.4
 _CLOSE_S = 2.0
+_RESTORED = "the store was restored"
 
 
 class Lost(NamedTuple):
@@ -252,7 +254,7 @@ class Writer:
                 return verdict
             verdict = Write((), functools.partial(_same, verdict))
         write: Write[R] = verdict
-        compares = (self._fence(snapshot), *reading.guards.values())
+        compares = (*self.fences(snapshot), *reading.guards.values())
         ops = await self._lease_out(write.ops)
         try:
             outcome = await self.settle(base.Txn(compares, ops), until_ns)
@@ -264,14 +266,15 @@ class Writer:
             outcome = await self.settle(base.Txn(compares, ops), until_ns)
         if outcome.succeeded:
             return write.answer(outcome.revision)
-        keys = (schema.FORMAT_KEY, *reading.guards)
         if not outcome.got:  # it lost, and nothing was done: see against what
-            outcome = await self.settle(base.Txn((), _gets(keys)), until_ns)
-        found = dict(zip(keys, outcome.got, strict=True))
+            outcome = await self.settle(base.Txn((), _gets(compares)), until_ns)
+        found = dict(zip((compare.key for compare in compares), outcome.got, strict=True))
         written = _own(ops, found, reading.tx)
         if written is not None:
             return write.answer(written)
         self._check_format(found.pop(schema.FORMAT_KEY), snapshot)
+        if schema.BREAK in found and not view.is_same_break(found.pop(schema.BREAK), snapshot.broke):
+            raise errors.Unavailable(f"{_RESTORED} since this was decided; nothing was done")
         fresh.update(found)
         return _Again()
 
@@ -301,7 +304,7 @@ class Writer:
             except errors.Unsure:
                 unsure = True
                 self.unsure.setdefault(mine, self.world.boot_ns())
-                txn = txn._replace(otherwise=txn.otherwise or _gets(compare.key for compare in txn.compares))
+                txn = txn._replace(otherwise=txn.otherwise or _gets(txn.compares))
             except errors.Unavailable:
                 if not unsure:  # this copy was not applied, but an earlier one may yet be
                     raise
@@ -326,18 +329,23 @@ class Writer:
             known = self._leases[span] = (lease.id, now_ns)
         return known[0]
 
-    def _fence(self, snapshot: view.Snapshot) -> base.Compare:
-        """The snapshot's format, written when the snapshot was taken: no break came since, and it was not raised."""
-        if snapshot.fence and (snapshot.format == 0 or self.knows(snapshot.format)):
-            return base.unchanged(schema.FORMAT_KEY, snapshot.fence)
-        return self.format_guard
+    def fences(self, snapshot: view.Snapshot) -> tuple[base.Compare, ...]:
+        """What every transaction compares first: the format key is as it was when the snapshot was taken, not raised
+        since and not written by a break. Of two restores from one backup both breaks may have one revision: so a view
+        of a restored store compares the break itself, and one in which the format was raised that there is none."""
+        if not snapshot.fence or not (snapshot.format == 0 or self.knows(snapshot.format)):
+            return (self.format_guard,)
+        fence = base.unchanged(schema.FORMAT_KEY, snapshot.fence)
+        if snapshot.broke is not None:
+            return fence, base.equals(schema.BREAK, snapshot.broke.value)
+        return (fence, base.absent(schema.BREAK)) if snapshot.format > schema.OLDEST_FORMAT else (fence,)
 
     def _check_format(self, kv: base.Kv | None, snapshot: view.Snapshot) -> None:
         found = format_of(kv)
         if kv is None or not self.knows(found):
             text = "nothing" if kv is None else kv.value.decode("utf-8", "replace")
             raise errors.Rejected(f"the store's format is {text}; this program writes {self.newest_format}")
-        why = "the store was restored" if found == self.format else "the store's format was raised"
+        why = _RESTORED if found == self.format else "the store's format was raised"
         self.format = found
         if snapshot.fence not in (0, kv.mod_revision):
             raise errors.Unavailable(f"{why} since this was decided; nothing was done")
@@ -359,8 +367,9 @@ def _same(answer: R, _revision: int) -> R:
     return answer
 
 
-def _gets(keys: Iterable[str]) -> tuple[base.Get, ...]:
-    return tuple(base.Get(key) for key in keys)
+def _gets(compares: Iterable[base.Compare]) -> tuple[base.Get, ...]:
+    """What is compared."""
+    return tuple(base.Get(compare.key) for compare in compares)
 
 
 def _own(ops: tuple[base.Op, ...], found: Mapping[str, base.Kv | None], tx: str) -> int | None:

@@ -72,10 +72,11 @@ async def add_nonce(writer: commit.Writer, proof: str = "", before: Sequence[per
     break which another controller has entered for the same restore is not entered twice. Raises Unavailable when
     somebody else enters one at the same moment: then do it again."""
     store, nonce = writer.store, writer.world.token()
+    past = await _look_back(store)
+    format, origin, broke = past.format, past.origin, past.broke
     guarded = view.Snapshot()
-    format, origin, broke = await _look_back(store)
-    guarded.fence = format.mod_revision if format is not None else 0
-    if proof and not broke and not permission.recorded_by_another(before, await _breach(store)):
+    past.guard(guarded)
+    if proof and not broke and not permission.recorded_by_another(before, _breach(past.breach)):
         broke = proof
 
     def rule(reading: commit.Reading) -> commit.Write[str] | str:
@@ -95,29 +96,43 @@ async def add_nonce(writer: commit.Writer, proof: str = "", before: Sequence[per
     return nonce
 
 
-async def _look_back(store: base.Store) -> tuple[base.Kv | None, permission.Origin, str]:
-    """The format key, read first, so that a break since then is found out by it; where the store is in its life; and
-    why it must have gone back since its newest nonce, "" when nothing says so."""
+class Past(NamedTuple):
+    """What a store is by its own past. `broke`: why it must have gone back since its newest nonce, "" when nothing says
+    so."""
+
+    format: base.Kv | None
+    breach: base.Kv | None  # the newest break that was entered
+    origin: permission.Origin
+    broke: str
+
+    def guard(self, snapshot: view.Snapshot) -> None:
+        """What is decided on this snapshot is shut out by a break that is entered from here on."""
+        snapshot.fence = self.format.mod_revision if self.format is not None else 0
+        snapshot.broke = self.breach
+
+    @property
+    def newest_break(self) -> str:
+        """Its nonce."""
+        return _breach(self.breach).nonce
+
+
+async def _look_back(store: base.Store) -> Past:
+    """Format and break are read first, so that a break since then is found out by them."""
     formats = (await store.range(schema.FORMAT_KEY)).kvs
+    breaks = (await store.range(schema.BREAK)).kvs
     links = (await store.range(schema.HISTORY, base.prefix_end(schema.HISTORY))).kvs
     newest = max(links, key=lambda kv: kv.create_revision, default=None)
     origin = await store.origin(newest.create_revision if newest is not None else 0)
-    return (formats[0] if formats else None), origin, permission.restored(_noted(newest), origin)
+    format, breach = (kvs[0] if kvs else None for kvs in (formats, breaks))
+    return Past(format, breach, origin, permission.restored(_noted(newest), origin))
 
 
-class Proof(NamedTuple):
-    """What a store was when it was proved: the format key's revision, and its newest break."""
-
-    fence: int
-    breach: str
-
-
-async def prove(store: base.Store) -> Proof:
+async def prove(store: base.Store) -> Past:
     """That nothing says the store was restored, but for breaks that were entered. Raises Unavailable."""
-    format, _, broke = await _look_back(store)
-    if broke or format is None:
-        raise errors.Unavailable(f"the store was restored: {broke}" if broke else "the store has no format")
-    return Proof(format.mod_revision, (await _breach(store)).nonce)
+    past = await _look_back(store)
+    if past.broke or past.format is None:
+        raise errors.Unavailable(f"the store was restored: {past.broke}" if past.broke else "the store has no format")
+    return past
 
 
 def _noted(newest: base.Kv | None) -> permission.Origin:
@@ -129,11 +144,10 @@ def _noted(newest: base.Kv | None) -> permission.Origin:
     return permission.Origin() if noun is None else permission.Origin(noun.cluster, noun.term, noun.index)
 
 
-async def _breach(store: base.Store) -> permission.Link:
-    """The newest break as the store has it now."""
-    for kv in (await store.range(schema.BREAK)).kvs:
-        return permission.Link(kv.mod_revision, codec.decode(kv, schema.Break).noun.nonce)
-    return permission.Link(0, "")
+def _breach(kv: base.Kv | None) -> permission.Link:
+    if kv is None:
+        return permission.Link(0, "")
+    return permission.Link(kv.mod_revision, codec.decode(kv, schema.Break).noun.nonce)
 
 
 async def old_nonces(writer: commit.Writer) -> list[base.Kv]:
@@ -206,16 +220,16 @@ async def raise_format(
     return await writer.run(snapshot, rule, until_ns=until_ns)
 
 
-async def sweep(writer: commit.Writer, leftovers: Iterable[base.Kv]) -> int:
-    """Delete keys that nothing refers to (scripts, outputs, remembered requests beyond the limit, old nonces), each
-    guarded on being as it was seen. They go in their order, and what follows upon one that has changed stays for the
-    next time: another controller sweeps too, and a hole in the chain of nonces would look like a restore (safety S18).
-    Answers with how many went."""
+async def sweep(writer: commit.Writer, snapshot: view.Snapshot, leftovers: Iterable[base.Kv]) -> int:
+    """Delete keys that nothing refers to by this view (scripts, outputs, remembered requests beyond the limit, old
+    nonces), each guarded on being as it was seen; after a restore something may refer to them again. They go in their
+    order, and what follows upon one that has changed stays for the next time: another controller sweeps too, and a hole
+    in the chain of nonces would look like a restore (safety S18). Answers with how many went."""
     done = 0
     batch = list(leftovers)
     for start in range(0, len(batch), _DELETES):
         part = batch[start : start + _DELETES]
-        compares = (writer.format_guard, *(base.unchanged(kv.key, kv.mod_revision) for kv in part))
+        compares = (*writer.fences(snapshot), *(base.unchanged(kv.key, kv.mod_revision) for kv in part))
         txn = base.Txn(compares, tuple(base.Delete(kv.key) for kv in part))
         outcome = await writer.settle(txn, writer.world.boot_ns() + commit.LIMIT_NS)
         if not outcome.succeeded:

@@ -65,8 +65,9 @@ async def settle(writer: commit.Writer, start: GivenUp) -> _Came:
     before, so a break does not shut it out."""
     snapshot, began_ns, span_ns, restored = view.Snapshot(), writer.world.boot_ns(), _LIMIT_NS, False
     if start.keyed or start.twin:
-        proof = await commit_cloud.prove(writer.store)
-        snapshot.fence, span_ns, restored = proof.fence, _PROOF_NS, proof.breach != start.breach
+        past = await commit_cloud.prove(writer.store)
+        past.guard(snapshot)
+        span_ns, restored = _PROOF_NS, past.newest_break != start.breach
 
     def rule(reading: commit.Reading) -> commit.Write[_Came] | _Came:
         return _verdict(reading, start, writer.who, restored=restored)

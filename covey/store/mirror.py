@@ -21,7 +21,7 @@ controller turns red, answers parked polls, and renews no agent's lease.
 The store may be restored from a backup at any time (safety S18). A read that contradicts what was read before is a
 proof: its revision went back, its cluster id is another one, or the copy lacks the newest break. The copy is then
 thrown away and listed anew. Before the mirror is ready again, after that or after any other trouble, `prove` compares
-the store with its own past and enters the break.
+the store with its own past and enters the break; what was listed before that is listed once more.
 """
 
 import asyncio
@@ -125,7 +125,7 @@ class Mirror:
                     await self.reached(revision)
             except TimeoutError:
                 late = True
-        self._check_fence()
+        self._check_break()
         if self._broke:
             raise errors.Unavailable(self.trouble)
         return await self._directly(revision) if late else self.snapshot()
@@ -303,7 +303,7 @@ class Mirror:
                 revision = await self._proof.read()
                 if revision > self._draft.revision and (not self._targets or revision > self._targets[-1][0]):
                     self._targets.append((revision, self._world.boot_ns()))
-                self._check_fence()
+                self._check_break()
             self._prove_soon()
             if self._watching is not None and self.lag_ns > LAG_NS < self._world.boot_ns() - self._opened_ns:
                 self._watching.cancel()  # red until what replaces it has caught up
@@ -318,15 +318,21 @@ class Mirror:
         if not self._broke:
             _log.warning("the store was restored: its copy is thrown away", why=why, revision=self._draft.revision)
             self._broke, self._before = why, self._draft.chain
+        self._list_again()
+
+    def _list_again(self) -> None:
         self._listed.clear()
         if self._watching is not None:
             self._watching.cancel()
 
-    def _check_fence(self) -> None:
-        """Every break writes the format key. A copy that is as new as a read, and has an older one, was not made from
-        what that read saw: the store has overtaken it since a restore."""
-        proof, copy = self._proof, self._draft
-        if self._listed.is_set() and copy.fence != proof.fence and copy.fence <= proof.revision <= copy.revision:
+    def _check_break(self) -> None:
+        """A copy that reaches as far as a break which a read saw, and has another one or none, was not made from the
+        store of that read: it has overtaken the copy since a restore. Unless the copy's own break is newer than the
+        read. Breaks are told apart by name: two may stand at one revision, when one backup was restored twice."""
+        read, had = self._proof.broke, self._draft.broke
+        if not self._listed.is_set() or view.is_same_break(read, had):
+            return
+        if _at(read) <= self._draft.revision and _at(had) <= self._proof.revision:
             self._distrust("it has a break that its copy lacks")
 
     def _prove_soon(self) -> None:
@@ -347,6 +353,8 @@ class Mirror:
             return
         if reds == self._reds:
             self._proven, self._broke = True, ""
+            if why:  # listed before the break was entered, perhaps in a store that was restored again since
+                self._list_again()
 
     async def _directly(self, revision: int) -> view.Snapshot:
         """The mirror is late: read everything from the store, one read for all who ask meanwhile. One that had begun
@@ -425,7 +433,7 @@ class _SharedRead:
         self._distrust = distrust
         self._term = 0
         self._cluster = ""
-        self.fence = 0  # the format key's mod revision at `revision`
+        self.broke: base.Kv | None = None  # the newest break at `revision`
         self._next: _Round | None = None
         self._last: _Round | None = None
         self.proved_ns = -PROVED_NS  # when the newest successful read was sent
@@ -447,17 +455,17 @@ class _SharedRead:
             self._last.sent_s = asyncio.get_running_loop().time()
         sent_ns = self._world.boot_ns()
         floor = max(self.revision, self._floor())
-        page = await self._store.range(schema.FORMAT_KEY, keys_only=True)
+        page = await self._store.range(schema.BREAK)
         self._judge(page, floor)
         self.proved_ns = max(self.proved_ns, sent_ns)
         self.revision = page.revision
-        self.fence = page.kvs[0].mod_revision if page.kvs else 0
+        self.broke = page.kvs[0] if page.kvs else None
         return page.revision
 
     def forget(self) -> None:
         """What was read before is of another history."""
-        self.revision = self.fence = self._term = 0
-        self._cluster = ""
+        self.revision = self._term = 0
+        self.broke, self._cluster = None, ""
 
     def _judge(self, page: base.Page, floor: int) -> None:
         """Raises Unavailable when this cannot be the store that was read before."""
@@ -516,6 +524,10 @@ class _Round:
         self._waiting = [(since_s, one) for since_s, one in self._waiting if since_s > over_s]
         next_s = self._waiting[0][0] + _READ_S - self._loop.time() if self._waiting else _READ_S
         self._patience = self._loop.call_later(max(next_s, 0.001), self._give_up)
+
+
+def _at(kv: base.Kv | None) -> int:
+    return 0 if kv is None else kv.mod_revision
 
 
 def _seen(task: "asyncio.Task[Any]") -> None:

@@ -118,6 +118,7 @@ class Snapshot:
         self.chain: tuple[permission.Link, ...] = ()  # the nonces of this store's history, oldest first
         self.breach = _NO_BREACH  # the newest break
         self.breach_why = ""
+        self.broke: base.Kv | None = None  # its key as it is stored: what it holds names the break
         self.settled = ""  # the newest break that all nodes have answered for
         self._instances: Table[codec.Kept[model.Instance]] = Table()
         self._nodes: Table[codec.Kept[model.Node]] = Table()
@@ -143,6 +144,11 @@ class Snapshot:
     def seen(self) -> wire.Seen:
         """This very view, as an agent remembers it (safety S18)."""
         return wire.Seen(history=self.history, revision=self.revision)
+
+    def is_shut_out_from(self, newer: "Snapshot") -> bool:
+        """Whether what is decided on this view can no longer be written where `newer` is the view: a break came between
+        (safety S18), or the store's format was raised."""
+        return self.fence != newer.fence or not is_same_break(self.broke, newer.broke)
 
     def kinship(self, seen: wire.Seen) -> permission.Kinship:
         """How what somebody saw relates to this store."""
@@ -342,6 +348,7 @@ class Draft(Snapshot):
                 self.fence = 0 if change.kv is None else change.kv.mod_revision
                 self.format = 0 if change.kv is None else codec.decode(change.kv, schema.Format).noun.format
             elif change.key == schema.BREAK:
+                self.broke = change.kv
                 self._set_breach(change.kv)
             elif change.key == schema.SETTLED:
                 self.settled = "" if change.kv is None else codec.decode(change.kv, schema.Settled).noun.nonce
@@ -474,7 +481,12 @@ class Draft(Snapshot):
         self.touched.update(self._nodes.keys())
 
 
-_PLAIN = ("revision", "history", "cloud", "format", "fence", "chain", "breach", "breach_why", "settled")
+_PLAIN = ("revision", "history", "cloud", "format", "fence", "chain", "breach", "breach_why", "broke", "settled")
+
+
+def is_same_break(one: base.Kv | None, other: base.Kv | None) -> bool:
+    """By what the key holds, a random nonce: two restores of one backup may enter their breaks at the same revision."""
+    return (one and one.value) == (other and other.value)
 
 
 def _by_name(one: permission.Standing) -> tuple[str, str]:

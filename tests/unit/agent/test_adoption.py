@@ -1,5 +1,6 @@
 """On hold, an agent waits for its own history, and then tells a restored store what it has (safety S19)."""
 
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -174,6 +175,28 @@ async def test_an_agent_that_died_on_hold_tells_after_its_restart(
     await fake.until(lambda: second.agent.session.seen.history == "restored", "goes on")
     assert [one.instance for told in cloud.adopts for one in told.vms] == ["vm"]
     assert (tmp_path / "node" / "node.json").read_text().count('"restored"') == 1, "durable"
+
+
+async def test_a_vm_that_is_on_record_alone_is_told_after_a_restart(
+    cloud: fake.Controller, make_node: MakeNode, tmp_path: Path
+) -> None:
+    """Safety S19: the host lost power, and the VM's disk with it. The record is not forgotten in the moment between the
+    new session and its first answer, which says hold: the store has forgotten an instance that was launched."""
+    first = make_node()
+    await first.start()
+    await started(cloud, "vm")
+    await first.stop()
+    shutil.rmtree(tmp_path / "node" / "vms")
+    cloud.wants.clear()
+    cloud.restore()
+    second = make_node()
+    await second.start()
+    await held_for_long(cloud, second)
+    await fake.until(lambda: second.agent.session.seen.history == "restored", "goes on")
+    assert [(one.instance, one.launched, one.running) for told in cloud.adopts for one in told.vms] == [
+        ("vm", True, False)
+    ]
+    await fake.until(lambda: not list((tmp_path / "node" / "records").iterdir()), "forgotten: nobody wants it any more")
 
 
 async def test_the_record_has_the_view_of_its_launch_before_the_guest_runs(

@@ -127,6 +127,46 @@ async def test_what_was_decided_before_the_break_is_never_written() -> None:
         assert (await c.instance(id)).state == State.SCHEDULING
 
 
+async def test_two_breaks_at_one_revision_are_two() -> None:
+    """Safety S18: one backup that is restored twice. What was decided between the two is not written after the second,
+    although every revision that it rests on is there again, the break's too."""
+    async with cloud.running() as c:
+        (node, other), (id,) = [await c.join(), await c.join(host_key="other", secret="s")], await c.create()
+        saved = backup(c)
+        await restore(c, saved)
+        await c.store.commit(base.Txn((), (base.Put(schema.script("unused"), b""),)))
+        between = await c.look()
+        (unused,) = await c.values(schema.SCRIPTS)
+        await restore(c, saved)
+        await c.store.commit(base.Txn((), (base.Put(schema.script("unused"), b""),)))
+        after = await c.look()
+        assert between.breach.revision == after.breach.revision == between.fence == after.fence, "else it shows nothing"
+        assert between.breach.nonce != after.breach.nonce
+        assert between.is_shut_out_from(after)
+        with pytest.raises(errors.Unavailable, match="the store was restored"):
+            await commit_adopt.excuse(c.writer, between, node, "operator")
+        with pytest.raises(errors.Unavailable, match="the store was restored"):
+            await commit_instances.terminate(c.writer, between, model.InstanceId(id), ENDED)
+        assert await commit_cloud.sweep(c.writer, between, [unused]) == 0
+        assert await commit_cloud.sweep(c.writer, after, [unused]) == 1
+        await commit_adopt.excuse(c.writer, after, node, "operator")
+        await commit_instances.terminate(c.writer, after, model.InstanceId(id), ENDED)
+        assert [one.node for one in (await c.look()).awaited()] == [other]
+
+
+async def test_a_break_shuts_out_what_was_decided_after_the_format_was_raised() -> None:
+    """The raise, which is lost, had the revision at which the break stands now."""
+    async with cloud.running() as c:
+        node, saved = await c.join(), backup(c)
+        await c.store.commit(base.Txn((), (base.Put(schema.FORMAT_KEY, schema.encode(schema.Format(format=2))),)))
+        writer = commit.Writer(c.store, c.world, newest_format=2)
+        raised = await c.look()
+        await restore(c, saved)
+        assert raised.fence == (await c.look()).fence, "else it shows nothing"
+        with pytest.raises(errors.Unavailable, match="nothing was done"):
+            await commit_nodes.configure(writer, raised, node, {"drain": True}, "operator")
+
+
 async def test_old_nonces_go_from_the_oldest_on() -> None:
     async with cloud.running() as c:
         for _ in range(3):
@@ -137,7 +177,7 @@ async def test_old_nonces_go_from_the_oldest_on() -> None:
             await c.store.commit(base.Txn((), (base.Put(key, schema.encode(schema.Nonce(at_ns=1))),)))
         old = await commit_cloud.old_nonces(c.writer)
         assert [kv.key for kv in old] == chain[:2], "never one from the middle, and never the newest"
-        await commit_cloud.sweep(c.writer, old)
+        await commit_cloud.sweep(c.writer, await c.look(), old)
         assert [link.nonce for link in (await c.look()).chain] == [schema.tail(key) for key in chain[2:]]
 
 
@@ -151,11 +191,11 @@ async def test_two_sweeps_at_once_tear_no_hole_into_the_chain() -> None:
         await commit_cloud.add_nonce(c.writer)
         before = (await c.look()).chain
         late = await commit_cloud.old_nonces(c.writer)
-        await commit_cloud.sweep(c.writer, late[:30])
-        await commit_cloud.sweep(c.writer, late)  # by another controller, which had looked before that
+        await commit_cloud.sweep(c.writer, await c.look(), late[:30])
+        await commit_cloud.sweep(c.writer, await c.look(), late)  # by another controller, which had looked before that
         after = (await c.look()).chain
         assert after == before[-len(after) :]
-        await commit_cloud.sweep(c.writer, await commit_cloud.old_nonces(c.writer))
+        await commit_cloud.sweep(c.writer, await c.look(), await commit_cloud.old_nonces(c.writer))
         assert len((await c.look()).chain) < 3
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from covey import errors, model, wire
 from covey.decide import permission
-from covey.store import base, commit, commit_cloud, commit_instances, mirror, schema
+from covey.store import base, commit, commit_cloud, commit_instances, memory, mirror, schema, view
 from tests.support import cloud, flaky, nouns
 
 
@@ -221,6 +221,41 @@ async def test_how_a_view_relates_to_this_store() -> None:
         assert now.kinship(wire.Seen(history=now.history, revision=now.revision + 1000)) is permission.Kinship.AHEAD
         assert now.kinship(wire.Seen(history="another", revision=now.revision)) is permission.Kinship.FOREIGN
         assert now.kinship(wire.Seen(history="another", revision=1)) is permission.Kinship.FORGOTTEN
+
+
+async def test_a_copy_of_the_first_of_two_restores_is_thrown_away_after_the_second() -> None:
+    """Safety S18: both are of one backup, so the breaks stand at one revision. The controller was cut off, and
+    the store has overtaken what it had: no revision goes back, its watch goes on as if nothing had been."""
+    async with cloud.running() as c:
+        assert isinstance(c.store, memory.Memory)
+        saved = c.store.backup()
+        c.store.restore(saved)
+        await commit_cloud.add_nonce(c.writer)
+        (lost,) = await c.create()
+        async with mirrored(c) as (copy, weather):
+            before = await copy.fresh()
+            assert before.instance(lost) is not None
+            weather.partition(True)
+            c.store.restore(saved)
+            await commit_cloud.add_nonce(c.writer)
+            ids = [(await c.create())[0] for _ in range(3)]
+            now = await c.look()
+            assert (now.fence, now.breach.revision) == (before.fence, before.breach.revision), "else it shows nothing"
+            assert now.revision > before.revision
+            weather.partition(False)
+
+            async def shown() -> view.Snapshot | None:
+                try:
+                    return await copy.fresh()
+                except errors.Unavailable:
+                    return None
+
+            async with asyncio.timeout(60):
+                while (after := await shown()) is None:
+                    await asyncio.sleep(0.01)
+            assert after.breach == now.breach
+            assert after.instance(lost) is None
+            assert all(after.instance(id) is not None for id in ids)
 
 
 async def test_a_write_stands_in_the_view_of_its_own_revision() -> None:
