@@ -224,6 +224,7 @@ class Facts(Noun, frozen=True, kw_only=True):
     slots: int  # VMs the host takes when nothing else is configured
     agent_version: str = ""
     hypervisor_version: str = ""
+    share_port: int = 0  # where other nodes fetch layers from it, at `ip`; 0: it shares none
 
 
 class Node(Noun, frozen=True, kw_only=True):

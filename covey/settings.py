@@ -163,6 +163,9 @@ class Agent(_Settings, frozen=True, kw_only=True):
     max_vms: int  # 0: judged by the host
     qemu_accel: Literal["auto", "kvm", "tcg"]
     qemu_first_user: int  # 0: a range of this node's own
+    share_layers: bool
+    share_listen: settings_reader.Address | None  # None: chosen by the agent
+    share_limit_mib: int  # a second; 0: no limit
     boot_s: float
     pull_s: float
     fail_share: float
@@ -478,6 +481,9 @@ def agent(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Agent:
         max_vms=read.number("MAX_VMS"),
         qemu_accel=_accel(read),
         qemu_first_user=read.number("QEMU_FIRST_USER"),
+        share_layers=read.switch("SHARE_LAYERS"),
+        share_listen=read.place("SHARE_LISTEN"),
+        share_limit_mib=read.number("SHARE_LIMIT_MIB"),
         boot_s=read.duration("SYNTHETIC_BOOT"),
         pull_s=read.duration("SYNTHETIC_PULL"),
         fail_share=read.share("SYNTHETIC_FAIL"),

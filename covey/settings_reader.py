@@ -241,6 +241,15 @@ class Reader:
         self._notices.append(f"Anyone who reaches {where} controls this cloud: authentication is off")
         return where
 
+    def place(self, name: str) -> Address | None:
+        """An address to listen on where a caller shows who it is; None when it is not set."""
+        if self.find(name) is None:
+            return None
+        try:
+            return address(self.raw(name))
+        except ValueError:
+            raise self._bad(name, "an address such as 10.0.0.7:8091 or :8091") from None
+
     def path(self, name: str) -> Path | None:
         found = self.find(name)
         return None if found is None else Path(os.path.abspath(os.path.expanduser(found.text)))

@@ -78,6 +78,13 @@ class Verb(StrEnum):
     DESTROY = "destroy"  # explicit order: `decision` says who and why
 
 
+class Neighbour(model.Noun, frozen=True, kw_only=True):
+    """A node that has layers of a template, or is about to, and leave to fetch them there (`covey.ticket`)."""
+
+    url: str
+    ticket: str
+
+
 class Wanted(model.Noun, frozen=True, kw_only=True):
     """One thing this node shall see to. For DESTROY: this epoch and every older one of the instance."""
 
@@ -90,6 +97,7 @@ class Wanted(model.Noun, frozen=True, kw_only=True):
     vm_name: str = ""  # name_template expanded
     acknowledged: bool = False
     final: bool = False  # DESTROY: the instance itself ends, not only this placement of it (safety S19)
+    neighbours: tuple[Neighbour, ...] = ()  # RUN: where to fetch the template from, rather than the registry
 
 
 class Ask(model.Noun, frozen=True, kw_only=True):

@@ -28,6 +28,7 @@ from covey.agent import (
     identity,
     images,
     look,
+    neighbours,
     parts,
     questions,
     records,
@@ -65,7 +66,7 @@ class Config(model.Noun, frozen=True, kw_only=True):
 
 class Agent:
     """One node's agent. `use` tells how busy the host is, `place` under which name and address it is reached. `touch`
-    and `door` are shared by a process's agents; so many join at a time."""
+    and `door` are shared by a process's agents; so many join at a time. `near`: other nodes that help."""
 
     def __init__(
         self,
@@ -79,12 +80,14 @@ class Agent:
         place: Callable[[], Awaitable[host.Place]] = host.nowhere,
         touch: contact.Contact | None = None,
         door: asyncio.Semaphore | None = None,
+        near: neighbours.Neighbours | None = None,
     ) -> None:
         data = Path(config.data_dir) if config.data_dir else None
         self._config = config
         self._clock = clock
         self._driver = driver
         self._images = cache
+        self._near = near
         self._use = use
         self._place = place
         self._contact = touch or contact.Contact()
@@ -246,6 +249,7 @@ class Agent:
             name=self._config.name or name or facts.name,
             ip=self._config.ip or ip or self._joined_at.ip or facts.ip,
             slots=self._config.max_vms or facts.slots,
+            share_port=0 if self._near is None else self._near.port,
         )
 
     async def _ask(self) -> None:
@@ -285,6 +289,8 @@ class Agent:
         if standing.hold:
             standing.hold = False
             self._wake_all()
+        if self._near is not None:
+            self._near.heard(answer.seen.history)
         self._tag = answer.tag
         standing.told_of_controllers(answer.controllers)
         self._apply(answer)
@@ -307,6 +313,8 @@ class Agent:
         wants: dict[model.InstanceId, list[wire.Wanted]] = {}
         for want in answer.wanted:
             wants.setdefault(want.instance, []).append(want)
+            if want.neighbours and want.spec is not None and self._near is not None:
+                self._near.told(want.spec.digest, want.neighbours)
             self._has_work = self._has_work or (want.instance, want.epoch, want.verb) not in known
         self._wants = answer.wanted
         for instance in wants.keys() | self._workers.keys():

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Protocol
 
 from covey import durable, errors, failpoint, model, observe
-from covey.agent import hypervisor
-from covey.client import oci, packing, partial, registry
+from covey.agent import hypervisor, neighbours
+from covey.client import oci, packing, partial, pull, registry
 
 RESERVE_BYTES = 1 << 30
 _AT_ONCE = 2  # layers; each comes in several ranges
@@ -47,6 +47,7 @@ class Source(Protocol):
         *,
         plain: tuple[str, int] | None = None,
         progress: registry.Progress | None = None,
+        near: pull.Near | None = None,
     ) -> bool: ...
 
 
@@ -123,10 +124,15 @@ class _Download:
 
 
 class Cache:
-    """The cache on disk. `connect` makes a source from the registries' URLs."""
+    """The cache on disk. `connect` makes a source from the registries' URLs; `near` knows who else may have layers."""
 
     def __init__(
-        self, root: Path, connect: Callable[[tuple[str, ...]], Source], *, reserve_bytes: int = RESERVE_BYTES
+        self,
+        root: Path,
+        connect: Callable[[tuple[str, ...]], Source],
+        *,
+        reserve_bytes: int = RESERVE_BYTES,
+        near: neighbours.Neighbours | None = None,
     ) -> None:
         self._root = root
         self._layers, self._incoming, self._manifests = root / "layers", root / "incoming", root / "manifests"
@@ -134,9 +140,10 @@ class Cache:
         self._source: Source | None = None
         self._urls: tuple[str, ...] = ()
         self._reserve_bytes = reserve_bytes
+        self._near = near
         self._kept: dict[model.Digest, Kept] = {}
         self._pins: dict[str, model.Digest] = {}
-        self._wanted: dict[str, tuple[str, ...]] = {}  # holder -> layers it is fetching: not to be evicted
+        self._wanted: dict[str, Kept] = {}  # holder -> what it is fetching: not to be evicted
         self._downloads: dict[str, _Download] = {}
         self._load()
 
@@ -183,6 +190,20 @@ class Cache:
         coming = sum(download.coming_bytes for download in self._downloads.values())
         return shutil.disk_usage(self._root).free - self._reserve_bytes - coming
 
+    # ---- for other nodes -------------------------------------------------------------------------------------------
+
+    def layers_of(self, template: str) -> frozenset[str]:
+        """Digests of all layers of a template that is here or comes, as they are here and as they travel."""
+        known = self._kept.get(model.Digest(template))
+        found = known or next((kept for kept in self._wanted.values() if kept.digest == template), None)
+        layers = found.layers if found is not None else ()
+        return frozenset(digest for layer in layers for digest in (layer.digest, layer.blob) if digest)
+
+    def whole(self, digest: str) -> Path | None:
+        """Where a layer is, if it is here: only what is whole and verified has its name."""
+        path = self._path(digest)
+        return path if path.is_file() else None
+
     # ---- fetching --------------------------------------------------------------------------------------------------
 
     async def _fetch(self, holder: str, repository: str, digest: model.Digest, progress: Progress) -> Kept:
@@ -192,11 +213,11 @@ class Cache:
         config = await self._config(repository, manifest)
         vm = {**config.vm, "arch": str(config.arch)} if config is not None else {}
         kept = Kept(digest=digest, layers=_layers_of(manifest, config), config=vm)
-        self._wanted[holder] = tuple(layer.digest for layer in kept.layers)
+        self._wanted[holder] = kept
         try:
             missing = list({layer.digest: layer for layer in kept.layers if not self._has(layer)}.values())
             self._make_room(missing)
-            await self._fetch_layers(repository, missing, lambda: progress(self._fraction(kept)))
+            await self._fetch_layers(repository, digest, missing, lambda: progress(self._fraction(kept)))
         finally:
             del self._wanted[holder]
         failpoint.reach("agent.image.whole")
@@ -209,12 +230,14 @@ class Cache:
             return None
         return oci.parse_config(await self._source.content(repository, manifest.config.digest))
 
-    async def _fetch_layers(self, repository: str, layers: Sequence[Layer], moved: Callable[[], None]) -> None:
+    async def _fetch_layers(
+        self, repository: str, template: model.Digest, layers: Sequence[Layer], moved: Callable[[], None]
+    ) -> None:
         limit = asyncio.Semaphore(_AT_ONCE)
 
         async def one(layer: Layer) -> None:
             async with limit:
-                await self._fetch_layer(repository, layer, moved)
+                await self._fetch_layer(repository, template, layer, moved)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -223,14 +246,16 @@ class Cache:
         except ExceptionGroup as faults:
             raise faults.exceptions[0] from None
 
-    async def _fetch_layer(self, repository: str, layer: Layer, moved: Callable[[], None]) -> None:
+    async def _fetch_layer(
+        self, repository: str, template: model.Digest, layer: Layer, moved: Callable[[], None]
+    ) -> None:
         """Join the layer's download, or begin it; the last one to leave an unfinished download ends it."""
         if self._has(layer):
             return
         download = self._downloads.get(layer.digest)
         if download is None:
             download = self._downloads[layer.digest] = _Download(layer)
-            download.task = asyncio.create_task(self._download(repository, layer, download))
+            download.task = asyncio.create_task(self._download(repository, template, layer, download))
         task = download.task
         assert task is not None  # noqa: S101 (set where the download was made)
         download.waiting += 1
@@ -245,23 +270,55 @@ class Cache:
                 task.cancel()
                 await asyncio.wait({task})
 
-    async def _download(self, repository: str, layer: Layer, download: _Download) -> None:
-        def moved(done_bytes: int) -> None:
-            download.done_bytes = done_bytes
-
+    async def _download(self, repository: str, template: model.Digest, layer: Layer, download: _Download) -> None:
         incoming = self._incoming / _hex(layer.digest)
         try:
-            if self._source is None:
-                raise errors.RemoteError("no registry is known to this node")
-            blob, size, plain = layer.digest, layer.size_bytes, None
-            if layer.blob:
-                blob, size, plain = layer.blob, layer.blob_bytes, (layer.digest, layer.size_bytes)
-            await self._source.fetch(repository, blob, size, incoming, plain=plain, progress=moved)
+            if not await self._from_holders(repository, template, layer, download, incoming):
+                blob, size, plain = layer.digest, layer.size_bytes, None
+                if layer.blob:
+                    blob, size, plain = layer.blob, layer.blob_bytes, (layer.digest, layer.size_bytes)
+                await self._blob(repository, template, blob, size, incoming, download, plain=plain)
             failpoint.reach("agent.image.layer")
             await asyncio.to_thread(self._reveal, incoming, self._path(layer.digest))
             _log.info("a layer arrived", digest=layer.digest, size_bytes=layer.size_bytes)
         finally:
             del self._downloads[layer.digest]
+
+    async def _from_holders(
+        self, repository: str, template: model.Digest, layer: Layer, download: _Download, incoming: Path
+    ) -> bool:
+        """A layer that travels packed is unpacked on nodes that have it, and the registry has no such blob: it comes
+        from them alone, or not so."""
+        if self._near is None or not layer.blob or not await self._near.has(template, layer.digest):
+            return False
+        try:
+            await self._blob(repository, template, layer.digest, layer.size_bytes, incoming, download, alone=True)
+        except errors.NotFound:
+            return False
+        return True
+
+    async def _blob(
+        self,
+        repository: str,
+        template: model.Digest,
+        digest: str,
+        size_bytes: int,
+        incoming: Path,
+        download: _Download,
+        *,
+        plain: tuple[str, int] | None = None,
+        alone: bool = False,
+    ) -> None:
+        def moved(done_bytes: int) -> None:
+            download.done_bytes = done_bytes
+
+        if self._source is None:
+            raise errors.RemoteError("no registry is known to this node")
+        if self._near is None:
+            await self._source.fetch(repository, digest, size_bytes, incoming, plain=plain, progress=moved)
+            return
+        with self._near.download(template, digest, alone=alone) as near:
+            await self._source.fetch(repository, digest, size_bytes, incoming, plain=plain, progress=moved, near=near)
 
     def _reveal(self, incoming: Path, path: Path) -> None:
         incoming.chmod(0o444)
@@ -321,7 +378,7 @@ class Cache:
     def _wanted_digests(self) -> Iterator[str]:
         """Layers of the fetches under way."""
         for wanted in self._wanted.values():
-            yield from wanted
+            yield from (layer.digest for layer in wanted.layers)
 
     # ---- paths -----------------------------------------------------------------------------------------------------
 

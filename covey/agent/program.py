@@ -13,11 +13,23 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from covey import errors, settings, world
-from covey.agent import agent, contact, host, hypervisor, identity, images, qemu, synthetic
+from covey import errors, settings, settings_reader, world
+from covey.agent import (
+    agent,
+    contact,
+    host,
+    hypervisor,
+    identity,
+    images,
+    neighbours,
+    qemu,
+    sharing,
+    synthetic,
+)
 from covey.client import http, registry
 
 _SETTLE_S = 5.0
+_SHARE_PORT = 8091
 _JOINS = 32  # at once, of thousands of nodes in one process: more would only wait for it, and run out of time
 
 
@@ -38,12 +50,16 @@ class Program:
         self._tasks: list[asyncio.Task[None]] = []
         self._running: list[agent.Agent] = []
         self._ip = ""
+        self._sharing: sharing.Sharing | None = None
+        self._near: neighbours.Neighbours | None = None
 
     async def start(self) -> None:
         """Begin. Raises SettingError for a directory that cannot be used."""
         self._ip = (await self._place()).ip
-        for one in self._agents():
-            self._running.append(one)
+        self._running = [*self._agents()]
+        if self._sharing is not None:
+            await self._sharing.start(self._share_at())
+        for one in self._running:
             self._tasks.append(asyncio.create_task(one.run()))
 
     async def ended(self) -> None:
@@ -62,6 +78,10 @@ class Program:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._sharing is not None:
+            await self._sharing.stop()
+        if self._near is not None:
+            self._near.close()
         for endpoints in self._endpoints:
             await endpoints.close()
         await self._sockets.close()
@@ -98,7 +118,8 @@ class Program:
             )
             driver = qemu.Qemu(config, self._clock, wake=wakes)
         identity.File(folder, self._clock).settle(identity.Home.of(folder, host.machine()), explicit=self._explicit)
-        cache = images.Cache(folder / "images", self._connect)
+        near = neighbours.Neighbours(self._clock, lambda: self._sockets.session) if chosen.share_layers else None
+        cache = images.Cache(folder / "images", self._connect, near=near)
         made = agent.Agent(
             self._config("", folder),
             self._clock,
@@ -108,9 +129,27 @@ class Program:
             use=host.use,
             place=self._place,
             touch=self._contact,
+            near=near,
         )
+        if near is not None:
+            self._near, standing = near, made.session
+            self._sharing = sharing.Sharing(
+                cache,
+                near,
+                lambda: standing.ticket_key,
+                lambda: standing.seen.history,
+                limit_bytes_s=chosen.share_limit_mib << 20,
+            )
         wakes.agent = made
         return made
+
+    def _share_at(self) -> list[tuple[str | None, int]]:
+        """Where to listen for other nodes. Unless that was said: at a port that may be known to firewalls, or else at
+        any; on every interface, but on loopback alone where the controllers are on this host."""
+        if self._chosen.share_listen is not None:
+            return [(self._chosen.share_listen.host or None, self._chosen.share_listen.port)]
+        only = self._ip if settings_reader.Address(self._ip, 0).loopback else None
+        return [(only, _SHARE_PORT), (only, 0)]
 
     def _one_of_many(self, name: str, folder: Path | None) -> agent.Agent:
         """A node that pulls nothing: hundreds of them fit into one process."""

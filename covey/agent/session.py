@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
-from covey import errors, model, observe, wire, world
+from covey import errors, model, observe, ticket, wire, world
 from covey.agent import identity
 from covey.client import http
 
@@ -77,6 +77,11 @@ class Session:
     @property
     def counter(self) -> int:
         return self._file.now.counter
+
+    @property
+    def ticket_key(self) -> bytes:
+        """To the tickets that controllers give for this node; b"" before it joined."""
+        return ticket.key_of(self._file.now.secret) if self._file.now.secret else b""
 
     @property
     def may_act(self) -> bool:

@@ -141,6 +141,11 @@ class Partial:
                 self._taken.add(*found)
             return found
 
+    def ready(self, start: int) -> int:
+        """Where what is here from `start` on ends."""
+        with self._lock:
+            return next((high for low, high in self._here if low <= start < high), start)
+
     def write(self, offset: int, content: bytes) -> None:
         """Put bytes where they belong. Raises OSError (disk full)."""
         with self._lock:

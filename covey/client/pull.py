@@ -4,12 +4,17 @@ The bytes gather in a partial file (`partial`), and are hashed in order while th
 the right digest is given its name; a packed layer is unpacked meanwhile, and what is inside is verified as well
 (promise I8). What an earlier call left is continued; should the whole be wrong then, it is fetched anew once, since the
 fault may have been on this disk. Memory: one piece per range.
+
+Others than the registry may help (`Near`): each range is first asked of them, and what they do not send comes from the
+registry. They read along in the partial file, too. Should the whole be wrong then, it is fetched anew without them.
 """
 
 import asyncio
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
+from typing import Protocol
 
 from covey import errors
 from covey.client import line, long_work, oci, packing, partial
@@ -19,7 +24,33 @@ Progress = Callable[[int], None]  # called with the bytes of the blob that are h
 STREAMS = 4
 RANGE_BYTES = 32 << 20  # of one request: bounds what waits behind a slow one at the end
 _BATCH = 1 << 20
+_NEAR_BATCH = 256 << 10  # where others read along: what waits for a batch to fill comes later to all of them
 _TOTAL = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+
+
+class Near(Protocol):
+    """Others that have a blob, or fetch it too. One for each blob that comes."""
+
+    @property
+    def alone(self) -> bool:
+        """The registry has no such blob."""
+        ...
+
+    def begins(self, part: partial.Partial) -> None:
+        """The blob gathers in this file from now on. Called again when it is begun anew."""
+        ...
+
+    def pieces(self, start: int, end: int) -> AsyncGenerator[bytes, None]:
+        """What of this range others send, in order from `start` on. It ends early when nobody goes on."""
+        ...
+
+    def right(self) -> None:
+        """All of the file is here, and has its digest."""
+        ...
+
+    def wrong(self) -> bool:
+        """The digest is another one: whether others had a part in it. They are not asked again."""
+        ...
 
 
 class Pull:
@@ -48,16 +79,18 @@ class Pull:
         *,
         plain: tuple[str, int] | None = None,
         progress: Progress | None = None,
+        near: Near | None = None,
     ) -> bool:
         """Download a blob to `target`, which appears only when it is whole, verified and durable. False when that was
         so already. `plain`: the blob is packed, and `target` is to be this digest with so many bytes. One call per
-        target at a time. Raises RemoteError, OSError (disk full) and `packing.Damaged`."""
+        target at a time. `near`: who else may have it. Raises RemoteError, OSError (disk full), `packing.Damaged`, and
+        NotFound when only others may have it and do not."""
         path = target.with_name(target.name + ".part")
         if await long_work.run(lambda moved: _is_right(target, *(plain or (digest, size_bytes)), moved)):
             await asyncio.to_thread(partial.discard, path)  # a kill may have left it
             return False
         into = None if plain is None else target.with_name(target.name + ".unpacked")
-        coming = _Coming(digest, size_bytes, path, into, plain or ("", 0), progress)
+        coming = _Coming(digest, size_bytes, path, into, plain or ("", 0), progress, self._batch_bytes, near)
         while not await self._whole(repository, coming):
             pass
         await asyncio.to_thread(partial.reveal, into or path, target)
@@ -69,8 +102,14 @@ class Pull:
         beginning and is wrong, and Damaged."""
         await asyncio.to_thread(coming.open, self._sync_bytes)
         try:
+            if coming.near is not None:
+                coming.near.begins(coming.part)
             await self._all_ranges(f"/v2/{repository}/blobs/{coming.digest}", coming)
-            found = await long_work.run(lambda moved: coming.finish(), coming.progress)
+            found = await long_work.run(lambda moved: coming.part.found(), coming.progress)
+            if found == coming.digest:
+                if coming.near is not None:
+                    coming.near.right()
+                await long_work.run(lambda moved: coming.finish(), coming.progress)
         except packing.Damaged:
             await asyncio.to_thread(coming.discard)
             raise
@@ -79,7 +118,8 @@ class Pull:
         if found == coming.digest:
             return True
         await asyncio.to_thread(coming.discard)
-        if coming.part.resumed_bytes:
+        shared = coming.near is not None and coming.near.wrong()
+        if shared or coming.part.resumed_bytes:
             return False
         raise errors.RemoteError(f"the registry sent {found} for {coming.digest}")
 
@@ -100,6 +140,12 @@ class Pull:
     async def _ranges(self, path: str, coming: "_Coming") -> None:
         while (span := coming.part.take(self._range_bytes)) is not None:
             standing, silence = _Standing(*span), line.Silence()
+            if coming.near is not None:
+                await _from_others(coming.near, coming, standing)
+                if standing.start == standing.end:
+                    continue
+                if coming.near.alone:
+                    raise errors.NotFound(f"nobody else sends {coming.digest}")
 
             async def once(standing: _Standing = standing, silence: line.Silence = silence) -> None:
                 with silence.measured(lambda: standing.start) as quiet_s:
@@ -113,18 +159,7 @@ class Pull:
         headers = {} if whole else {"Range": f"bytes={standing.start}-{standing.end - 1}"}
         async with self._line.open("GET", path, headers=headers, quiet_s=quiet_s) as answer:
             _check_size(answer.status, answer.headers.get("Content-Range", ""), answer.content_length, coming, standing)
-            batch = bytearray()
-            try:
-                async for chunk in line.pieces(answer):
-                    if standing.start + len(batch) + len(chunk) > standing.end:
-                        raise errors.RemoteError(_longer(coming))
-                    batch += chunk
-                    if len(batch) >= self._batch_bytes:
-                        await _write(coming, standing, bytes(batch))
-                        batch.clear()
-            finally:
-                if batch:
-                    await asyncio.shield(_write(coming, standing, bytes(batch)))
+            await _gather(line.pieces(answer), coming, standing)
         if standing.start != standing.end:
             raise errors.RemoteError(f"{coming.digest} ended at {standing.start} of {standing.end} bytes")
 
@@ -150,10 +185,14 @@ class _Coming:
         into: Path | None,
         plain: tuple[str, int],
         progress: Progress | None,
+        batch_bytes: int,
+        near: Near | None,
     ) -> None:
         self.digest, self.size_bytes = digest, size_bytes
         self._path, self._into, self._plain = path, into, plain
         self._told = progress
+        self.near = near
+        self.batch_bytes = batch_bytes if near is None else min(batch_bytes, _NEAR_BATCH)
         self._unpacker: packing.Unpacker | None = None
         self.part: partial.Partial
 
@@ -171,12 +210,10 @@ class _Coming:
         if self._told is not None:
             self._told(self.part.here_bytes + (self._unpacker.done_bytes if self._unpacker else 0))
 
-    def finish(self) -> str:
-        """The blob's digest; when it is the right one, what is in it is right and durable too. Raises Damaged."""
-        found = self.part.found()
-        if found == self.digest and self._unpacker is not None:
+    def finish(self) -> None:
+        """The blob is the right one: what is in it is to be right and durable too. Raises Damaged."""
+        if self._unpacker is not None:
             self._unpacker.finish()
-        return found
 
     def close(self) -> None:
         if hasattr(self, "part"):
@@ -189,6 +226,28 @@ class _Coming:
         partial.discard(self._path)
         if self._into is not None:
             partial.discard(self._into)
+
+
+async def _from_others(near: Near, coming: _Coming, standing: _Standing) -> None:
+    """What of one range others send."""
+    async with contextlib.aclosing(near.pieces(standing.start, standing.end)) as chunks:
+        await _gather(chunks, coming, standing)
+
+
+async def _gather(chunks: AsyncIterator[bytes], coming: _Coming, standing: _Standing) -> None:
+    """Write what comes of one range, in batches. Raises RemoteError when it is more than the range."""
+    batch = bytearray()
+    try:
+        async for chunk in chunks:
+            if standing.start + len(batch) + len(chunk) > standing.end:
+                raise errors.RemoteError(_longer(coming))
+            batch += chunk
+            if len(batch) >= coming.batch_bytes:
+                await _write(coming, standing, bytes(batch))
+                batch.clear()
+    finally:
+        if batch:
+            await asyncio.shield(_write(coming, standing, bytes(batch)))
 
 
 async def _write(coming: _Coming, standing: _Standing, batch: bytes) -> None:

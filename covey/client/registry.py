@@ -174,9 +174,10 @@ class Registry:
         *,
         plain: tuple[str, int] | None = None,
         progress: Progress | None = None,
+        near: pull.Near | None = None,
     ) -> bool:
         """Download a blob to `target`: see `pull.Pull.fetch`."""
-        return await self._pull.fetch(repository, digest, size_bytes, target, plain=plain, progress=progress)
+        return await self._pull.fetch(repository, digest, size_bytes, target, plain=plain, progress=progress, near=near)
 
     async def upload(self, repository: str, digest: str, source: Path, *, progress: Progress | None = None) -> bool:
         """Make a file a blob: see `push.Push.upload`."""

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from covey import answer, errors, model, observe, serve, wire
-from covey.controller import api_adopt, figures, naming, parking, renewals, wanted
+from covey.controller import api_adopt, figures, naming, neighbours, parking, renewals, wanted
 from covey.decide import heartbeat, permission
 from covey.store import (
     codec,
@@ -408,7 +408,7 @@ def _authenticate(call: serve.Call, snapshot: view.Snapshot, arrived_ns: int) ->
 
 
 def _named(wants: Sequence[wire.Wanted], snapshot: view.Snapshot, node: model.NodeId) -> Iterator[wire.Wanted]:
-    """With the VMs' names filled in."""
+    """With the VMs' names filled in, and with whom to fetch their templates from."""
     kept, session = snapshot.node(node), snapshot.session(node)
     node_name = (kept.noun.name if kept else "") or (session.noun.facts.name if session else "")
     for want in wants:
@@ -416,7 +416,10 @@ def _named(wants: Sequence[wire.Wanted], snapshot: view.Snapshot, node: model.No
         if want.spec is None or instance is None:
             yield want
         else:
-            yield msgspec.structs.replace(want, vm_name=naming.vm_name(instance.noun, node_name))
+            name = naming.vm_name(instance.noun, node_name)
+            pulls = want.verb is wire.Verb.RUN and not want.launched
+            near = neighbours.of(snapshot, node, want.spec.digest) if pulls else ()
+            yield msgspec.structs.replace(want, vm_name=name, neighbours=near)
 
 
 def _without_gone(word: model.Word, items: Sequence[wire.Item]) -> model.Word:

@@ -329,6 +329,11 @@ class Lab:
         for source, target in _directions(a, b, one_way):
             self.switch.shape(source, target, netlab_tap.Shape(delay_s, jitter_s, rate_bytes_s, repeated))
 
+    def limit(self, name: str, shape: Sequence[str]) -> None:
+        """What reaches the host passes this queueing discipline (`tc`). Its own card is the host's to limit."""
+        assert isinstance(self.switch, _Bridge)
+        self.switch.limit(name, shape)
+
     def unplug(self, name: str) -> None:
         """Pull the cable; `heal` plugs it in again."""
         self.hosts[name].pull()
@@ -384,6 +389,9 @@ class _Bridge:
     def drop(self, source: str, target: str, percent: float) -> None:
         share = "" if percent >= 100 else f"numgen random mod 1000 < {round(percent * 10)} "
         self._nft(f'add rule bridge lab faults iifname "p-{source}" oifname "p-{target}" {share}drop')
+
+    def limit(self, name: str, shape: Sequence[str]) -> None:
+        self._tool("tc", "qdisc", "replace", "dev", f"p-{name}", *shape)
 
     def shape(self, source: str, target: str, shape: netlab_tap.Shape) -> None:
         raise LabError("this switch knows no delay; make the lab with tap=True")

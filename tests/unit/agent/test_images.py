@@ -12,7 +12,7 @@ from backports import zstd
 
 from covey import errors, model
 from covey.agent import images
-from covey.client import oci, packing
+from covey.client import oci, packing, pull
 from covey.client import registry as client
 from tests.support import registry
 
@@ -43,10 +43,11 @@ class Source:
         *,
         plain: tuple[str, int] | None = None,
         progress: client.Progress | None = None,
+        near: pull.Near | None = None,
     ) -> bool:
         self.fetched.append(digest)
         await self.gate.wait()
-        return await self._real.fetch(repository, digest, size_bytes, target, plain=plain, progress=progress)
+        return await self._real.fetch(repository, digest, size_bytes, target, plain=plain, progress=progress, near=near)
 
 
 class Library:
