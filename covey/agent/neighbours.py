@@ -235,10 +235,7 @@ class Download:
                     )
                     answer = await stack.enter_async_context(request)
                 answered = self._takes(one, answer, start, end)
-                while answered and place < end:
-                    chunk = await answer.content.readany()
-                    if not chunk:
-                        break
+                while answered and (chunk := await answer.content.readany()):
                     if place + len(chunk) > end:
                         self._leave(one, "it sends more than it was asked for")
                         break

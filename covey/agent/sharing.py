@@ -124,11 +124,15 @@ class Sharing:
         answer.headers["Content-Range"] = f"bytes {start}-{end - 1}/{source.size_bytes}"
         answer.content_length = end - start
         await answer.prepare(request)
-        async for piece in source.pieces(start, end):
-            await self._pace.wait(len(piece))
-            async with asyncio.timeout(_STUCK_S):
-                await answer.write(piece)
-            self.sent_bytes += len(piece)
+        try:
+            async for piece in source.pieces(start, end):
+                await self._pace.wait(len(piece))
+                async with asyncio.timeout(_STUCK_S):
+                    await answer.write(piece)
+                self.sent_bytes += len(piece)
+        except (ConnectionError, TimeoutError):  # it is gone or stuck, or what it reads turned out wrong
+            if request.transport is not None:
+                request.transport.abort()
         return answer
 
     def _source(self, digest: str) -> "Source | None":

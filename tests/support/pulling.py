@@ -5,8 +5,8 @@
         took_s = fleet.pull()                     # one VM on each node, until all have started
         fleet.registry_bytes()                    # what left the registry's host since then
 
-Each line is limited in both directions (`tc`, token buckets), the registry's too; controllers and etcd share a host. The
-hypervisor is the synthetic one, the templates are really pulled.
+Each line is limited in both directions (`tc`, token buckets), the registry's too. The hypervisor is the synthetic one;
+the templates are really pulled.
 """
 
 import contextlib
