@@ -33,10 +33,11 @@ _log = observe.log("neighbours")
 class Limits(model.Noun, frozen=True, kw_only=True):
     """Patience with neighbours, in seconds unless the name says otherwise."""
 
-    answer_s: float = 2.0  # until one begins to answer
+    connect_s: float = 2.0
+    answer_s: float = 5.0  # until one begins to answer
     quiet_s: float = 3.0  # without a byte: then it is asked again, to see whether it is there
-    hope_s: float = 5.0  # without an answer from any: then the registry
-    still_s: float = 15.0  # without a byte from any, though they answer
+    hope_s: float = 10.0  # without an answer from any: then the registry
+    still_s: float = 20.0  # without a byte from any, though they answer
     turn_s: float = 1.0  # so much later each next one is tried while the ones before it have nothing yet
     again_s: float = 0.1
     banned_s: float = 600.0
@@ -223,7 +224,7 @@ class Download:
     async def _from(self, one: wire.Neighbour, start: int, end: int) -> AsyncGenerator[bytes, None]:
         """What one neighbour sends of a range."""
         place, answered = start, False
-        limits = aiohttp.ClientTimeout(total=None, sock_connect=self._limits.answer_s, sock_read=self._limits.quiet_s)
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=self._limits.connect_s, sock_read=self._limits.quiet_s)
         try:
             async with contextlib.AsyncExitStack() as stack:
                 async with asyncio.timeout(self._limits.answer_s):

@@ -7,7 +7,7 @@ out before that. Bytes that turn out wrong break the readers' connections.
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from covey.client import partial
 
@@ -47,7 +47,7 @@ class Passing:
             os.close(self._handle)
             self._handle = -1
 
-    async def pieces(self, start: int, end: int) -> AsyncIterator[bytes]:
+    async def pieces(self, start: int, end: int) -> AsyncGenerator[bytes, None]:
         """This range while it comes. Raises ConnectionResetError when it does not, or the bytes are wrong."""
         self._readers += 1
         place = start

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -72,7 +72,7 @@ class Sharing:
         app = web.Application()
         app.router.add_route("GET", "/layers/v1/{template}/{digest}", self._answer, name="layer")
         app.router.add_route("HEAD", "/layers/v1/{template}/{digest}", self._answer)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
         await self._runner.setup()
         for host, port in hosts:
             try:
@@ -125,11 +125,12 @@ class Sharing:
         answer.content_length = end - start
         await answer.prepare(request)
         try:
-            async for piece in source.pieces(start, end):
-                await self._pace.wait(len(piece))
-                async with asyncio.timeout(_STUCK_S):
-                    await answer.write(piece)
-                self.sent_bytes += len(piece)
+            async with contextlib.aclosing(source.pieces(start, end)) as pieces:
+                async for piece in pieces:
+                    await self._pace.wait(len(piece))
+                    async with asyncio.timeout(_STUCK_S):
+                        await answer.write(piece)
+                    self.sent_bytes += len(piece)
         except (ConnectionError, TimeoutError):  # it is gone or stuck, or what it reads turned out wrong
             if request.transport is not None:
                 request.transport.abort()
@@ -169,7 +170,7 @@ class Source(Protocol):
     @property
     def here_bytes(self) -> int: ...
 
-    def pieces(self, start: int, end: int) -> AsyncIterator[bytes]: ...
+    def pieces(self, start: int, end: int) -> AsyncGenerator[bytes, None]: ...
 
 
 class _Whole:
@@ -179,7 +180,7 @@ class _Whole:
         self._path = path
         self.size_bytes = self.here_bytes = path.stat().st_size
 
-    async def pieces(self, start: int, end: int) -> AsyncIterator[bytes]:
+    async def pieces(self, start: int, end: int) -> AsyncGenerator[bytes, None]:
         handle = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             while start < end:

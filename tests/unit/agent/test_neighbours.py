@@ -1,0 +1,227 @@
+"""Layers come from other nodes: verified, at most once from the registry, and never at the price of a wrong byte."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import pytest
+from backports import zstd
+
+from covey.agent import neighbours, sharing
+from covey.client import oci
+from tests.support import registry
+from tests.unit.agent import street, test_images
+
+MIB = 1 << 20
+BASE = os.urandom(3 * MIB)
+PLAIN = b"".join(os.urandom(1000) + bytes(1000) for _ in range(1500))
+MANIFEST_BYTES = 20_000  # of manifest, config and heads: all that may leave the registry beside layers
+
+
+class Town(NamedTuple):
+    street: street.Street
+    library: test_images.Library
+
+
+@pytest.fixture
+async def town(tmp_path: Path) -> AsyncIterator[Town]:
+    async with (
+        registry.serving(tmp_path / "registry") as server,
+        registry.talking(server) as talk,
+        street.of(tmp_path / "nodes", server) as made,
+    ):
+        yield Town(made, test_images.Library(server, test_images.Source(talk), tmp_path))
+
+
+# ---- what helps ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_layer_comes_from_a_node_that_has_it(town: Town) -> None:
+    template, digest = await town.library.push(BASE, b"top")
+    a, b = await town.street.node("a"), await town.street.node("b")
+    await a.get(template, digest)
+    b.knows(digest, a)
+    before = town.street.registry_bytes
+    assert await b.get(template, digest) == [BASE, b"top"]
+    assert town.street.registry_bytes - before < MANIFEST_BYTES
+    assert a.server.sent_bytes == len(BASE) + 3
+
+
+async def test_a_packed_layer_comes_unpacked_from_a_node_that_has_it(town: Town) -> None:
+    template, digest = await town.library.push_packed(PLAIN, zstd.compress(PLAIN))
+    a, b = await town.street.node("a"), await town.street.node("b")
+    await a.get(template, digest)
+    b.knows(digest, a)
+    before = town.street.registry_bytes
+    assert await b.get(template, digest) == [PLAIN]
+    assert town.street.registry_bytes - before < MANIFEST_BYTES
+    assert a.server.sent_bytes == len(PLAIN)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+async def test_of_nodes_that_pull_at_once_each_passes_on_what_it_receives(town: Town, packed: bool) -> None:
+    blob = zstd.compress(PLAIN)
+    template, digest = await (town.library.push_packed(PLAIN, blob) if packed else town.library.push(BASE))
+    nodes = [await town.street.node(f"n{number}") for number in range(5)]
+    for number, node in enumerate(nodes[1:], 1):
+        node.knows(digest, *reversed(nodes[max(number - 3, 0) : number]))
+    before = town.street.registry_bytes
+    found = await asyncio.gather(*(node.get(template, digest) for node in nodes))
+    assert found == [[PLAIN if packed else BASE]] * 5
+    size = len(blob) if packed else len(BASE)
+    assert town.street.registry_bytes - before < size + 5 * MANIFEST_BYTES
+    assert all(node.server.sent_bytes >= size for node in nodes[:-1])
+
+
+async def test_what_an_earlier_try_left_is_not_fetched_again(town: Town) -> None:
+    template, digest = await town.library.push(BASE)
+    a, b = await town.street.node("a"), await town.street.node("b")
+    await a.get(template, digest)
+    b.knows(digest, a)
+    part = b.cache._incoming / (oci.digest_of(BASE).removeprefix("sha256:") + ".part")
+    part.write_bytes(BASE[: 2 * MIB])
+    assert await b.get(template, digest) == [BASE]
+    assert a.server.sent_bytes == len(BASE) - 2 * MIB
+
+
+async def test_all_nodes_together_get_no_more_than_the_limit(town: Town) -> None:
+    template, digest = await town.library.push(BASE)
+    a = await town.street.node("a", limit_bytes_s=2 * MIB)
+    others = [await town.street.node(name) for name in ("b", "c")]
+    await a.get(template, digest)
+    for other in others:
+        other.knows(digest, a)
+    began_s = time.monotonic()
+    await asyncio.gather(*(other.get(template, digest) for other in others))
+    assert a.server.sent_bytes == 2 * len(BASE)
+    assert time.monotonic() - began_s > 2.5  # 6 MiB at 2 MiB a second, less what goes out at first
+
+
+# ---- what does not -------------------------------------------------------------------------------------------------
+
+
+async def test_a_lying_neighbour_costs_one_more_copy_and_is_not_asked_again(town: Town) -> None:
+    template, digest = await town.library.push(BASE)
+    b = await town.street.node("b")
+    liar = await town.street.let_in(street.Stranger("liar", os.urandom(len(BASE))))
+    b.knows(digest, liar)
+    assert await b.get(template, digest) == [BASE]
+    assert liar.asked
+    assert b.near.of(digest) == []
+    b.clock.ahead_ns += int(neighbours.Limits().banned_s * 1e9) + 1
+    assert len(b.near.of(digest)) == 1
+
+
+async def test_wrong_bytes_in_a_packed_layer_do_not_make_its_template_unusable(town: Town) -> None:
+    blob = zstd.compress(PLAIN)
+    template, digest = await town.library.push_packed(PLAIN, blob)
+    b = await town.street.node("b")
+    b.knows(digest, await town.street.let_in(street.Stranger("liar", os.urandom(len(blob)))))
+    assert await b.get(template, digest) == [PLAIN]
+
+
+async def test_a_liar_at_the_beginning_of_a_chain_spoils_nothing_at_its_end(town: Town) -> None:
+    template, digest = await town.library.push(BASE)
+    liar = await town.street.let_in(street.Stranger("liar", os.urandom(len(BASE))))
+    nodes = [await town.street.node(f"n{number}", street.HASTY) for number in range(3)]
+    for node, before in zip(nodes, [liar, *nodes], strict=False):
+        node.knows(digest, before)
+    found = await asyncio.gather(*(node.get(template, digest) for node in nodes))
+    assert found == [[BASE]] * 3
+
+
+@pytest.mark.parametrize("kind", [street.Silent, street.Quiet, street.Slow, street.Cut])
+async def test_one_that_is_dead_frozen_slow_or_breaks_off_costs_seconds(
+    town: Town, kind: type[street.Stranger]
+) -> None:
+    template, digest = await town.library.push(BASE)
+    hasty = msgspec.structs.replace(street.HASTY, pace_s=0.5)
+    b = await town.street.node("b", hasty)
+    b.knows(digest, await town.street.let_in(kind("stranger", BASE)))
+    assert await b.get(template, digest) == [BASE]
+
+
+async def test_the_next_one_goes_on_where_the_first_ended(town: Town) -> None:
+    template, digest = await town.library.push(BASE)
+    a, b = await town.street.node("a"), await town.street.node("b", street.HASTY)
+    gone = street.Neighbour("gone")
+    gone.url = "http://127.0.0.1:1"
+    await a.get(template, digest)
+    b.knows(digest, gone, await town.street.let_in(street.Silent("silent", BASE)), a)
+    before = town.street.registry_bytes
+    assert await b.get(template, digest) == [BASE]
+    assert town.street.registry_bytes - before < MANIFEST_BYTES
+
+
+# ---- who may -------------------------------------------------------------------------------------------------------
+
+
+async def test_without_a_ticket_for_this_node_and_template_nothing_is_said(town: Town) -> None:
+    template, digest = await town.library.push(BASE)
+    a, b = await town.street.node("a"), await town.street.node("b")
+    await a.get(template, digest)
+    blob = oci.digest_of(BASE)
+    good = f"{neighbours.SCHEME} {a.ticket('b', digest)}"
+    assert await a.ask(digest, blob, good) == (206, BASE[:10])
+    assert await a.ask(digest, blob, good, "bytes=100-199") == (206, BASE[100:200])
+    assert (await a.ask(digest, blob, good, f"bytes=5-{len(BASE)}"))[0] == 416
+    for bad in ("", "Bearer " + a.ticket("b", digest), f"{neighbours.SCHEME} {b.ticket('b', digest)}", good[:-1]):
+        assert (await a.ask(digest, blob, bad))[0] == 403
+        assert (await a.ask(digest, blob, bad, method="HEAD"))[0] == 403
+
+
+async def test_a_ticket_opens_no_other_template_and_no_layer_of_another_one(town: Town) -> None:
+    template, digest = await town.library.push(BASE)
+    other, hidden = await town.library.push(b"not for everybody")
+    a = await town.street.node("a")
+    await a.get(template, digest)
+    await a.cache.get("vm.2", other, hidden, lambda _: None)
+    shown = f"{neighbours.SCHEME} {a.ticket('b', digest)}"
+    secret = oci.digest_of(b"not for everybody")
+    assert (await a.ask(hidden, secret, shown))[0] == 403
+    assert (await a.ask(digest, secret, shown))[0] == 403
+    assert (await a.ask(digest, "../../node.json", shown))[0] in (403, 404)
+    unknown = "sha256:" + "0" * 64
+    assert (await a.ask(unknown, secret, f"{neighbours.SCHEME} {a.ticket('b', unknown)}"))[0] == 404
+
+
+async def test_a_ticket_grows_old_by_the_clock_of_the_node_that_serves(town: Town) -> None:
+    """Safety S9: no two clocks are compared."""
+    template, digest = await town.library.push(BASE)
+    a = await town.street.node("a")
+    await a.get(template, digest)
+    shown = f"{neighbours.SCHEME} {a.ticket('b', digest)}"
+    a.near.heard(street.NONCE)
+    a.clock.ahead_ns += int((sharing.TICKET_S + 10) * 1e9)
+    assert (await a.ask(digest, oci.digest_of(BASE), shown))[0] == 206  # the nonce is still the newest
+    a.nonce = "the next hour's"
+    assert (await a.ask(digest, oci.digest_of(BASE), shown))[0] == 403
+    fresh = f"{neighbours.SCHEME} {a.ticket('b', digest, 'one that only the controller knows yet')}"
+    assert (await a.ask(digest, oci.digest_of(BASE), fresh))[0] == 206
+
+
+async def test_a_node_without_a_session_shares_nothing(town: Town) -> None:
+    template, digest = await town.library.push(BASE)
+    a = await town.street.node("a")
+    await a.get(template, digest)
+    a.key = b""
+    shown = f"{neighbours.SCHEME} {a.ticket('b', digest)}"
+    assert (await a.ask(digest, oci.digest_of(BASE), shown))[0] == 403
+
+
+async def test_a_few_nodes_are_served_at_once(town: Town) -> None:
+    template, digest = await town.library.push(BASE)
+    a = await town.street.node("a", limit_bytes_s=MIB // 2, askers=1)
+    b = await town.street.node("b")
+    await a.get(template, digest)
+    b.knows(digest, a)
+    getting = asyncio.create_task(b.get(template, digest))
+    while not a.server.sent_bytes:
+        await asyncio.sleep(0.01)
+    assert (await a.ask(digest, oci.digest_of(BASE), f"{neighbours.SCHEME} {a.ticket('c', digest)}"))[0] == 503
+    getting.cancel()
+    await asyncio.gather(getting, return_exceptions=True)
