@@ -17,7 +17,7 @@ from typing import Protocol
 import msgspec
 
 from covey import errors, failpoint, model, observe, world
-from covey.registry import blobs, elected, heads, peers, role
+from covey.registry import accepted, blobs, elected, heads, peers, role
 from covey.store import base
 
 log = observe.log("registry")
@@ -25,7 +25,8 @@ log = observe.log("registry")
 TTL_S = 10
 _PAUSE_S = 1.0
 _PRUNE_S = 10.0
-_PRUNED_AT_ONCE = 60  # keys of one transaction
+_INVENTORY_S = 30.0
+_SOON_S = 3.0  # whoever takes over waits for nobody much longer than that
 _WANTED_S = 30
 _CATCH_UP_S = 60.0
 
@@ -60,21 +61,19 @@ class Standing(Protocol):
 async def lacking(standing: Standing, told: Mapping[str, peers.Head]) -> list[str]:
     """Those logs of which somebody else has something that we have not."""
     await standing.look()
-    return [name for name, head in told.items() if not covers(await standing.fold(name), head)]
+    ours = standing.all()
+    differ = [name for name, head in told.items() if ours.get(name) != head]
+    return [name for name in differ if not heads.covers(await standing.fold(name), told[name])]
 
 
-def covers(fold: heads.Fold, head: peers.Head) -> bool:
-    """Whether a log begins with all that a head stands for."""
-    return fold.count >= head.count and fold.chain(head.count) == head.chain
-
-
-async def inventories(others: Others) -> dict[str, peers.Inventory]:
-    """Of those that answer."""
+async def inventories(others: Others, within_s: float = _INVENTORY_S) -> dict[str, peers.Inventory]:
+    """Of those that answer in time."""
 
     async def ask(url: str) -> peers.Inventory | None:
         try:
-            return await others.inventory(url)
-        except errors.RemoteError:
+            async with asyncio.timeout(within_s):
+                return await others.inventory(url)
+        except (errors.RemoteError, TimeoutError):
             return None
 
     answers = await asyncio.gather(*(ask(url) for url in others.urls))
@@ -126,6 +125,8 @@ class Appointing:
         # Whom the others believe in, and whom we followed: if it was promised to us before, they are not the same.
         for holder in sorted({newest[1], view.holder} - {"", self._own_url}):
             await self._take_from(holder, term, force=force, disputed=bool(view.why_not))
+        if force:
+            await self._learn_from_followers(told, newest)
         self._role.take(term)
         for url in self._others.urls:
             with contextlib.suppress(errors.RemoteError):
@@ -143,6 +144,15 @@ class Appointing:
                     " what it alone has would be set aside; start it, or use --force"
                 ) from error
             log.warning("promoted by force", holder=holder, error=str(error))
+
+    async def _learn_from_followers(self, told: Mapping[str, peers.Inventory], newest: tuple[int, str]) -> None:
+        """The holder may not answer, but somebody who has followed it further than we have: what was answered under
+        REGISTRY_PUSH_COPIES=2 is there."""
+        for url, found in told.items():
+            if (found.term, found.holder) == newest and url != found.holder:
+                for name in await lacking(self._standing, found.heads):
+                    with contextlib.suppress(errors.RemoteError):
+                        await self._others.copy(url, name)
 
     async def _catch_up(self, holder: str) -> None:
         async with asyncio.timeout(_CATCH_UP_S):
@@ -177,11 +187,12 @@ class Campaign:
         *,
         campaigns: bool = True,
         ttl_s: int = TTL_S,
+        bounds: accepted.Bounds | None = None,
     ) -> None:
         self._own_url = own_url
         self._role = elected
         self._store = store
-        self._logs = logs
+        self._accepted = accepted.Accepted(store, logs, standing, bounds)
         self._others = others
         self._standing = standing
         self._world = world
@@ -235,13 +246,10 @@ class Campaign:
         return await self._has_all()
 
     async def _has_all(self) -> bool:
-        """Whether every log is here up to its head."""
-        heads_ = await self._store.range(elected.HEADS, base.prefix_end(elected.HEADS))
-        short = []
-        for kv in heads_.kvs:
-            name = kv.key.removeprefix(elected.HEADS)
-            if (await self._standing.fold(name)).count < int(kv.value):
-                short.append(name)
+        """Whether every log is here up to its head, and up to what others have that etcd does not know of."""
+        heads_ = await self._heads()
+        await self._learn_more(heads_)
+        short = [name for name, count in heads_.items() if (await self._standing.fold(name)).count < count]
         if short:
             return self._say(
                 f"this registry lacks accepted entries of {len(short)} repositories and so does not take the push role:"
@@ -249,14 +257,23 @@ class Campaign:
             )
         return True
 
+    async def _learn_more(self, heads_: Mapping[str, int]) -> None:
+        """An etcd that was restored from a backup knows less than the registries: what another one has beyond etcd's
+        heads was accepted too, and is copied first. What contradicts our log was given up by force."""
+        for url, found in (await inventories(self._others, _SOON_S)).items():
+            beyond = {name: head for name, head in found.heads.items() if head.count > heads_.get(name, 0)}
+            for name in await lacking(self._standing, beyond):
+                with contextlib.suppress(errors.RemoteError):
+                    if not await self._others.copy(url, name):
+                        log.warning("another registry has other entries; they do not count", log=name, registry=url)
+
+    async def _heads(self) -> dict[str, int]:
+        page = await self._store.range(elected.HEADS, base.prefix_end(elected.HEADS))
+        return {kv.key.removeprefix(elected.HEADS): int(kv.value) for kv in page.kvs}
+
     async def _complete(self) -> None:
         """Enter the accepted entries that this server lacks (safety S34)."""
-        accepted = await self._store.range(elected.ACCEPTED, base.prefix_end(elected.ACCEPTED))
-        for kv in accepted.kvs:  # ascending: by log, then by number
-            name, number = elected.parse_accepted(kv.key)
-            if (await self._standing.fold(name)).count == number:
-                await self._logs.append(name, number, kv.value)
-                failpoint.reach("registry.role.completed")
+        await self._accepted.complete()
 
     async def _why_not_first(self) -> str:
         told = await inventories(self._others)
@@ -319,14 +336,12 @@ class Campaign:
     async def _give_up_lost(self) -> None:
         """By force: what was accepted and is not here is given up; logs go on from where they stand here."""
         key = self._role.view().key
-        heads_ = await self._store.range(elected.HEADS, base.prefix_end(elected.HEADS))
-        for kv in heads_.kvs:
-            name = kv.key.removeprefix(elected.HEADS)
+        for name, known in (await self._heads()).items():
             count = (await self._standing.fold(name)).count
-            if count < int(kv.value):
-                log.error("accepted entries are given up", log=name, first=count, entries=int(kv.value) - count)
-                last = elected.accepted_key(name, int(kv.value))
-                then = (base.Put(kv.key, str(count).encode()), base.Delete(elected.accepted_key(name, count), last))
+            if count < known:
+                log.error("accepted entries are given up", log=name, first=count, entries=known - count)
+                gone = base.Delete(elected.accepted_key(name, count), elected.accepted_key(name, known))
+                then = (base.Put(elected.head_key(name), str(count).encode()), gone)
                 await self._store.commit(base.Txn((base.same_life(elected.ROLE_KEY, key),), then))
 
     async def _hold(self, mine: elected.Reign, lease: base.Lease) -> None:
@@ -351,24 +366,16 @@ class Campaign:
                     await self._role.moved.wait()
 
     async def prune(self) -> None:
-        """Accepted entries that every server of the set has need not be kept in etcd."""
-        page = await self._store.range(elected.ACCEPTED, base.prefix_end(elected.ACCEPTED), limit=1000)
-        if not page.kvs:
-            return
-        await self._complete()
-        told = await inventories(self._others)
-        if len(told) < len(self._others.urls):
-            return
-        done = []
-        for kv in page.kvs:
-            name, number = elected.parse_accepted(kv.key)
-            fold = await self._standing.fold(name)
-            theirs = [found.heads.get(name, peers.Head()) for found in told.values()]
-            if fold.count > number and all(head.count > number and covers(fold, head) for head in theirs):
-                done.append(kv)
-        for start in range(0, len(done), _PRUNED_AT_ONCE):
-            some = done[start : start + _PRUNED_AT_ONCE]
-            await self._store.commit(base.Txn((), tuple(base.Delete(kv.key) for kv in some)))
+        """Accepted entries that every server of the set has need not be kept in etcd, and others not for ever."""
+        view = self._role.view()
+        if view.mine:
+            await self._complete()
+            await self._accepted.prune(await inventories(self._others), self._others.urls, view.key)
+
+    @property
+    def kept(self) -> accepted.Kept:
+        """What etcd keeps for servers that lack it, as far as the holder knows."""
+        return self._accepted.kept if self._role.view().mine else accepted.Kept()
 
     async def _end(self, key: int) -> None:
         """End a reign: whoever holds the role accepts nothing from here on."""

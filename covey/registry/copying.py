@@ -24,12 +24,12 @@ class Copying:
         self._held = held
         self._anew = asyncio.Lock()
 
-    async def copy(self, peer: peers.Peer, name: str) -> bool:
-        """Append what this log lacks; False: it is no beginning of the peer's log, and nothing was done. Raises
-        RemoteError."""
+    async def copy(self, peer: peers.Peer, name: str, *, certain: bool = False) -> bool:
+        """Append what this log lacks; False: it is no beginning of the peer's log, and nothing was done. `certain`:
+        only from the server that holds the push role. Raises RemoteError."""
         while True:
             own = (await self._heads.fold(name)).head
-            part = await peer.entries(name, own.count)
+            part = await peer.entries(name, own.count, certain=certain)
             if part.count < own.count or part.before != own.chain:
                 return False
             for number, entry in enumerate(part.entries, own.count):

@@ -37,6 +37,7 @@ FORMAT = b"1"
 
 _ACCEPT_S = 8.0  # less than a request may take
 _PAUSE_S = 0.5
+_LOOK_S = 5.0
 
 
 class Reign(model.Noun, frozen=True, kw_only=True):
@@ -75,6 +76,7 @@ class Elected:
         self._copies = copies if copies is not None else role.Single()
         self._reign: Reign | None = None  # the newest one known
         self._key = 0  # its create revision; 0: it is over
+        self._revision = 0  # of the store, when something was heard of the role last
         self.lost = True  # by our own clock, if this process keeps the lease
         self.keeps = False  # this process keeps the lease
         self.floor = 0  # a term that somebody has spoken of
@@ -92,11 +94,32 @@ class Elected:
     async def _watch(self) -> None:
         while True:
             with contextlib.suppress(errors.StoreError):
-                page = await self._store.range(ROLE_KEY)
-                self.learn(page.kvs[0] if page.kvs else None)
-                async for batch in self._store.watch(ROLE_KEY, "", page.revision + 1):
-                    self.learn(batch.changes[-1].kv)
+                await self._watch_once()
             await asyncio.sleep(_PAUSE_S)
+
+    async def _watch_once(self) -> None:
+        """Until something is wrong. The key is read now and then, too: a watch on a store that was restored from a
+        backup waits until that has as many revisions as before."""
+        page = await self._store.range(ROLE_KEY)
+        self._revision = page.revision
+        self.learn(page.kvs[0] if page.kvs else None)
+        watching = asyncio.create_task(self._hear(page.revision + 1))
+        try:
+            while not (await asyncio.wait([watching], timeout=_LOOK_S))[0]:
+                before = self._revision
+                page = await self._store.range(ROLE_KEY)
+                if page.revision >= self._revision or page.revision < before:
+                    self.learn(page.kvs[0] if page.kvs else None)
+                if page.revision < before:
+                    return
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def _hear(self, revision: int) -> None:
+        async for batch in self._store.watch(ROLE_KEY, "", revision):
+            self._revision = batch.revision
+            self.learn(batch.changes[-1].kv)
 
     def learn(self, kv: base.Kv | None) -> None:
         """What the role's key says now."""
@@ -123,6 +146,13 @@ class Elected:
         if term > self.floor:
             self.floor = term
             self.moved.set()
+
+    async def certain(self) -> bool:
+        view = self.view()
+        if not view.mine:
+            return False
+        page = await self._store.range(ROLE_KEY)
+        return bool(page.kvs) and page.kvs[0].create_revision == view.key
 
     async def accept(self, view: role.View, log: str, number: int, entry: bytes) -> None:
         if not view.mine:

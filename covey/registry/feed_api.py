@@ -2,7 +2,8 @@
 
     GET  /replica/v1/word                                             who takes pushes, as this server knows
     GET  /replica/v1/feed?after=CURSOR&wait=SECONDS[&term=&holder=]   heads that changed; waits until there is something
-    GET  /replica/v1/log/<name>?start=NUMBER                          entries of one log
+    GET  /replica/v1/log/<name>?start=NUMBER[&certain=1]              entries of one log; `certain`: 503 unless this
+                                                                      server holds the push role right now
     GET  /replica/v1/inventory                                        the heads of all logs
     GET  /replica/v1/blobs/<digest>                                   a finished blob, also in write-only mode; HEAD too
 
@@ -25,10 +26,14 @@ _DIGITS = 10
 class FeedApi:
     """Handlers of /replica/v1/."""
 
-    def __init__(self, feed: feed.Feed, content: blobs.Blobs, secret: str) -> None:
+    def __init__(
+        self, feed: feed.Feed, content: blobs.Blobs, secret: str, certain: Callable[[], Awaitable[bool]]
+    ) -> None:
+        """`certain`: whether this server holds the push role right now."""
         self._feed = feed
         self._content = content
         self._secret = secret
+        self._certain = certain
 
     def routes(self) -> Sequence[serve.Route]:
         return [
@@ -58,6 +63,8 @@ class FeedApi:
         return await self._feed.feed(call.query.get("after", ""), wait_s, call.draining, known)
 
     async def entries(self, call: serve.Call) -> peers.Part:
+        if _number(call, "certain") and not await self._certain():
+            raise answer.Fault(503, "this registry does not hold the push role")
         return await self._feed.entries(_log(call.params["log"]), _number(call, "start"))
 
     async def inventory(self, _call: serve.Call) -> peers.Inventory:

@@ -6,13 +6,18 @@ file writes; the others wait for the blob to appear, and take over when the writ
 
 `tail` reads along: what is here is passed on at once, but the last `HELD_BACK` bytes only when the digest is right. A
 client of bytes that turn out wrong sees its connection break; it never has a whole blob of them.
+
+Where the disk is full a fetch ends before it has used the storage's reserve, and what has come stays for the next one.
+Who reads along then gets the rest as a peer sends it, verified in the same way; nothing is kept of it.
 """
 
 import asyncio
+import hashlib
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from covey import errors, model, observe
+from covey.client import oci
 from covey.registry import blobs, peers, replica_disk
 
 log = observe.log("replica")
@@ -38,6 +43,7 @@ class Fetching:
         self._others = others
         self._first = first
         self._running: dict[model.Digest, asyncio.Task[None]] = {}
+        self._left: dict[model.Digest, int] = {}  # what is still to come of each that is received now
         self.fetched_bytes = 0  # by this process
         self.rejected = 0  # blobs whose bytes were not what their digest says
 
@@ -135,8 +141,12 @@ class Fetching:
         if partial.size_bytes and await peer.size_bytes(partial.digest) <= partial.size_bytes:
             return
         async with peer.open(partial.digest, partial.size_bytes) as source:
-            await self._check_room(source.size_bytes - partial.size_bytes)
-            await self._receive(source, partial)
+            self._left[partial.digest] = source.size_bytes - partial.size_bytes
+            try:
+                await self._check_room(partial.digest)
+                await self._receive(source, partial)
+            finally:
+                del self._left[partial.digest]
             if partial.size_bytes < source.size_bytes:
                 raise errors.RemoteError(f"{peer.url}: {partial.digest} ended at {partial.size_bytes}")
 
@@ -145,8 +155,13 @@ class Fetching:
         writing: asyncio.Future[None] | None = None
         batch: list[bytes] = []
         size = 0
+        until_look = _ROOM_EVERY
         try:
             async for piece in source.pieces():
+                until_look -= len(piece)
+                if until_look < 0:  # others write to this disk too
+                    until_look = _ROOM_EVERY
+                    await self._check_room(partial.digest)
                 batch.append(piece)
                 size += len(piece)
                 self.fetched_bytes += len(piece)
@@ -163,11 +178,17 @@ class Fetching:
 
     async def _write(self, partial: replica_disk.Partial, batch: list[bytes]) -> None:
         await self._held.run(lambda: partial.add(batch))
+        self._left[partial.digest] -= sum(map(len, batch))
 
-    async def _check_room(self, size_bytes: int) -> None:
-        space = await self._content.space()
-        if space.free_bytes < size_bytes:
-            raise blobs.DiskFull(f"the registry's disk is full: {size_bytes >> 20} MiB of a peer's blob do not fit")
+    async def _check_room(self, digest: model.Digest) -> None:
+        """Raises DiskFull when the rest of a blob does not fit beside those that come at the same time. What is small
+        may use the reserve: a template can be started without its layers here, but not without its manifest."""
+        left = self._left[digest]
+        if left > HELD_BACK and (await self._content.space()).free_bytes < sum(self._left.values()):
+            size = f"{left >> 20} MiB" if left >> 20 else f"{left >> 10} KiB"
+            raise blobs.DiskFull(
+                f"the registry's disk is full: {size} of a blob do not fit; it is fetched when they do"
+            )
 
     # ---- reading along ---------------------------------------------------------------------------------------------
 
@@ -189,11 +210,32 @@ class Fetching:
                 elif (blob := await self._content.stat(digest)) is not None:
                     verified = _is_of(handle, blob)
                 elif task.done():
-                    raise ConnectionResetError(f"{digest} could not be fetched to its end")
+                    if not _had_no_room(task):
+                        raise ConnectionResetError(f"{digest} could not be fetched to its end")
+                    async for piece in self._through(digest, size_bytes, handle, place):
+                        yield piece
+                    return
                 else:
                     await asyncio.wait([task], timeout=_LOOK_S)
         finally:
             os.close(handle)
+
+    async def _through(self, digest: model.Digest, size_bytes: int, handle: int, place: int) -> AsyncIterator[bytes]:
+        """The rest of a blob as a peer sends it. `handle`: where its first bytes are, which were sent from there."""
+        hashed = hashlib.new(oci.algorithm_of(digest))
+        for start in range(0, place, _BATCH):
+            hashed.update(await self._held.run(lambda: os.pread(handle, min(_BATCH, place - start), start)))  # noqa: B023
+        held = bytearray()
+        async for piece in self.part(digest, place, size_bytes):
+            hashed.update(piece)
+            held += piece
+            if len(held) > 2 * HELD_BACK:
+                yield bytes(held[:-HELD_BACK])
+                del held[:-HELD_BACK]
+        if f"{oci.algorithm_of(digest)}:{hashed.hexdigest()}" != digest:
+            self.rejected += 1
+            raise ConnectionResetError(f"the bytes that peers sent are not those of {digest}")
+        yield bytes(held)
 
     async def _opened(self, digest: model.Digest, task: "asyncio.Task[None]") -> int:
         """What is read: the partial file, or the blob if that was sooner there."""
@@ -230,6 +272,10 @@ def worst(faults: Sequence[errors.CoveyError], digest: str) -> errors.CoveyError
     if unsure:
         return errors.RemoteError("; ".join(str(fault) for fault in unsure))
     return errors.NotFound(f"no other registry of the set has blob {digest}")
+
+
+def _had_no_room(task: "asyncio.Task[None]") -> bool:
+    return not task.cancelled() and isinstance(task.exception(), blobs.DiskFull)
 
 
 def _is_of(handle: int, blob: blobs.Blob) -> bool:

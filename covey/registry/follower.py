@@ -25,6 +25,7 @@ import msgspec
 
 from covey import errors, model, observe, world
 from covey.registry import (
+    accepted,
     blobs,
     catalog,
     copying,
@@ -43,6 +44,7 @@ _PAUSE_S = 0.5  # after a fault
 _LISTEN_S = 2.0
 _COMPARE_S = 180.0
 _NOTE_S = 1.0
+_FULL_S = 5.0  # a blob that did not fit
 _AGAIN_S = 20.0  # a blob that nobody had is asked for again
 _AT_ONCE = 4
 _SHOWN = 5
@@ -79,6 +81,7 @@ class Want:
     repositories: set[str]
     not_before_ns: int = 0  # it was asked for in vain
     nowhere: bool = False  # every other server said that it has it not
+    no_room: str = ""  # what the disk said
     running: bool = False
 
 
@@ -103,6 +106,7 @@ class Follower:
         wait_s: float = _WAIT_S,
     ) -> None:
         """`wait_s`: how long one question for news waits for its answer."""
+        self.kept: Callable[[], accepted.Kept] = accepted.Kept  # what etcd keeps, where there is one
         self._wait_s = wait_s
         self._own_url = own_url
         self._others = others
@@ -123,8 +127,9 @@ class Follower:
         self._behind: dict[str, int] = {}  # logs that could not be copied, and how many entries they lack
         self._behind_ns = world.boot_ns()  # since when something is lacking
         self._reached = False
+        self._unreached = ""  # why
         self._trouble = ""
-        self._full = ""
+        self._no_room: dict[str, str] = {}  # logs that could not be copied, and what the disk said
         self._aside: dict[str, int] = {}
         self._news = asyncio.Event()  # something is wanted
         self._complained: set[str] = set()
@@ -169,8 +174,8 @@ class Follower:
             return False
         try:
             told = await peer.feed(self._cursor, self._wait_s)
-        except errors.RemoteError:
-            self._reached = False
+        except errors.RemoteError as error:
+            self._reached, self._unreached = False, str(error)
             return False
         if not await self._counts(peer, told.term, told.holder):
             return False
@@ -206,8 +211,11 @@ class Follower:
             if not await self._copying.copy(peer, name):
                 await self._differs(peer, name)
             self._behind.pop(name, None)
+            self._no_room.pop(name, None)
         except (errors.CoveyError, OSError) as error:
             self._behind[name] = max(1, lacking)
+            if isinstance(error, blobs.DiskFull):
+                self._no_room[name] = str(error)
             log.warning("a log could not be copied; it is tried again", log=name, peer=peer.url, error=str(error))
 
     async def _differs(self, peer: peers.Peer, name: str) -> None:
@@ -325,11 +333,10 @@ class Follower:
                 names = sorted(want.repositories)
                 log.warning("a blob cannot be had yet", digest=digest, repositories=names, error=str(error))
             want.nowhere = isinstance(error, errors.NotFound)
-            pause_s = _AGAIN_S if want.nowhere else 2 * _PAUSE_S
+            want.no_room = str(error) if isinstance(error, blobs.DiskFull) else ""
+            pause_s = _AGAIN_S if want.nowhere else _FULL_S if want.no_room else 2 * _PAUSE_S
             want.not_before_ns = self._world.boot_ns() + int(pause_s * 1e9)
-            self._full = str(error) if isinstance(error, blobs.DiskFull) else ""
             return
-        self._full = ""
         self._wants.pop(digest, None)
 
     # ---- what is told ----------------------------------------------------------------------------------------------
@@ -345,12 +352,15 @@ class Follower:
             self._behind_ns = now_ns
         since_ns = min([self._behind_ns, *(want.since_ns for want in self._wants.values())])
         nowhere = sorted(digest for digest, want in self._wants.items() if want.nowhere)
+        kept = self.kept()
+        no_room = next(filter(None, (want.no_room for want in self._wants.values())), "")
         return standing.Standing(
             url=self._own_url,
             term=role.term,
             holder=role.holder,
             mine=role.mine,
             reached=self._reached,
+            unreached="" if self._reached else self._unreached,
             lag_s=0.0 if current and not self._wants else round((now_ns - since_ns) / 1e9, 1),
             lag_bytes=sum(want.size_bytes for want in self._wants.values()),
             missing_blobs=len(self._wants),
@@ -359,7 +369,11 @@ class Follower:
             nowhere_blobs=len(nowhere),
             aside=self._aside,
             rejected_blobs=self._fetching.rejected,
-            trouble=role.why_not or self._trouble or self._full,
+            accepted_entries=kept.entries,
+            accepted_bytes=kept.size_bytes,
+            accepted_for=kept.waits_for,
+            accepted_dropped=kept.dropped,
+            trouble=role.why_not or self._trouble or no_room or next(iter(self._no_room.values()), ""),
         )
 
     async def _tell(self) -> None:

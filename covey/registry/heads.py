@@ -47,6 +47,11 @@ class Fold:
             self.chains.append(hashlib.blake2b(last + entry, digest_size=16).digest())
 
 
+def covers(fold: Fold, head: peers.Head) -> bool:
+    """Whether a log begins with all that a head stands for."""
+    return fold.count >= head.count and fold.chain(head.count) == head.chain
+
+
 class Heads:
     """Of all logs; for any number of callers at once."""
 

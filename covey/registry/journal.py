@@ -78,13 +78,13 @@ class Journal:
 
     def _prepare(self, log: str, aside: Path, entry: bytes) -> None:
         """From here on the entry is pending: the collector reads it."""
-        with _no_room():
+        with no_room():
             durable.make_dirs(self._repositories / log / _LOG, fsync=self._fsync)
             durable.write_new(aside, entry, fsync=self._fsync)
             failpoint.reach("registry.entry.written")
 
     def _enter(self, log: str, number: int, aside: Path, entry: bytes) -> bool:
-        with _no_room():
+        with no_room():
             if not self._link(aside, self._repositories / log / _LOG / _entry_name(number), entry):
                 return False
         failpoint.reach("registry.entry.linked")
@@ -124,7 +124,7 @@ class Journal:
 
     def _grant(self, repository: str, digest: model.Digest) -> None:
         path = self._grant_path(repository, digest)
-        with _no_room():
+        with no_room():
             durable.make_dirs(path.parent, fsync=self._fsync)
             path.touch(mode=0o444)
             durable.sync_dir(path.parent, fsync=self._fsync)
@@ -183,7 +183,7 @@ class Journal:
 
 
 @contextlib.contextmanager
-def _no_room() -> Iterator[None]:
+def no_room() -> Iterator[None]:
     """A full disk as the Protocol names it."""
     try:
         yield

@@ -84,6 +84,10 @@ def _of_replica(seen: standing.Standing) -> Iterator[core.Metric]:
     yield _gauge("replica_missing_entries", "Entries that could not be copied yet.", seen.missing_entries)
     yield _gauge("replica_lost_blobs", "Wanted blobs that no server of the set has.", seen.nowhere_blobs)
     yield _gauge("replica_aside_entries", "Entries that were set aside.", sum(seen.aside.values()))
+    yield _gauge(
+        "replica_accepted_entries", "Accepted entries kept in etcd for servers lacking them.", seen.accepted_entries
+    )
+    yield _gauge("replica_accepted_bytes", "Their size.", seen.accepted_bytes)
     yield _gauge("replica_rejected_blobs", "Blobs from peers that were not what they claim.", seen.rejected_blobs)
 
 

@@ -24,9 +24,10 @@ _ASK_S = 2.0
 _LEFT_S = 5.0  # a holder that did not answer is not asked again for so long
 
 _BY_ID = ("/registry/vm", "/registry/v2/vm", "/registry/vm/info")
+_BLOB = "/v2/{name:path}/blobs/{digest}"
 _BY_NAME = (
     "/v2/{name:path}/manifests/{reference}",
-    "/v2/{name:path}/blobs/{digest}",
+    _BLOB,
     "/v2/{name:path}/tags/list",
     "/v2/{name:path}/referrers/{digest}",
 )
@@ -53,7 +54,7 @@ class OnDemand:
         self._view = view
         self._current = current
         self._world = world
-        self._left_ns = 0  # until then the holder is not asked
+        self._left = "", 0  # a holder that did not answer, and until when it is not asked
 
     # ---- what is not known here ------------------------------------------------------------------------------------
 
@@ -63,8 +64,10 @@ class OnDemand:
 
     def _asking(self, route: serve.Route) -> serve.Handler:
         async def handler(call: serve.Call) -> object:
-            if self._view().mine or peers.SECRET_HEADER in call.headers:
+            if peers.SECRET_HEADER in call.headers:
                 return await route.handler(call)
+            if self._view().mine:
+                return await self._as_holder(route, call)
             asked = False
             if not self._current() or _wants_newest(route, call):
                 asked = await self.freshen(call)
@@ -81,35 +84,55 @@ class OnDemand:
 
         return handler
 
+    async def _as_holder(self, route: serve.Route, call: serve.Call) -> object:
+        """A holder that was frozen, or that etcd is cut off from, may be none any more: before it says that something
+        is not there it makes sure. Layers are asked for by who knows that they are there; no entry says so of them."""
+        try:
+            return await route.handler(call)
+        except (errors.Refused, answer.Fault) as error:
+            if not _is_miss(error) or route.path == _BLOB:
+                raise
+            try:
+                certain = await self._catalog.role.certain()
+            except errors.StoreError as fault:
+                raise self._cannot_know(error) from fault
+            if not certain:
+                raise self._cannot_know(error) from error
+        return await route.handler(call)
+
     def _cannot_know(self, miss: Exception) -> answer.Fault:
-        holder = self._view().holder
-        where = f"the push registry {holder} does not answer" if holder else "no push registry is known"
+        view = self._view()
+        where = f"the push registry {view.holder} does not answer" if view.holder else "no push registry is known"
+        if view.mine:
+            where = "it is not known now whether this one still takes pushes"
         text = f"{str(miss).rstrip('.')} in this registry, and {where}: try again"
         return answer.Fault(503, text, code="UNAVAILABLE", headers={"Retry-After": "1"})
 
     async def freshen(self, call: serve.Call) -> bool:
         """Bring the logs that the call is about to where the holder has them; False: it cannot be asked."""
         peer = self._others.get(self._view().holder)
-        if peer is None or self._world.boot_ns() < self._left_ns:
+        if peer is None or (peer.url == self._left[0] and self._world.boot_ns() < self._left[1]):
             return False
         try:
             async with asyncio.timeout(_ASK_S):
                 return await self._freshen(peer, call)
         except (TimeoutError, errors.RemoteError):
-            self._left_ns = self._world.boot_ns() + int(_LEFT_S * 1e9)
+            self._left = peer.url, self._world.boot_ns() + int(_LEFT_S * 1e9)
             return False
 
     async def _freshen(self, peer: peers.Peer, call: serve.Call) -> bool:
         wanted = call.query.get("id", "")
         if "name" in call.params:
-            return await self._copying.copy(peer, call.params["name"])
+            return await self._copying.copy(peer, call.params["name"], certain=True)
         if not wanted:
             return True
         if not oci.valid_uuid(wanted):
-            if not await self._copying.copy(peer, catalog.name_log(wanted)):
+            if not await self._copying.copy(peer, catalog.name_log(wanted), certain=True):
                 return False
             wanted = await self._catalog.holder(wanted) or ""
-        return not wanted or await self._copying.copy(peer, oci.repository_of(model.TemplateId(wanted)))
+        if not wanted:
+            return True
+        return await self._copying.copy(peer, oci.repository_of(model.TemplateId(wanted)), certain=True)
 
     # ---- what is not here ------------------------------------------------------------------------------------------
 
@@ -142,6 +165,9 @@ class OnDemand:
             await self._fetching.fetch(digest)
         except errors.NotFound:
             return False
+        except errors.RemoteError as error:
+            text = f"manifest {digest} is not here yet, and who may have it cannot be asked ({error}); try again"
+            raise answer.Fault(503, text, code="UNAVAILABLE", headers={"Retry-After": "1"}) from error
         return True
 
 

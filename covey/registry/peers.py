@@ -99,8 +99,9 @@ class Peer(Protocol):
         """What is new; waits for so long until there is something."""
         ...
 
-    async def entries(self, log: str, start: int) -> Part:
-        """From that number on, perhaps not all of them. An unknown log is empty."""
+    async def entries(self, log: str, start: int, *, certain: bool = False) -> Part:
+        """From that number on, perhaps not all of them. An unknown log is empty. `certain`: only if this server holds
+        the push role right now; it raises RemoteError when it cannot be sure of that."""
         ...
 
     async def inventory(self) -> Inventory: ...
@@ -176,8 +177,9 @@ class _Remote:
         query = line.query(after=cursor, wait=f"{wait_s:g}")
         return await self._ask(f"/replica/v1/feed?{query}", Feed, wait_s + _ASK_S)
 
-    async def entries(self, log: str, start: int) -> Part:
-        return await self._ask(f"/replica/v1/log/{log}?{line.query(start=str(start))}", Part)
+    async def entries(self, log: str, start: int, *, certain: bool = False) -> Part:
+        query = line.query(start=str(start), **({"certain": "1"} if certain else {}))
+        return await self._ask(f"/replica/v1/log/{log}?{query}", Part)
 
     async def inventory(self) -> Inventory:
         return await self._ask("/replica/v1/inventory", Inventory, 3 * _ASK_S)

@@ -8,9 +8,10 @@ All three are for those who know the set's secret. Every process of a server ans
 """
 
 import asyncio
+import contextlib
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,6 +19,7 @@ import msgspec
 from covey import errors, model, observe, serve, settings, world
 from covey.client import http, line
 from covey.registry import (
+    accepted,
     blobs,
     campaign,
     catalog,
@@ -39,6 +41,7 @@ _ASK_S = 5.0
 _PROMOTE_S = 110.0
 _COPIES_S = 8.0  # less than a request may take
 _LOOK_S = 0.05
+_HEAR_S = 1.0
 
 
 class Promotion(model.Noun, frozen=True, kw_only=True):
@@ -115,6 +118,23 @@ def _mark(entry: bytes) -> str:
     return hashlib.sha256(entry).hexdigest()
 
 
+class _Hearing:
+    """`role.Others`"""
+
+    def __init__(self, asking: Asking, heard: Callable[[int, str], Awaitable[None]]) -> None:
+        self._asking = asking
+        self._heard = heard
+
+    async def hear(self) -> None:
+        await asyncio.gather(*(self._one(url) for url in self._asking.urls))
+
+    async def _one(self, url: str) -> None:
+        with contextlib.suppress(errors.RemoteError, msgspec.MsgspecError):
+            reply = await self._asking.ask(url, "GET", "/replica/v1/word", limit_s=_HEAR_S)
+            told = msgspec.json.decode(reply.body, type=peers.Word)
+            await self._heard(told.term, told.holder)
+
+
 class _Others:
     """`campaign.Others`"""
 
@@ -165,7 +185,8 @@ class Reign:
             self.role = self._elected = elected.Elected(self._store, chosen.own_url, logs, world, copies)
         else:
             terms = role.Terms(base, world, fsync=fsync)
-            self.role = self._appointed = role.Appointed(chosen.own_url, terms, chosen.push_url, copies)
+            self.role = self._appointed = role.Appointed(chosen.own_url, terms, chosen.push_url, world, copies)
+            self._appointed.others = _Hearing(self._asking, self._appointed.heard)
         self._campaign: campaign.Campaign | campaign.Appointing | None = None
         self._campaigns = False
         self._running: asyncio.Task[None] | None = None
@@ -194,6 +215,10 @@ class Reign:
             self._campaign = campaign.Appointing(own_url, self._appointed, asks, standing)
         secret = self._chosen.registry_peer_secret
         self._forward = forward.Forward(self.role, known, own_url, secret, ca_cert=self._ca_cert)
+
+    def kept(self) -> accepted.Kept:
+        """What etcd keeps for servers that lack it; known to the process that campaigns."""
+        return self._campaign.kept if isinstance(self._campaign, campaign.Campaign) else accepted.Kept()
 
     async def start(self) -> None:
         if self._elected is not None:

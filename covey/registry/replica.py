@@ -57,7 +57,7 @@ class Replica:
         self.on_demand = on_demand.OnDemand(known, copies, self.fetching, others, view, lambda: self._current(), world)
         known.fetch = self.on_demand.manifest
         told = feed.Feed(store.logs, self.heads, lambda: (view().term, view().holder))
-        self.api = feed_api.FeedApi(told, store.content, secret)
+        self.api = feed_api.FeedApi(told, store.content, secret, known.role.certain)
         self.follower: follower.Follower | None = None
         if follows:
             self.follower = follower.Follower(

@@ -31,7 +31,7 @@ from typing import NamedTuple, TypeVar
 
 from covey import durable, failpoint, model, world
 from covey.client import oci
-from covey.registry import blobs, disk
+from covey.registry import blobs, disk, journal
 
 T = TypeVar("T")
 
@@ -152,16 +152,21 @@ class ReplicaDisk:
 
     async def take(self, digest: model.Digest) -> "Partial | None":
         """The first bytes of a blob, to go on with; None: another one does. To be closed."""
-        return await self.run(lambda: Partial.take(self._place(digest), digest))
+        return await self.run(lambda: self._take(digest))
+
+    def _take(self, digest: model.Digest) -> "Partial | None":
+        with journal.no_room():
+            return Partial.take(self._place(digest), digest)
 
     async def publish(self, partial: "Partial") -> None:
         """Make a blob of bytes that are whole and right."""
         await self.run(lambda: self._publish(partial))
 
     def _publish(self, partial: "Partial") -> None:
-        partial.seal(fsync=self._fsync)
-        failpoint.reach("registry.fetch.whole")
-        self._files.adopt(partial.path, partial.digest, partial.size_bytes)
+        with journal.no_room():
+            partial.seal(fsync=self._fsync)
+            failpoint.reach("registry.fetch.whole")
+            self._files.adopt(partial.path, partial.digest, partial.size_bytes)
         failpoint.reach("registry.fetch.adopted")
         durable.discard(partial.path)
 
@@ -224,10 +229,11 @@ class Partial:
         with self._lock:
             if self._handle < 0:
                 raise blobs.Cut("the transfer was ended")
-            failpoint.reach("registry.fetch.write")
             self._hash_up()
             os.lseek(self._handle, self.size_bytes, os.SEEK_SET)
-            durable.write_all(self._handle, *pieces)
+            with journal.no_room():
+                failpoint.reach("registry.fetch.write")
+                durable.write_all(self._handle, *pieces)
             for piece in pieces:
                 self._hash.update(piece)
             self.size_bytes += sum(map(len, pieces))

@@ -27,6 +27,7 @@ from covey import durable, errors, failpoint, model, observe, world
 
 log = observe.log("registry")
 
+_FRESH_NS = 10**9
 _TERM = re.compile(r"(\d{10})(\.disputed)?")
 
 
@@ -60,6 +61,11 @@ class Role(Protocol):
         earlier request had seen to that. Raises Unsure: it is in this log, but may be set aside; and NotHolder."""
         ...
 
+    async def certain(self) -> bool:
+        """Whether this server holds the role right now: then what its logs say from here on contains everything that
+        anybody was told before. Raises StoreError when that cannot be known."""
+        ...
+
     async def heard(self, term: int, holder: str) -> None:
         """What another server of the set believes. Harmless when repeated, or old."""
         ...
@@ -81,8 +87,19 @@ class Alone:
     async def settle(self, view: View, log: str, number: int, *, entered: bool) -> None:
         return
 
+    async def certain(self) -> bool:
+        return True
+
     async def heard(self, term: int, holder: str) -> None:
         return
+
+
+class Others(Protocol):
+    """Who is asked what the other servers believe."""
+
+    async def hear(self) -> None:
+        """Ask all of them who takes pushes, and tell the role (`heard`); soon, whether they answer or not."""
+        ...
 
 
 def not_holder(view: View, own_url: str) -> NotHolder:
@@ -162,9 +179,19 @@ class Appointed:
     does not take pushes as the first holder before it has heard all others (`campaign.Appointing`): it may be an old
     one that has lost what they know. Until then `waits_for` says what is lacking."""
 
-    def __init__(self, own_url: str, terms: Terms, first: str, copies: Copies | None = None) -> None:
+    def __init__(
+        self,
+        own_url: str,
+        terms: Terms,
+        first: str,
+        world: world.World,
+        copies: Copies | None = None,
+    ) -> None:
         self._own_url = own_url
         self._terms = terms
+        self._world = world
+        self.others: Others | None = None
+        self._heard_ns = -_FRESH_NS  # when all that can be asked were asked last
         self.first = first
         self.waits_for = "the other servers of the set must be heard before this new registry takes pushes"
         self._copies = copies if copies is not None else Single()
@@ -193,6 +220,7 @@ class Appointed:
 
     async def settle(self, view: View, log: str, number: int, *, entered: bool) -> None:
         failpoint.reach("registry.entry.unsettled")
+        await self._hear()
         now = self.view()
         if not now.mine or now.term != view.term:
             if not entered:
@@ -200,6 +228,18 @@ class Appointed:
             who = now.holder if now.holder != self._own_url else "another registry"
             raise errors.Unsure(f"{who} was made the one that takes pushes meanwhile; send it again")
         await self._copies.wait(log, number)
+
+    async def certain(self) -> bool:
+        await self._hear()
+        return self.view().mine
+
+    async def _hear(self) -> None:
+        """Ask the others, unless that was a moment ago. Whoever is promoted by force has tried for longer than that to
+        reach this server, so a holder that stood still meanwhile hears of it here, before it answers."""
+        asked_ns = self._world.boot_ns()
+        if self.others is not None and asked_ns - self._heard_ns > _FRESH_NS:
+            await self.others.hear()
+            self._heard_ns = asked_ns
 
     async def heard(self, term: int, holder: str) -> None:
         """That this very server holds a term which it does not know of is no news to act on: it takes the role itself,

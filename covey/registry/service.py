@@ -184,6 +184,8 @@ class Registry:
             return routes
         known = self.replica
         self.reign.join(self.catalog, known.others, known.heads, known.copying, campaigns=self._config.follows)
+        if known.follower is not None:
+            known.follower.kept = self.reign.kept
         return self.reign.routes(known.routes(routes))
 
     def _count_connections(self) -> None:

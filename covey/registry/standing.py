@@ -21,6 +21,7 @@ class Standing(model.Noun, frozen=True, kw_only=True, omit_defaults=False):
     holder: str = ""  # the push registry, as far as this server knows; "": it knows of none
     mine: bool = False  # it is this one
     reached: bool = True  # whether the holder answers
+    unreached: str = ""  # why not
     lag_s: float = 0.0  # since when something of the holder's is lacking, or not known; 0: everything is here
     lag_bytes: int = 0  # of the blobs that are wanted and not here, as far as their sizes are known
     missing_blobs: int = 0
@@ -29,6 +30,10 @@ class Standing(model.Noun, frozen=True, kw_only=True, omit_defaults=False):
     nowhere_blobs: int = 0
     aside: dict[str, int] = {}  # log → how many entries were set aside
     rejected_blobs: int = 0  # whose bytes were not what their digest says, since the start
+    accepted_entries: int = 0  # on the holder: that etcd keeps for servers which lack them
+    accepted_bytes: int = 0
+    accepted_for: tuple[str, ...] = ()  # those servers
+    accepted_dropped: int = 0  # that etcd could not keep for them
     trouble: str = ""
 
     def troubles(self) -> list[str]:
@@ -37,9 +42,15 @@ class Standing(model.Noun, frozen=True, kw_only=True, omit_defaults=False):
         if not self.holder:
             found.append("no push registry is known: pushes are refused")
         elif not self.reached:
-            found.append(f"the push registry {self.holder} does not answer: pushes wait for it, pulls go on")
+            why = f" ({self.unreached})" if self.unreached else ""
+            found.append(f"the push registry {self.holder} does not answer{why}: pushes wait for it, pulls go on")
         if self.nowhere_blobs:
             found.append(f"{self.nowhere_blobs} blobs are in no registry of the set: push their templates again")
+        if self.accepted_dropped and self.accepted_for:
+            found.append(
+                f"{', '.join(self.accepted_for)} lacks more accepted entries than etcd keeps:"
+                " it must follow for a while before it can take pushes"
+            )
         if self.aside:
             count = sum(self.aside.values())
             found.append(f"{count} entries of {len(self.aside)} repositories were set aside: see covey registry status")

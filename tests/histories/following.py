@@ -133,8 +133,8 @@ class Mortal(near_peer.Near):
     async def feed(self, cursor: str, wait_s: float) -> peers.Feed:
         return await self.life.answer(super().feed(cursor, wait_s))
 
-    async def entries(self, log: str, start: int) -> peers.Part:
-        return await self.life.answer(super().entries(log, start))
+    async def entries(self, log: str, start: int, *, certain: bool = False) -> peers.Part:
+        return await self.life.answer(super().entries(log, start, certain=certain))
 
     async def inventory(self) -> peers.Inventory:
         return await self.life.answer(super().inventory())
@@ -190,7 +190,7 @@ class SteppedHeld(replica_disk.ReplicaDisk, _Stepped):
 
     async def take(self, digest: model.Digest) -> replica_disk.Partial | None:
         def work() -> replica_disk.Partial | None:
-            partial = replica_disk.Partial.take(self._place(digest), digest)
+            partial = self._take(digest)
             if partial is not None:
                 self.life.partials.append(partial)
             return partial
@@ -518,7 +518,7 @@ class Forgets(SteppedHeld):
 class Ignores(copying.Copying):
     """Whether the log is a beginning of the holder's is not looked at."""
 
-    async def copy(self, peer: peers.Peer, name: str) -> bool:
+    async def copy(self, peer: peers.Peer, name: str, *, certain: bool = False) -> bool:
         own = (await self._heads.fold(name)).head
         for number, entry in enumerate((await peer.entries(name, own.count)).entries, own.count):
             await self._logs.append(name, number, entry)

@@ -12,7 +12,7 @@ from pathlib import Path
 import aiohttp
 
 from covey.client import oci
-from tests.support import fleet, registry
+from tests.support import certificates, fleet, registry
 
 TEMPLATE = "templates/7a3f5f5e-6d0c-4b87-9c15-3f1f2a3b4c5d"
 CONFIG = registry.template_config()
@@ -147,8 +147,12 @@ async def test_the_role_is_handed_over(tmp_path: Path) -> None:
 
 async def _promote(url: str, environ: dict[str, str]) -> tuple[int, str]:
     """`covey registry promote`: exit status, and what it says."""
+    return await _registry("promote", url, environ=environ)
+
+
+async def _registry(*words: str, environ: dict[str, str]) -> tuple[int, str]:
     child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "covey", "registry", "promote", url),
+        *(sys.executable, "-m", "covey", "registry", *words),
         env={**os.environ, **environ},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -268,3 +272,72 @@ async def test_a_push_is_answered_when_two_have_it(tmp_path: Path) -> None:
             await one.heal()
         assert await pushed(first, "refused", b"refused") == 1  # the same version, now that another one has it
         await until_all_show(servers, {"v1": 0, "refused": 1})
+
+
+async def test_a_holder_that_stood_still_confirms_nothing_that_is_set_aside(tmp_path: Path) -> None:
+    """Between the link of its entry and the answer; another one is promoted by force meanwhile, and cannot tell it."""
+    async with fleet.running(tmp_path, 3) as servers:
+        first, second, third = servers
+        await pushed(first, "v1", b"one")
+        await until_all_show(servers, {"v1": 0})
+        await first.terminate()
+        await first.start(failpoints="registry.entry.unsettled=stop")
+        sleeping = asyncio.create_task(push(first, "v2", b"the old one's"))
+        async with asyncio.timeout(fleet.DEADLINE_S):
+            while len(first.entries(TEMPLATE)) < 2:
+                await asyncio.sleep(0.05)
+        while refused := await second.promote(force=True):
+            assert "HTTP" in refused, refused
+        assert await pushed(third, "v2", b"the new one's") == 1
+        first.thaw()
+        with contextlib.suppress(aiohttp.ClientError):
+            assert (await sleeping)[0] == 503
+        await until_all_show(servers, {"v1": 0, "v2": 1})
+        assert await pushed(first, "v3", b"three") == 2
+
+
+async def test_what_a_follower_has_is_not_given_up_by_force(tmp_path: Path) -> None:
+    """Under REGISTRY_PUSH_COPIES=2 somebody beside the holder has what was answered: who is promoted asks for it."""
+    async with fleet.running(tmp_path, 3, REGISTRY_PUSH_COPIES="2") as (first, second, third):
+        await pushed(first, "v1", b"one")
+        await until_all_show([first, second, third], {"v1": 0})
+        await third.kill()
+        await pushed(first, "v2", b"two")
+        await first.kill()
+        await second.cut()  # so that the third one does not follow it by itself
+        await third.start()
+        await second.heal()
+        while refused := await third.promote(force=True):
+            assert "HTTP" in refused, refused
+        await until_all_show([second, third], {"v1": 0, "v2": 1})
+        await until_has(third, b"two")
+        assert not list(second.base.rglob("_aside.*"))
+
+
+async def test_a_set_speaks_https(tmp_path: Path) -> None:
+    made = certificates.make(tmp_path / "tls")
+    async with fleet.running(tmp_path, 3, tls=made) as servers:
+        first, second, third = servers
+        layer = b"a layer " * 300_000
+        assert await pushed(third, "v1", layer) == 0  # passed on
+        await until_all_show(servers, {"v1": 0})
+        for one in servers:
+            await until_has(one, layer)
+        assert (await _promote(second.known_as, third.environ))[0] == 0
+        assert await pushed(first, "v2", b"two") == 1
+        await until_all_show(servers, {"v1": 0, "v2": 1})
+        async with asyncio.timeout(fleet.DEADLINE_S):
+            while (told := await _registry("status", environ=third.environ))[0]:
+                await asyncio.sleep(0.5)
+        assert f"{second.known_as}  takes pushes" in told[1]
+        for verb in (("status",), ("promote", first.known_as)):
+            code, text = await _registry(*verb, environ={**third.environ, "COVEY_CA_CERT": ""})
+            assert code == 1
+            assert "certificate" in text.lower()
+        await third.terminate()
+        third.environ["COVEY_CA_CERT"] = ""
+        await third.start()
+        assert (await push(third, "v3", b"three"))[0] == 503
+        async with asyncio.timeout(fleet.DEADLINE_S):
+            while "certificate" not in str(await third.says()).lower():
+                await asyncio.sleep(0.1)

@@ -103,6 +103,55 @@ async def test_a_holder_without_etcd_takes_nothing_and_serves_on(tmp_path: Path,
         assert {"role", "term", "format"} <= {_key(kv) for kv in json.loads(keys)["kvs"]}
 
 
+async def test_who_may_hold_the_role_no_more_does_not_say_no(tmp_path: Path, cluster: etcd.Cluster) -> None:
+    """Two servers that etcd is cut off from believe in the old holder, one of them that it is this one itself; a third
+    one holds the role and has taken a push. Neither says that the new tag is not there (safety S14)."""
+    async with fleet.running(tmp_path, 3, cluster.endpoints, REGISTRY_WORKERS="2") as servers:
+        old = await fleet.holder(servers)
+        await pushed(old, "v1", b"one")
+        await until_all_show(servers, {"v1": 0})
+        await old.cut(etcd=True)
+        new = await fleet.holder(servers, but=old)
+        other = next(one for one in servers if one not in (old, new))
+        await other.cut(etcd=True)
+        assert await pushed(new, "v2", b"two") == 1
+        await new.cut(etcd=False)
+        for one in (old, other):
+            for _ in range(10):  # either process may answer
+                status, _, content = await one.call("GET", "/registry/vm/info?id=one&tag=v2")
+                assert status == 503 or json.loads(content)["status"] == "OK", content
+        for one in servers:
+            await one.heal()
+        await until_all_show(servers, {"v1": 0, "v2": 1})
+        status, _, content = await old.call("GET", "/registry/vm/info?id=one&tag=v3")
+        assert status == 200, content
+        assert json.loads(content)["message"] == "No such tag v3"
+
+
+async def test_etcd_is_restored_from_an_older_backup(tmp_path: Path, cluster: etcd.Cluster) -> None:
+    """Another server has what etcd does not know of any more: who takes over asks for it first (safety S34)."""
+    async with fleet.running(tmp_path, 3, cluster.endpoints) as servers:
+        old = await fleet.holder(servers)
+        await pushed(old, "v1", b"one")
+        await until_all_show(servers, {"v1": 0})
+        cluster.save(tmp_path / "backup")
+        has, lacks = (one for one in servers if one is not old)
+        await lacks.kill()
+        await pushed(old, "v2", b"two")
+        await until_all_show([has], {"v1": 0, "v2": 1})
+        await old.kill()
+        await has.cut(peers=False)  # so it is not the one that takes over
+        cluster.restore(tmp_path / "backup")
+        await lacks.start()
+        assert await fleet.holder([lacks]) is lacks
+        await has.heal()
+        await until_all_show([has, lacks], {"v1": 0, "v2": 1})
+        assert await pushed(has, "v3", b"three") == 2
+        await old.start()
+        await until_all_show(servers, {"v1": 0, "v2": 1, "v3": 2})
+        assert not [path for one in servers for path in one.base.rglob("_aside.*")]
+
+
 def _key(kv: dict[str, str]) -> str:
 
     return base64.b64decode(kv["key"]).decode().removeprefix("/covey-registry/")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from covey import errors, model
 from covey.client import oci
-from covey.registry import blobs, campaign, catalog, copying, elected, follower, heads, peers, role
+from covey.registry import accepted, blobs, campaign, catalog, copying, elected, follower, heads, peers, role
 from covey.store import memory
 from tests.histories import play
 from tests.reigns import clockwork, verdict
@@ -216,7 +216,7 @@ class Line:
             self._source, self.url, lambda at: at.feed(cursor, wait_s, known), wait_s + _ANSWER_S
         )
 
-    async def entries(self, log: str, start: int) -> peers.Part:
+    async def entries(self, log: str, start: int, *, certain: bool = False) -> peers.Part:
         return await self._net.ask(self._source, self.url, lambda at: at.entries(log, start))
 
     async def inventory(self) -> peers.Inventory:
@@ -224,6 +224,23 @@ class Line:
 
     async def word(self) -> peers.Word:
         return await self._net.ask(self._source, self.url, lambda at: at.word())
+
+
+class Hearing:
+    """`role.Others`"""
+
+    def __init__(self, lines: Mapping[str, Line], heard: Callable[[int, str], Awaitable[None]]) -> None:
+        self._lines = lines
+        self._heard = heard
+
+    async def hear(self) -> None:
+        await asyncio.gather(*map(self._one, self._lines.values()))
+
+    async def _one(self, line: Line) -> None:
+        with contextlib.suppress(errors.RemoteError, TimeoutError):
+            async with asyncio.timeout(1.0):
+                told = await line.word()
+                await self._heard(told.term, told.holder)
 
 
 class Others:
@@ -290,6 +307,7 @@ class Server:
         store: memory.Memory | None,
         *,
         first: bool,
+        bounds: accepted.Bounds | None = None,
     ) -> None:
         self.net = net
         self.url = shelf.url
@@ -308,10 +326,14 @@ class Server:
         if self.store is not None:
             self.role = bugs.elected_role(self.store, shelf.url, logs, world)
             self.campaign = bugs.candidate(
-                shelf.url, self.role, self.store, logs, others, self.heads, world, campaigns=first, ttl_s=TTL_S
+                *(shelf.url, self.role, self.store, logs, others, self.heads, world),
+                campaigns=first,
+                ttl_s=TTL_S,
+                bounds=bounds,
             )
         else:
-            self.role = bugs.given_role(shelf.url, Terms(shelf), urls[0])
+            self.role = bugs.given_role(shelf.url, Terms(shelf), urls[0], world)
+            self.role.others = Hearing(lines, self.role.heard)
             self.campaign = bugs.operator(shelf.url, self.role, others, self.heads)
         self.catalog = bugs.known(Blobs(shelf), self.logs, world, role=self.role, eras=self.logs.eras)  # type: ignore[arg-type]
         self.follower = Follower(

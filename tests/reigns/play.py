@@ -7,7 +7,7 @@ other and from etcd; answers of etcd get lost or come late; operators promote.
 Never: a hole in a log. In the end, when everything is well again: all logs are the same; every push and delete that was
 acknowledged is in them, each client's in the order in which it was acknowledged; no version number was given twice, and
 each is the one that was told. With etcd nothing that could be seen was ever set aside; without, nothing that was
-acknowledged, unless somebody promoted by force: then it lies aside, so it is not lost.
+acknowledged, unless somebody promoted by force, or restored etcd: then it lies aside, so it is not lost.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from typing import Any
 
 from covey import errors, model
 from covey.client import oci
-from covey.registry import catalog
+from covey.registry import accepted, catalog
 from covey.store import memory
 from tests.reigns import clockwork, parts, verdict
 from tests.support import flaky, registry
@@ -55,6 +55,9 @@ class Play:
         self.forces = not self.with_etcd and self.chance.random() < 0.3
         self.workers = self.chance.choice((1, 2))
         self.seen = Seen()
+        more = random.Random(f"more {seed}")
+        self.bounds = accepted.Bounds(2, 1 << 20) if more.random() < 0.3 else None
+        self.restores = self.with_etcd and more.random() < 0.2
 
     def say(self, text: str) -> None:
         self._say(f"{asyncio.get_running_loop().time() - 1000:8.3f} {text}")
@@ -75,7 +78,7 @@ class Play:
         self.stormy = True
         clients = [asyncio.create_task(self.client(number)) for number in range(CLIENTS)]
         try:
-            await self.storm()
+            await asyncio.gather(self.storm(), self.restore())
             await self.calm()
         finally:
             self.stormy = False
@@ -83,7 +86,9 @@ class Play:
         await self.settled()
         aside = {url: shelf.aside for url, shelf in self.shelves.items()}
         verdict.judge(
-            self.shelves[URLS[0]].logs, aside, self.seen.done, with_etcd=self.with_etcd, forced=self.seen.forced
+            *(self.shelves[URLS[0]].logs, aside, self.seen.done),
+            with_etcd=self.with_etcd and not self.restores,
+            forced=self.seen.forced or self.restores,
         )
 
     # ---- servers ---------------------------------------------------------------------------------------------------
@@ -95,7 +100,9 @@ class Play:
             self.processes.append(process)
             with process.running():
                 server = parts.Server(
-                    self.net, self.shelves[url], URLS, self.world, process, self.bugs, self.store, first=number == 0
+                    *(self.net, self.shelves[url], URLS, self.world, process, self.bugs, self.store),
+                    first=number == 0,
+                    bounds=self.bounds,
                 )
             self.net.homes[url].append(server)
             self.whether(server)
@@ -184,6 +191,15 @@ class Play:
         await asyncio.wait([task], timeout=self.chance.choice((1.0, 20.0)))
         if task.done():
             self.say(f"promoted: {task.exception()}")
+
+    async def restore(self) -> None:
+        """etcd is put back to an older state. Whoever has more than that may be away meanwhile: as with force."""
+        if self.restores and self.store is not None:
+            await asyncio.sleep(self.chance.uniform(0.0, STORM_S / 2))
+            backup = self.store.backup()
+            await asyncio.sleep(self.chance.uniform(0.0, STORM_S / 2))
+            self.say("etcd is restored")
+            self.store.restore(backup)
 
     # ---- when all is well again ------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import signal
+import ssl
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ DEADLINE_S = 100.0
 class Lines(Protocol):
     """What connects a server with its peers and with etcd."""
 
-    async def cut(self, *, etcd: bool) -> None: ...
+    async def cut(self, *, peers: bool, etcd: bool) -> None: ...
 
     async def heal(self) -> None: ...
 
@@ -42,8 +43,8 @@ class Proxies:
         self.line = line
         self.to_etcd = to_etcd
 
-    async def cut(self, *, etcd: bool) -> None:
-        for one in (self.line, *(self.to_etcd if etcd else ())):
+    async def cut(self, *, peers: bool, etcd: bool) -> None:
+        for one in (*([self.line] if peers else ()), *(self.to_etcd if etcd else ())):
             await one.turn(proxy.Mood.CLOSED)
 
     async def heal(self) -> None:
@@ -133,9 +134,9 @@ class Member(registry.Server):
     def thaw(self) -> None:
         self._send(signal.SIGCONT)
 
-    async def cut(self, *, etcd: bool = True) -> None:
+    async def cut(self, *, peers: bool = True, etcd: bool = True) -> None:
         """Its peers do not reach it, and it does not reach etcd."""
-        await self._lines.cut(etcd=etcd)
+        await self._lines.cut(peers=peers, etcd=etcd)
 
     async def heal(self) -> None:
         await self._lines.heal()
@@ -172,25 +173,37 @@ class Member(registry.Server):
 
 @contextlib.asynccontextmanager
 async def running(
-    folder: Path, count: int, etcd_endpoints: Sequence[str] = (), *, start: bool = True, **more: str
+    folder: Path,
+    count: int,
+    etcd_endpoints: Sequence[str] = (),
+    *,
+    start: bool = True,
+    tls: etcd.Security | None = None,
+    **more: str,
 ) -> AsyncIterator[list[Member]]:
-    """A set, all of it started unless `start` is False. Without etcd the first one takes pushes first. `more` are
-    settings of all."""
+    """A set, all of it started unless `start` is False. Without etcd the first one takes pushes first. With `tls` all
+    speak https. `more` are settings of all."""
+    scheme = "http" if tls is None else "https"
+    if tls is not None:
+        files = {"SERVER_CERT": str(tls.server_cert), "SERVER_KEY": str(tls.server_key), "CA_CERT": str(tls.ca)}
+        more = {"USE_HTTPS": "true", **files, **more}
     async with contextlib.AsyncExitStack() as stack:
         timeout = aiohttp.ClientTimeout(total=120)
-        session = await stack.enter_async_context(aiohttp.ClientSession(timeout=timeout))
+        trust = True if tls is None else ssl.create_default_context(cafile=tls.ca)
+        connector = aiohttp.TCPConnector(ssl=trust)
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, timeout=timeout))
         members = []
         ways = []
         for number in range(count):
             line = await stack.enter_async_context(proxy.before(etcd.free_port()))
             ports = [int(endpoint.rpartition(":")[2]) for endpoint in etcd_endpoints]
             ways.append([await stack.enter_async_context(proxy.before(port)) for port in ports])
-            url = f"http://127.0.0.1:{line.target}"
-            known_as, lines = f"http://{line.address}", Proxies(line, ways[-1])
+            url = f"{scheme}://127.0.0.1:{line.target}"
+            known_as, lines = f"{scheme}://{line.address}", Proxies(line, ways[-1])
             members.append(Member(number, folder / f"r{number}", session, url, known_as, lines))
         for member, to_etcd in zip(members, ways, strict=True):
             endpoints = [one.address for one in to_etcd]
-            member.environ = environ(member, members, member.url.removeprefix("http://"), endpoints, **more)
+            member.environ = environ(member, members, member.url.rpartition("/")[2], endpoints, **more)
         try:
             if start:
                 await asyncio.gather(*(member.start() for member in members))

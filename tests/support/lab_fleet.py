@@ -59,8 +59,8 @@ class _Cable:
         self._registries = registries
         self._etcd_hosts = etcd_hosts
 
-    async def cut(self, *, etcd: bool) -> None:
-        for other in {*self._registries, *(self._etcd_hosts if etcd else ())} - {self._name}:
+    async def cut(self, *, peers: bool, etcd: bool) -> None:
+        for other in {*(self._registries if peers else ()), *(self._etcd_hosts if etcd else ())} - {self._name}:
             self._lab.cut(self._name, other)
 
     async def heal(self) -> None:

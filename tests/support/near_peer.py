@@ -46,7 +46,7 @@ class Near:
         self._ask("feed")
         return await self._feed.feed(cursor, wait_s, asyncio.Event(), None)
 
-    async def entries(self, log: str, start: int) -> peers.Part:
+    async def entries(self, log: str, start: int, *, certain: bool = False) -> peers.Part:
         self._ask(f"entries {log} {start}")
         return await self._feed.entries(log, start)
 

@@ -57,6 +57,9 @@ class Holding:
     def view(self) -> role.View:
         return role.View(term=self._who.term, holder=self._who.holder, mine=self._who.mine)
 
+    async def certain(self) -> bool:
+        return self._who.mine
+
     async def accept(self, view: role.View, log: str, number: int, entry: bytes) -> None:
         self._check(view)
 
@@ -157,13 +160,13 @@ def urls(count: int) -> Sequence[str]:
     return [f"http://server-{number}" for number in range(count)]
 
 
-def several(folder: Path, count: int, parts: Parts = Parts()) -> list[Node]:
+def several(folder: Path, count: int, parts: Parts = Parts(), clock: world.World | None = None) -> list[Node]:
     """A set whose servers all reach each other; the first one takes pushes."""
     found = []
     for url in urls(count):
         base = folder / url.rpartition("/")[2]
         base.mkdir()
-        found.append(Node(base, Who(url, 1, urls(count)[0]), world.System(), parts))
+        found.append(Node(base, Who(url, 1, urls(count)[0]), clock or world.System(), parts))
     for one in found:
         for other in found:
             if one is not other:

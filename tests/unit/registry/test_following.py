@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from covey import errors, model
+from covey import errors, failpoint, model, world
 from covey.client import oci
 from covey.decide import garbage
-from covey.registry import replica_disk, sweep
+from covey.registry import blobs, disk, replica_disk, sweep
 from tests.support import near_peer, node, storage
 
 BIG = bytes(range(256)) * 4096  # 1 MiB
@@ -195,6 +195,103 @@ async def test_ranges_come_from_who_has_it_verified(tmp_path: Path) -> None:
         await holder.push("a", "v1", BIG)
         assert await read(follower.fetching.part(oci.digest_of(BIG), 1000, 5000)) == BIG[1000:5000]
         assert await follower.shelf() == set()
+
+
+# ---- a full disk ---------------------------------------------------------------------------------------------------
+
+
+class Clock(world.System):
+    ahead_ns = 0
+
+    def boot_ns(self) -> int:
+        return super().boot_ns() + self.ahead_ns
+
+
+class Small(disk.Disk):
+    """Of which so much is free."""
+
+    room = 1 << 40
+
+    def _space(self) -> blobs.Space:
+        return blobs.Space(total_bytes=1 << 40, free_bytes=self.room)
+
+
+@contextlib.asynccontextmanager
+async def a_small_follower(folder: Path) -> AsyncIterator[tuple[node.Node, node.Node, Small, Clock]]:
+    clock = Clock()
+    found = node.several(folder, 2, node.Parts(content=Small), clock)
+    assert isinstance(found[1].content, Small)
+    try:
+        yield found[0], found[1], found[1].content, clock
+    finally:
+        for one in found:
+            await one.close()
+
+
+async def test_what_does_not_fit_waits_and_says_so(tmp_path: Path) -> None:
+    async with a_small_follower(tmp_path) as (holder, follower, small, clock):
+        small.room = len(BIG) // 2
+        await holder.push("a", "v1", b"small", BIG)
+        await holder.push("b", "v1", b"small too")
+        await follower.catch_up()
+        assert await follower.shelf() == await holder.shelf() - {oci.digest_of(BIG)}
+        told = follower.follower.standing()
+        assert (told.missing_blobs, told.nowhere_blobs) == (1, 0)
+        assert "the registry's disk is full: 1 MiB of a blob do not fit" in told.trouble
+        asked = len(near(follower, holder).asked)
+        assert not await follower.follower.fetch_once()  # not again and again
+        assert len(near(follower, holder).asked) == asked
+        small.room = 2 * len(BIG)
+        clock.ahead_ns += 10 * 10**9
+        await follower.catch_up()
+        assert await follower.shelf() == await holder.shelf()
+        assert follower.follower.standing().troubles() == []
+
+
+async def test_blobs_that_come_at_once_share_what_is_free(tmp_path: Path) -> None:
+    async with a_small_follower(tmp_path) as (holder, follower, small, _):
+        other = BIG[::-1]
+        await holder.push("a", "v1", BIG, other)
+        small.room = len(BIG) + len(BIG) // 2
+        near(follower, holder).gate = gate = asyncio.Event()
+        first = asyncio.create_task(follower.fetching.fetch(oci.digest_of(BIG)))
+        while not near(follower, holder).sent_bytes:
+            await asyncio.sleep(0.01)
+        with pytest.raises(blobs.DiskFull):
+            await follower.fetching.fetch(oci.digest_of(other))
+        gate.set()
+        await first
+
+
+async def test_a_client_gets_what_does_not_fit_here(tmp_path: Path) -> None:
+    """Without being kept, and verified before its end."""
+    async with a_small_follower(tmp_path) as (holder, follower, small, _):
+        await holder.push("a", "v1", BIG)
+        small.room = 0
+        digest = oci.digest_of(BIG)
+        assert await read(follower.fetching.tail(digest, len(BIG))) == BIG
+        assert await follower.shelf() == set()
+        near(follower, holder).lies = True
+        got = bytearray()
+        with pytest.raises(ConnectionResetError):
+            async for piece in follower.fetching.tail(digest, len(BIG)):
+                got += piece
+        assert len(got) <= len(BIG) - (64 << 10)
+
+
+async def test_a_disk_that_is_full_in_the_middle_loses_nothing(tmp_path: Path) -> None:
+    async with a_set(tmp_path) as (holder, follower):
+        await holder.push("a", "v1", BIG)
+        digest = oci.digest_of(BIG)
+        failpoint.arm("registry.fetch.write=full")
+        try:
+            with pytest.raises(blobs.DiskFull):
+                await follower.fetching.fetch(digest)
+            assert await read(follower.fetching.tail(digest, len(BIG))) == BIG
+        finally:
+            failpoint.arm("")
+        await follower.fetching.fetch(digest)
+        assert await follower.shelf() == {digest}
 
 
 # ---- who is believed -----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def appointed(folder: Path, *known: tuple[int, str]) -> role.Appointed:
     terms = role.Terms(folder, world.System(), fsync=False)
     for term, holder in known:
         terms.enter(term, holder)
-    return role.Appointed(ME, terms, YOU)
+    return role.Appointed(ME, terms, YOU, world.System())
 
 
 KNOWN: tuple[tuple[tuple[int, str], ...], ...] = (
@@ -76,6 +76,30 @@ async def test_an_appointed_holder_that_gave_the_role_away_confirms_nothing(tmp_
         await server.settle(view, LOG, 0, entered=True)
 
 
+class Somebody:
+    """`role.Others`: one of them was promoted."""
+
+    def __init__(self, server: role.Appointed) -> None:
+        self.server = server
+        self.asked = 0
+
+    async def hear(self) -> None:
+        self.asked += 1
+        await self.server.heard(2, YOU)
+
+
+async def test_an_appointed_holder_asks_the_others_before_it_answers(tmp_path: Path) -> None:
+    """It stood still while another one was promoted by force, which could not be told to it (safety S33)."""
+    server = appointed(tmp_path, (1, ME))
+    view = server.view()
+    await server.accept(view, LOG, 0, b"entry")
+    server.others = others = Somebody(server)
+    with pytest.raises(errors.Unsure, match=YOU):
+        await server.settle(view, LOG, 0, entered=True)
+    assert not await server.certain()
+    assert others.asked == 1  # and not again a moment later
+
+
 # ---- with etcd -----------------------------------------------------------------------------------------------------
 
 
@@ -89,7 +113,8 @@ class Holder:
 
     def __init__(self, folder: Path) -> None:
         system = _World()
-        self.store = flaky.Flaky(memory.Memory(system))
+        self.memory = memory.Memory(system)
+        self.store = flaky.Flaky(self.memory)
         self.logs = _Inline(folder, system, fsync=False)
         self.role = elected.Elected(self.store, ME, self.logs, system)
 
@@ -145,6 +170,43 @@ def test_an_answer_that_was_lost_is_asked_for_again(tmp_path: Path, fate: flaky.
         await holder.role.accept(holder.role.view(), LOG, 0, b"first")
         await asyncio.sleep(1)
         assert await holder.accepted() == {0: b"first"}
+
+    played(tmp_path, story)
+
+
+def test_who_cannot_ask_etcd_is_not_certain_to_hold_the_role(tmp_path: Path) -> None:
+    """A process whose watch is cut off believes for long what was true once (safety S14)."""
+
+    async def story(holder: Holder) -> None:
+        assert await holder.role.certain()
+        reign = msgspec.json.encode(elected.Reign(holder=YOU, term=2, id="2"))
+        await holder.store.commit(base.Txn((), (base.Delete(elected.ROLE_KEY),)))
+        await holder.store.commit(base.Txn((), (base.Put(elected.ROLE_KEY, reign),)))
+        assert holder.role.view().mine
+        assert not await holder.role.certain()
+        holder.store.partition(True)
+        with pytest.raises(errors.StoreError):
+            await holder.role.certain()
+
+    played(tmp_path, story)
+
+
+def test_a_store_that_went_back_is_read_again(tmp_path: Path) -> None:
+    """A watch waits for a revision that a restored store has not reached."""
+
+    async def story(holder: Holder) -> None:
+        await holder.role.start()
+        backup = holder.memory.backup()
+        for term in (2, 3, 4):
+            await holder.take(term, YOU)
+        assert holder.role.view().holder == YOU
+        holder.memory.restore(backup)
+        await asyncio.sleep(20)
+        assert (holder.role.view().holder, holder.role.view().term) == (ME, 1)
+        await holder.take(2, THEY)
+        await asyncio.sleep(20)
+        assert holder.role.view().holder == THEY
+        await holder.role.stop()
 
     played(tmp_path, story)
 
