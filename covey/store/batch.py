@@ -31,9 +31,9 @@ from covey.store import base, limits
 QUEUE_LIMIT = 4096  # transactions: some seconds of the fastest store measured
 QUEUE_BYTES = 64 << 20
 COMPANY = 48  # transactions in a batch that need no more company
-LINGER_S = 0.025  # the longest that a batch waits for it
-_WORTH = 6  # not at all, when fewer would come in that time
-_MEMORY_S = 0.1  # how far back "lately" goes
+LINGER_S = 0.06  # the longest that a batch waits for it
+_WORTH = 10  # not at all, when fewer would come in that time
+_MEMORY_S = 0.2  # how far back "lately" goes
 LOOK_AHEAD = 1024  # how far down a queue of conflicting transactions a batch looks for members
 
 Send = Callable[[Sequence[base.Txn], float], Awaitable[Sequence[base.Outcome]]]

@@ -8,7 +8,7 @@ The watch covers the whole key space because then every revision of the store is
 reached revision R" is a fact and not a guess from silence. Whole revisions are applied, never parts.
 
 What ends in a guarded write need not ask first: its guards are compared in the store with what it was decided on. It
-may begin from the copy as it stands (`current`), as long as the store was proved a moment ago.
+may begin from the copy as it stands (`current`), as long as the mirror is ready.
 
 A request that must see every write answered before it (promise I6) calls `fresh`. It shares one linearizable read
 that is *sent after it arrived* with all requests that wait at that moment, then waits until the mirror has reached
@@ -45,7 +45,6 @@ _RETRY_S = 0.2
 _PAGE = 1000
 _DIRECT_KEYS = 50_000
 _DIRECT_S = 2.0
-_CURRENT_NS = 50 * _MS  # how old the last proof of the store may be for what is proved again by a guarded write
 _SPACE_S = 0.02  # from one read to the next, when each answers several
 _SEVERAL = 4
 _READ_S = 3.0  # an election ends sooner; without a quorum the request is better off with another controller
@@ -133,8 +132,7 @@ class Mirror:
     async def current(self) -> view.Snapshot:
         """For a decision that a guarded transaction carries or proves (`Writer.run` with `sure`): a snapshot that may
         lack the newest writes. Raises Unavailable."""
-        recent = self._world.boot_ns() - self._proof.proved_ns < _CURRENT_NS
-        return self.snapshot() if recent and self.ready else await self.fresh()
+        return self.snapshot() if self.ready else await self.fresh()
 
     async def seen_at(self, revision: int) -> wire.Seen:
         """The view of `revision`, which a write of this process made, as an agent remembers it (safety S18). Raises

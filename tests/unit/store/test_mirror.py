@@ -53,7 +53,7 @@ async def test_requests_share_a_read_but_never_one_sent_before_they_came() -> No
         assert all(snapshot.instance(id) is not None for snapshot in await asyncio.gather(*late))
 
 
-async def test_what_a_guarded_write_proves_asks_the_store_only_when_it_was_not_proved_a_moment_ago() -> None:
+async def test_what_a_guarded_write_proves_asks_the_store_only_when_the_mirror_is_not_ready() -> None:
     """Safety S21: a decision of an old view that a transaction carries is refused, and made again on what is there."""
     async with cloud.running() as c, mirrored(c) as (copy, weather):
         reads = 0
@@ -66,13 +66,13 @@ async def test_what_a_guarded_write_proves_asks_the_store_only_when_it_was_not_p
 
         copy._proof.read = counted  # type: ignore[method-assign]
         await until(lambda: copy.ready)
-        copy._proof.proved_ns = c.world.boot_ns() - 2 * mirror._CURRENT_NS
+        copy._proof.proved_ns = c.world.boot_ns() - 2 * mirror.PROVED_NS
         before = reads
         await copy.current()
         assert reads > before, "the last proof is too old"
         weather.watch_delay_s = 3600
         (id,) = await c.create()
-        copy._proof.proved_ns = c.world.boot_ns() + mirror._CURRENT_NS  # however slow this machine is
+        copy._proof.proved_ns = c.world.boot_ns() + mirror.PROVED_NS  # however slow this machine is
         behind = await copy.current()
         assert behind.instance(id) is None
         decision = model.Decision(who="test", why="it is over")
