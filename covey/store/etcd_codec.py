@@ -13,28 +13,28 @@ etcd evaluates the compares of all levels before the first write, and everything
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 from covey.store import base, limits
 from covey.store.etcdpb import etcd_pb2 as pb
 
 
-def txn(txn: base.Txn, skipped: int = 0) -> pb.TxnRequest:
-    """Plain or chunked, without the first `skipped` compares."""
-    chunk = limits.chunk_size(txn)
-    return pb.TxnRequest(
-        compare=[_compare(compare) for compare in txn.compares[skipped:]],
-        success=_branch(txn.then, chunk),
-        failure=_branch(txn.otherwise, chunk),
-    )
+def txn(txn: base.Txn) -> pb.TxnRequest:
+    """Plain or chunked."""
+    request = pb.TxnRequest()
+    _fill(request, txn)
+    return request
 
 
 def batch(txns: Sequence[base.Txn]) -> pb.TxnRequest:
     """Independent transactions as one."""
     shared = _shared(txns)
-    return pb.TxnRequest(
-        compare=[_compare(compare) for compare in shared],
-        success=[pb.RequestOp(request_txn=txn(one, len(shared))) for one in txns],
-    )
+    request = pb.TxnRequest()
+    for compare in shared:
+        _fill_compare(request.compare.add(), compare)
+    for one in txns:
+        _fill(request.success.add().request_txn, one, len(shared))
+    return request
 
 
 def _shared(txns: Sequence[base.Txn]) -> tuple[base.Compare, ...]:
@@ -68,35 +68,59 @@ def change(event: pb.Event) -> base.Change:
     return base.Change(base.to_text(event.kv.key), kv(event.kv))
 
 
-def _compare(compare: base.Compare) -> pb.Compare:
-    key = base.to_bytes(compare.key)
+# Messages are filled where they stand: one that is made first and then put into another is copied, level by level.
+
+
+def _fill(request: pb.TxnRequest, txn: base.Txn, skipped: int = 0) -> None:
+    """`txn` without its first `skipped` compares."""
+    request.SetInParent()  # also when there is nothing to say
+    for compare in txn.compares[skipped:]:
+        _fill_compare(request.compare.add(), compare)
+    chunk = limits.chunk_size(txn)
+    _fill_branch(request.success, txn.then, chunk)
+    _fill_branch(request.failure, txn.otherwise, chunk)
+
+
+def _fill_compare(to: pb.Compare, compare: base.Compare) -> None:
+    to.key = base.to_bytes(compare.key)
     match compare.target:
         case base.Target.CREATE:
-            return pb.Compare(key=key, target=pb.Compare.CREATE, create_revision=compare.revision)
+            to.target = pb.Compare.CREATE
+            to.create_revision = compare.revision
         case base.Target.MOD:
-            return pb.Compare(key=key, target=pb.Compare.MOD, mod_revision=compare.revision)
+            to.target = pb.Compare.MOD
+            to.mod_revision = compare.revision
         case base.Target.VALUE:
-            return pb.Compare(key=key, target=pb.Compare.VALUE, value=compare.value)
+            to.target = pb.Compare.VALUE
+            to.value = compare.value
 
 
-def _branch(ops: Sequence[base.Op], chunk: int) -> list[pb.RequestOp]:
-    requests = [_op(op) for op in ops]
-    if len(requests) <= limits.MAX_OPS:
-        return requests
-    chunks = (requests[start : start + chunk] for start in range(0, len(requests), chunk))
-    return [pb.RequestOp(request_txn=pb.TxnRequest(success=some)) for some in chunks]
+class _Ops(Protocol):
+    """A branch of a transaction."""
+
+    def add(self) -> pb.RequestOp: ...
 
 
-def _op(op: base.Op) -> pb.RequestOp:
-    key = base.to_bytes(op.key)
-    match op:
-        case base.Put():
-            return pb.RequestOp(request_put=pb.PutRequest(key=key, value=op.value, lease=op.lease))
-        case base.Delete():
-            end = base.to_bytes(op.end)
-            return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=key, range_end=end))
-        case base.Get():
-            return pb.RequestOp(request_range=pb.RangeRequest(key=key))
+def _fill_branch(branch: _Ops, ops: Sequence[base.Op], chunk: int) -> None:
+    if len(ops) <= limits.MAX_OPS:
+        _fill_ops(branch, ops)
+        return
+    for start in range(0, len(ops), chunk):
+        _fill_ops(branch.add().request_txn.success, ops[start : start + chunk])
+
+
+def _fill_ops(branch: _Ops, ops: Sequence[base.Op]) -> None:
+    for op in ops:
+        to, key = branch.add(), base.to_bytes(op.key)
+        match op:
+            case base.Put():
+                put = to.request_put
+                put.key, put.value, put.lease = key, op.value, op.lease
+            case base.Delete():
+                to.request_delete_range.key = key
+                to.request_delete_range.range_end = base.to_bytes(op.end)
+            case base.Get():
+                to.request_range.key = key
 
 
 def _got(responses: Iterable[pb.ResponseOp]) -> Iterator[base.Kv | None]:
