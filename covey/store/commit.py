@@ -33,21 +33,13 @@ import msgspec
 
 from covey import errors, lifecycle, model
 from covey import world as worlds
-from covey.store import base, codec, schema, view
+from covey.store import base, codec, schema, spans, view
 
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T", bound=msgspec.Struct)
 
 LIMIT_NS = 10_000_000_000  # nothing is committed for a request older than this (safety S24)
-DAY = -1  # as a lease: one that ends a day or an hour more from now
-WEEK = -2  # … seven days
-MONTH = -3  # … thirty days
-MINUTE = -4  # one that ends a minute or two from now
-
-_HOUR_S = 3600
-_SPANS_S = {DAY: (24 * _HOUR_S, _HOUR_S), WEEK: (7 * 24 * _HOUR_S, _HOUR_S), MONTH: (30 * 24 * _HOUR_S, _HOUR_S)}
-_SPANS_S |= {MINUTE: (60, 60)}  # how long a key lives at least, and for how long one lease is given to new keys
 _ATTEMPTS = 50  # each lost race means that somebody else got on; so many in a row mean a bug
 _RESEND_S = 0.05  # doubled each time, up to …
 _RESEND_MOST_S = 0.4
@@ -154,7 +146,7 @@ class Reading:
         event = schema.Event(
             what=what, about=about, who=decision.who, why=decision.why, at_ns=self.now_ns, details=details
         )
-        return base.Put(schema.event(at_ns, self.tx), schema.encode(event), WEEK)
+        return base.Put(schema.event(at_ns, self.tx), schema.encode(event), spans.WEEK)
 
     def _unchanged(self, key: str, kind: type[T], known: codec.Kept[T] | None) -> codec.Kept[T] | None:
         kept = self._value(key, kind, known)
@@ -188,7 +180,7 @@ class Writer:
         self.who = who
         self.newest_format = newest_format
         self.format = newest_format  # of the store, as last seen: what is written (safety S27)
-        self._leases: dict[int, tuple[int, int]] = {}  # span -> (lease id, boot_ns when granted)
+        self._spans = spans.Spans(store, world)
         self._background: set[asyncio.Task[None]] = set()
         self.unsure: dict[object, int] = {}  # writes whose outcome is open, and since when on the boot clock
 
@@ -238,6 +230,7 @@ class Writer:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        await self._spans.close()
 
     async def _attempt(
         self,
@@ -255,14 +248,14 @@ class Writer:
             verdict = Write((), functools.partial(_same, verdict))
         write: Write[R] = verdict
         compares = (*self.fences(snapshot), *reading.guards.values())
-        ops = await self._lease_out(write.ops)
+        ops = await self._spans.lease_out(write.ops)
         try:
             outcome = await self.settle(base.Txn(compares, ops), until_ns)
         except errors.Rejected:
             if ops == write.ops:
                 raise
-            self._leases.clear()  # perhaps a shared lease ended early: once more with a new one
-            ops = await self._lease_out(write.ops)
+            self._spans.forget()  # perhaps a shared lease ended early: once more with a new one
+            ops = await self._spans.lease_out(write.ops)
             outcome = await self.settle(base.Txn(compares, ops), until_ns)
         if outcome.succeeded:
             return write.answer(outcome.revision)
@@ -310,24 +303,6 @@ class Writer:
                     raise
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _RESEND_MOST_S)
-
-    async def _lease_out(self, ops: tuple[base.Op, ...]) -> tuple[base.Op, ...]:
-        """Put real leases in place of DAY, WEEK, MONTH and MINUTE. One is shared by all keys of an hour, or minute."""
-        if not any(isinstance(op, base.Put) and op.lease < 0 for op in ops):
-            return ops
-        ids = {span: await self._lease(span) for span in {op.lease for op in ops if isinstance(op, base.Put)}}
-        return tuple(op._replace(lease=ids[op.lease]) if isinstance(op, base.Put) else op for op in ops)
-
-    async def _lease(self, span: int) -> int:
-        if span >= 0:
-            return span
-        known = self._leases.get(span)
-        now_ns = self.world.boot_ns()
-        least_s, shared_s = _SPANS_S[span]
-        if known is None or now_ns - known[1] > shared_s * 1_000_000_000:
-            lease = await self.store.grant(least_s + shared_s)
-            known = self._leases[span] = (lease.id, now_ns)
-        return known[0]
 
     def fences(self, snapshot: view.Snapshot) -> tuple[base.Compare, ...]:
         """What every transaction compares first: the format key is as it was when the snapshot was taken, not raised

@@ -20,7 +20,7 @@ import msgspec
 
 from covey import lifecycle, model, wire
 from covey.decide import permission, rooms
-from covey.store import base, codec, commit, commit_instances, commit_reports, schema, view
+from covey.store import base, codec, commit, commit_instances, commit_reports, schema, spans, view
 
 _AT_ONCE = 12  # VMs, or ended instances, per transaction: each may need five operations
 _NONCE = "adopted"  # of a launch that was granted in a history which is lost
@@ -186,7 +186,7 @@ class _Page:
             return
         if old is None:
             if self.reading.born(grave.instance) is None:
-                self._put(schema.born(grave.instance), schema.Born(tx=self.reading.tx), commit.DAY)
+                self._put(schema.born(grave.instance), schema.Born(tx=self.reading.tx), spans.DAY)
             return
         new = commit.stepped(old.noun, lifecycle.Event.TERMINATE, self.reading, ended=grave.decision)
         if new is not None and new.state != old.noun.state:
@@ -234,7 +234,7 @@ class _Page:
             name=vm.spec.name,
             learnt=self.reading.snapshot.breach.nonce,
         )
-        self._put(schema.born(vm.instance), schema.Born(tx=self.reading.tx), commit.DAY)
+        self._put(schema.born(vm.instance), schema.Born(tx=self.reading.tx), spans.DAY)
         self._enter(self._as_told(noun, vm), vm)
 
     def _take_over(self, old: model.Instance, vm: wire.Held, order: codec.Kept[model.Order] | None) -> None:

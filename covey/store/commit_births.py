@@ -7,7 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from covey import errors, model
-from covey.store import base, codec, commit, commit_door, schema, view
+from covey.store import base, codec, commit, commit_door, schema, spans, view
 
 # A repeat of a start finds the earlier instance only while that one may still become, or be, of use.
 _SPENT = frozenset({model.State.TERMINATING, model.State.TERMINATED, model.State.ERROR})
@@ -113,7 +113,7 @@ def _remembered(reading: commit.Reading, start: Start) -> Answer | _Twin | None:
         record = reading.remembered(key)
         if record is not None and record.noun.body == start.body and _of_use(reading.snapshot, record):
             noun = msgspec.structs.replace(record.noun, tx=reading.tx)
-            return _Twin(noun.ids, reading.put(key, noun, commit.DAY))
+            return _Twin(noun.ids, reading.put(key, noun, spans.DAY))
     return None
 
 
@@ -164,7 +164,7 @@ def _births(
             name=start.spec.name,
         )
         ops.append(reading.put(schema.instance(id), instance))
-        ops.append(base.Put(schema.born(id), schema.encode(schema.Born(tx=reading.tx)), commit.DAY))
+        ops.append(base.Put(schema.born(id), schema.encode(schema.Born(tx=reading.tx)), spans.DAY))
     return ops
 
 
@@ -173,9 +173,9 @@ def _records(reading: commit.Reading, start: Start) -> list[base.Op]:
     remembered = schema.encode(schema.Remembered(tx=reading.tx, body=start.body, ids=start.ids))
     ops: list[base.Op] = []
     if start.key:
-        ops.append(base.Put(schema.idempotency(start.key), remembered, commit.DAY))
+        ops.append(base.Put(schema.idempotency(start.key), remembered, spans.DAY))
     if start.spec.external_id and start.spec.name:
-        ops.append(base.Put(schema.twin(start.spec.external_id, start.spec.name), remembered, commit.DAY))
+        ops.append(base.Put(schema.twin(start.spec.external_id, start.spec.name), remembered, spans.DAY))
     if start.spec.script is not None:
         ops.append(base.Put(schema.script(start.spec.script.key), start.script_text.encode("ascii")))
     decision = model.Decision(who=start.who, why="start request")

@@ -18,7 +18,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from covey import errors, lifecycle, model, observe
-from covey.store import base, commit, commit_cloud, commit_instances, schema, view
+from covey.store import base, commit, commit_cloud, commit_instances, schema, spans, view
 
 _PAUSE_S = 1.0
 _LIMIT_NS = 60_000_000_000
@@ -103,7 +103,7 @@ def _verdict(reading: commit.Reading, start: GivenUp, who: str, *, restored: boo
 
 def _closed(reading: commit.Reading, start: GivenUp) -> commit.Write[_Came]:
     born = schema.encode(schema.Born(tx=reading.tx, closed=True))
-    puts = tuple(base.Put(schema.born(id), born, commit.DAY) for id in start.ids)
+    puts = tuple(base.Put(schema.born(id), born, spans.DAY) for id in start.ids)
     return commit.Write(puts, lambda _: _Came.NOTHING)
 
 

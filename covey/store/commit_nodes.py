@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from covey import lifecycle, model, wire
-from covey.store import base, codec, commit, commit_instances, schema, view
+from covey.store import base, codec, commit, commit_instances, schema, spans, view
 
 _CLAIMS = 25  # dealt with per transaction when a node is removed: each compares and writes several keys
 _NAMES = uuid.UUID("0b8f4f0e-8a0c-5c6b-9a53-6d3c2f9e7a10")  # the name space of node ids
@@ -182,7 +182,7 @@ async def leave(
         breach = reading.snapshot.breach.nonce
         if breach:  # else its agent, as long as it runs, would look like one of a node that the restore has lost
             mark = schema.Adopted(nonce=breach, tx=reading.tx)
-            ops[schema.adopted(node)] = reading.put(schema.adopted(node), mark, commit.MONTH)
+            ops[schema.adopted(node)] = reading.put(schema.adopted(node), mark, spans.MONTH)
         return commit.Write((*ops.values(), reading.event("left", node, decision)), lambda _: Left(node))
 
     answer: Answer = await writer.run(snapshot, rule, until_ns=until_ns)
@@ -257,7 +257,7 @@ def _cleared(
     if known is not None:
         epoch = max(epoch, known.noun.epoch)
     order = model.Order(node=node, instance=claim.instance, epoch=epoch, decision=decision, tx=reading.tx)
-    ops: list[base.Op] = [reading.put(schema.order(node, claim.instance), order, commit.MONTH)]
+    ops: list[base.Op] = [reading.put(schema.order(node, claim.instance), order, spans.MONTH)]
     try:
         old = reading.instance(claim.instance)
     except codec.Broken:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from covey import errors, model
-from covey.store import base, codec, commit, commit_reports, schema, view
+from covey.store import base, codec, commit, commit_reports, schema, spans, view
 
 
 class Asked(NamedTuple):
@@ -45,7 +45,7 @@ async def ask(
         if slot is None:
             return Busy()
         own = msgspec.structs.replace(question, nonce=reading.tx)
-        put = reading.put(schema.ask(node, slot), own, commit.MINUTE)
+        put = reading.put(schema.ask(node, slot), own, spans.MINUTE)
         return commit.Write((put,), lambda revision: Asked(commit.kept(own, revision), slot))
 
     return await writer.run(snapshot, rule, until_ns=until_ns, sure=True)
@@ -74,7 +74,7 @@ async def answer(
             return Answered(False)
         noun = schema.Answer(output=output, fault=fault, tx=reading.tx)
         ops = (
-            reading.put(schema.answer(nonce), noun, commit.MINUTE),
+            reading.put(schema.answer(nonce), noun, spans.MINUTE),
             base.Delete(schema.ask(node, slot)),
         )
         return commit.Write(ops, lambda _: Answered(True))
