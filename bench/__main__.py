@@ -4,6 +4,7 @@
     idle       what a fleet with nothing to do costs
     registry   pushing and pulling templates
     replica    how soon a new tag is whole on the followers of a push registry
+    neighbours what leaves the registry when many nodes pull at once, with and without help from each other
     midpull    how soon a pull goes on at another registry when its own dies or freezes
     failover   seconds until a node is served again when its controller dies or freezes
     lists      what lists cost with thousands of instances
@@ -17,7 +18,19 @@ Without a name: `starts`.
 import importlib
 import sys
 
-NAMES = ("starts", "idle", "registry", "replica", "midpull", "failover", "lists", "flood", "outages", "drill")
+NAMES = (
+    "starts",
+    "idle",
+    "registry",
+    "replica",
+    "midpull",
+    "neighbours",
+    "failover",
+    "lists",
+    "flood",
+    "outages",
+    "drill",
+)
 
 
 def main() -> int:

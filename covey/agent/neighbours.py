@@ -40,7 +40,8 @@ class Limits(model.Noun, frozen=True, kw_only=True):
     still_s: float = 20.0  # without a byte from any, though they answer
     turn_s: float = 1.0  # so much later each next one is tried while the ones before it have nothing yet
     again_s: float = 0.1
-    banned_s: float = 600.0
+    banned_s: float = 600.0  # after wrong bytes
+    away_s: float = 30.0  # after no connection
     pace_s: float = 5.0  # over which speed is judged
     slow_bytes_s: int = 1 << 20
     ahead_bytes: int = 8 << 20  # so much more has one that is worth changing to
@@ -81,8 +82,9 @@ class Neighbours:
         now_ns = self.clock.boot_ns()
         return [one for one in self._told.get(template, ()) if self._banned.get(one.url, 0) <= now_ns]
 
-    def ban(self, urls: Sequence[str]) -> None:
-        until_ns = self.clock.boot_ns() + int(self.limits.banned_s * 1e9)
+    def ban(self, urls: Sequence[str], for_s: float) -> None:
+        """Do not ask these for a while, whatever for."""
+        until_ns = self.clock.boot_ns() + int(for_s * 1e9)
         self._banned = {url: at for url, at in self._banned.items() if at > self.clock.boot_ns()}
         self._banned.update(dict.fromkeys(urls, until_ns))
 
@@ -180,7 +182,7 @@ class Download:
         self._over = True
         if self.sent:
             _log.warning("what neighbours sent was wrong and is thrown away", digest=self._digest, urls=[*self.sent])
-            self._all.ban(tuple(self.sent))
+            self._all.ban(tuple(self.sent), self._limits.banned_s)
         helped = bool(self.sent)
         self.sent = {}
         return helped
@@ -246,6 +248,8 @@ class Download:
                     await self._judge(one)
                     answered = one.url not in self._left
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+                self._all.ban((one.url,), self._limits.away_s)
             if not answered:
                 self._leave(one, f"{type(error).__name__} {error}".strip())
                 return

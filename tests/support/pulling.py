@@ -90,6 +90,15 @@ class Fleet:
 
         self.cloud.until(look, timeout_s, f"{len(ids)} VMs are Started")
 
+    def agent_of(self, id: str) -> lab_cloud.Program:
+        """The agent of the node that an instance was placed on."""
+        url = self.cloud.controllers[0].url
+        node = self.cloud.ask(f"{url}/api/v1/vm?id={id}").body["body"]["node_id"]
+        listed = self.cloud.ask(f"{url}/api/v1/node").body["body"]
+        (name,) = [one["node_name"] for one in listed if one["node_id"] == node]
+        (agent,) = [agent for agent in self.cloud.agents if agent.name == name]
+        return agent
+
     def pull(self, template: str) -> float:
         """A VM on each node; how long it took until all had started."""
         began_s = time.monotonic()

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 from backports import zstd
 
-from covey.agent import neighbours, sharing
-from covey.client import oci
+from covey.agent import neighbours, passing, sharing
+from covey.client import oci, partial
 from tests.support import registry
 from tests.unit.agent import street, test_images
 
@@ -157,6 +157,40 @@ async def test_the_next_one_goes_on_where_the_first_ended(town: Town) -> None:
     assert town.street.registry_bytes - before < MANIFEST_BYTES
 
 
+async def test_the_end_is_held_back_until_the_digest_is_right(tmp_path: Path) -> None:
+    part = partial.Partial(tmp_path / "part", oci.digest_of(BASE), len(BASE))
+    one = passing.Passing(part)
+    part.write(0, BASE)
+    got = bytearray()
+
+    async def read() -> None:
+        async for piece in one.pieces(0, len(BASE)):
+            got.extend(piece)
+
+    reading = asyncio.create_task(read())
+    while len(got) < len(BASE) - passing.HELD_BACK:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)
+    assert got == BASE[: -passing.HELD_BACK] and not reading.done()
+    one.verified()
+    await reading
+    assert got == BASE
+    one.close()
+    part.close()
+
+
+async def test_who_reads_what_turns_out_wrong_is_cut_off(tmp_path: Path) -> None:
+    part = partial.Partial(tmp_path / "part", oci.digest_of(BASE), len(BASE))
+    one = passing.Passing(part)
+    part.write(0, os.urandom(len(BASE)))
+    reading = asyncio.create_task(anext(one.pieces(len(BASE) - 10, len(BASE))))
+    await asyncio.sleep(0.1)
+    one.broken()
+    with pytest.raises(ConnectionResetError):
+        await reading
+    part.close()
+
+
 # ---- who may -------------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +249,7 @@ async def test_a_node_without_a_session_shares_nothing(town: Town) -> None:
 
 async def test_a_few_nodes_are_served_at_once(town: Town) -> None:
     template, digest = await town.library.push(BASE)
-    a = await town.street.node("a", limit_bytes_s=MIB // 2, askers=1)
+    a = await town.street.node("a", limit_bytes_s=MIB // 16, askers=1)
     b = await town.street.node("b")
     await a.get(template, digest)
     b.knows(digest, a)
