@@ -47,7 +47,6 @@ _LOOK_LEAST_S = 0.1
 _LOOK_AFTER_S = 0.5  # after a step of a worker: a word tells of VMs some seconds later anyway
 _FACTS_S = 60.0
 _SETTLE_LOOK_S = 0.02
-_GATHER_S = 0.25  # a poll waits so long for the first that new work has to report: quick steps spare a message
 
 _log = observe.log("agent")
 
@@ -121,7 +120,6 @@ class Agent:
         self._due: asyncio.TimerHandle | None = None  # when a look follows what workers have done
         self._tag = ""
         self._wants: tuple[wire.Wanted, ...] = ()  # of the last answer, less the orders that are known to be done
-        self._has_work = False  # since the last poll
         self._takes_reports = False  # the controller that answered last
         self._explicit = config.explicit
         self._joined_at = host.Place()
@@ -255,9 +253,8 @@ class Agent:
     async def _ask(self) -> None:
         """One long poll, and what follows from it."""
         standing = self.session
-        if self._has_work and self._takes_reports and not standing.hold:
-            await self._outbox.expected(_GATHER_S)
-        self._has_work = False
+        if self._takes_reports and not standing.hold:
+            await self._outbox.gathered()
         number = standing.count()
         load = self._outbox.ride() if self._takes_reports and not standing.hold else reports.Load()
         ask = wire.Ask(
@@ -309,13 +306,11 @@ class Agent:
             await asyncio.sleep(min(self.session.heartbeat_s, adoption.PAUSE_S))
 
     def _apply(self, answer: wire.WantedState) -> None:
-        known = {(want.instance, want.epoch, want.verb) for want in self._wants}
         wants: dict[model.InstanceId, list[wire.Wanted]] = {}
         for want in answer.wanted:
             wants.setdefault(want.instance, []).append(want)
             if want.neighbours and want.spec is not None and self._near is not None:
                 self._near.told(want.spec.digest, want.neighbours)
-            self._has_work = self._has_work or (want.instance, want.epoch, want.verb) not in known
         self._wants = answer.wanted
         for instance in wants.keys() | self._workers.keys():
             self._worker(instance).told(tuple(wants.get(instance, ())), answer.seen)
@@ -358,6 +353,7 @@ class Agent:
                 _log.exception("a worker stumbled; it begins again", instance=one.instance)
                 await asyncio.sleep(_REFUSED_PAUSE_S)
         del self._workers[one.instance]
+        self._outbox.expect_no_more(one.instance)
 
     def _wake_all(self) -> None:
         for one in self._workers.values():

@@ -6,9 +6,11 @@ then, and convergence draws the facts from the records. Progress is the exceptio
 a second per VM. The node's word travels along when capacity changed, a few seconds after VMs did, or every 60 s. When
 nothing was sent for `heartbeat_s`, an empty report keeps the lease alive.
 
-A report rides along with the node's next poll where one is about to be sent: `expected` from when the poll is known to
-come, `ride` when it goes, `rode` when it was answered. The answer may take as long as a poll may wait. So what has not
-been settled for a second goes again, in a report of its own, which finds out whether the controller is there at all.
+A report rides along with the node's next poll where one is about to be sent: `gathered` before it goes, `ride` when it
+does, `rode` when it was answered. A poll waits a little for the outcome of work that was just begun (`expect`, until
+`expect_no_more`): a message that is not sent is the cheapest. Its answer may take as long as a poll may wait. So what
+has not been settled for a second goes again, in a report of its own, which finds out whether the controller is there
+at all. Where answers take long, for there is much to do, both wait longer: overload must not feed itself.
 """
 
 import asyncio
@@ -27,11 +29,17 @@ _PROGRESS_STEP = 0.01
 _WORD_NS = int(wire.WORD_S * 1e9)
 _WORD_LEAST_NS = 1_000_000_000
 _WORD_VMS_NS = 5_000_000_000  # for VMs alone: that they booted or are gone is reported for itself, at once
+_WORD_ALONE_NS = 12_000_000_000  # … and no message is sent only for that before a poll has ended by itself
 _ITEMS = 100  # per report
 _BYTES = 2_000_000  # of output per report
 _RETRY_S = 0.25
 _RETRY_LIMIT_S = 2.0
-_RIDE_NS = 1_000_000_000  # a rider without an answer for so long is reported
+_RIDE_S = 1.0  # a rider without an answer for so long is reported …
+_RIDE_LIMIT_S = 4.0
+_GATHER_S = 0.25  # a poll waits so long for the outcome of new work …
+_GATHER_LIMIT_S = 1.0  # much less than a placement may go without acknowledgement (safety S10)
+_TIMES = 3.0  # … or both so many times as long as answers take lately
+_BESIDE_S = 0.03  # with something to say already, a poll waits so long for the outcome of other work
 _RIDE_BYTES = 100_000  # of output along with a poll
 
 _log = observe.log("agent")
@@ -69,11 +77,13 @@ class Outbox:
         self._word_ns = 0
         self._doubted = True  # since the word was compared with the last one that was sent
         self._news = _News.ALL
-        self._reporting = False  # a report is on its way
+        self._vms_ns = 0  # since when it is only VMs
+        self._reported = Load()  # what the report carries that is on its way
         self._riders = Load()
-        self._rides_ns = 0  # since when
+        self._ride_until_ns = 0  # then they are overdue
         self._overdue: asyncio.TimerHandle | None = None  # rings when they have gone without an answer for long
-        self._expected = False  # a poll is about to go, and waits for something to carry
+        self._soon: set[model.InstanceId] = set()  # of which something will be said shortly
+        self._gathering = False  # a poll is about to go, and waits for something to carry
         self._load = bell.Bell()
         self.on_settled: Callable[[wire.Item], None] = lambda _: None
 
@@ -85,7 +95,18 @@ class Outbox:
             self._items = [item for item in self._items if not _overtaken(item, key)]
         self._sequence += 1
         self._items.append(wire.Item(instance=key[0], epoch=key[1], seq=self._sequence, event=event, **fields))
-        (self._load if self._expected else self._woken).ring()
+        self._soon.discard(key[0])
+        (self._load if self._gathering else self._woken).ring()
+
+    def expect(self, instance: model.InstanceId) -> None:
+        """Work was begun that is likely to come to something shortly."""
+        self._soon.add(instance)
+
+    def expect_no_more(self, instance: model.InstanceId) -> None:
+        """It takes its time."""
+        self._soon.discard(instance)
+        if self._gathering and not self._soon:
+            self._load.ring()
 
     def progress(self, key: records.Key, fraction: float) -> None:
         """Say how far a preparation is, if that is news and not too soon."""
@@ -128,31 +149,42 @@ class Outbox:
 
     # ---- along with a poll -----------------------------------------------------------------------------------------
 
-    async def expected(self, limit_s: float) -> None:
-        """A poll goes as soon as there is something to say, or after `limit_s`: until then nothing else is sent."""
-        if self._items:
-            return
-        self._load.clear()
-        self._expected = True
+    async def gathered(self) -> None:
+        """Wait until a poll has all to carry that is to be expected shortly. Until then nothing else is sent."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + min(max(_GATHER_S, _TIMES * self._session.usual_s), _GATHER_LIMIT_S)
+        self._gathering = True
         try:
-            await self._load.wait(limit_s)
+            while self._soon and loop.time() < until_s:
+                if self._fit_to_ride(_RIDE_BYTES):
+                    until_s = min(until_s, loop.time() + _BESIDE_S)
+                self._load.clear()
+                await self._load.wait(until_s - loop.time())
         finally:
-            self._expected = False
+            self._gathering = False
+            self._soon.clear()
 
     def ride(self) -> Load:
-        """What goes along with a poll that is sent now; `rode` must follow. Nothing while a report is on its way."""
-        if self._reporting:
+        """What goes along with a poll that is sent now; `rode` must follow. Nothing while a word is on its way: it may
+        name a VM of which this would say that it is gone."""
+        if self._reported.word is not None:
             return Load()
         word = self._due_word()
         if word is not None:
             word = msgspec.structs.replace(word, messages=self._session.messages)
-        self._riders = Load(tuple(self._batch(_RIDE_BYTES)), word)
+        self._riders = Load(tuple(self._fit_to_ride(_RIDE_BYTES)), word)
         if self._riders.items:
-            self._rides_ns = self._clock.boot_ns()
-            self._overdue = asyncio.get_running_loop().call_later(_RIDE_NS / 1e9 + 0.01, self._woken.ring)
-        if len(self._riders.items) < len(self._items) or (word is None and self._may_be_news()):
+            late_s = min(max(_RIDE_S, _TIMES * self._session.usual_s), _RIDE_LIMIT_S)
+            self._ride_until_ns = self._clock.boot_ns() + int(late_s * 1e9)
+            self._overdue = asyncio.get_running_loop().call_later(late_s + 0.01, self._woken.ring)
+        if self._to_report() or (word is None and self._may_be_news()):
             self._woken.ring()
         return self._riders
+
+    def _fit_to_ride(self, limit_bytes: int) -> list[wire.Item]:
+        """The oldest items, less those of VMs that a report speaks of which is on its way: they stay in order."""
+        told = {item.instance for item in self._reported.items}
+        return _batch([item for item in self._items if item.instance not in told], limit_bytes)
 
     def rode(self, load: Load, settled: Sequence[int] | None = None) -> None:
         """The poll was answered; without `settled` it was not, or the controller does not take reports so."""
@@ -196,44 +228,50 @@ class Outbox:
     async def _turn(self) -> bool:
         """Wait until something is to be sent, and send it. False when something remained unsettled."""
         self._woken.clear()
-        word = None if self._expected or self._riders.word is not None else self._due_word()
-        if not self._is_due() and word is None:
-            silent_s = (self._clock.boot_ns() - self._session.sent_ns) / 1e9
-            if silent_s < self._session.heartbeat_s:
-                await self._woken.wait(self._pause_s(silent_s))
-                return True
-        return await self._send(self._batch(), word)
+        batch = _batch(self._to_report(), _BYTES)
+        silent_s = (self._clock.boot_ns() - self._session.sent_ns) / 1e9
+        sends = bool(batch) or silent_s >= self._session.heartbeat_s
+        may_tell = not self._gathering and self._riders.word is None
+        word = self._due_word(alone=not sends) if may_tell else None
+        if not sends and word is None:
+            await self._woken.wait(self._pause_s(silent_s))
+            return True
+        return await self._send(batch, word)
 
     def _pause_s(self, silent_s: float) -> float:
         """Until the next heartbeat, or until a word that was held back may be sent."""
         until_s = self._session.heartbeat_s - silent_s
-        if self._expected or self._riders.word is not None or not (self._doubted or self._news is not _News.NONE):
+        if self._gathering or self._riders.word is not None or not (self._doubted or self._news is not _News.NONE):
             return until_s
-        least_ns = _WORD_LEAST_NS if self._may_be_news() else _WORD_VMS_NS
-        return min(until_s, max(self._word_ns + least_ns - self._clock.boot_ns(), 0) / 1e9)
+        due_ns = self._word_ns + _WORD_LEAST_NS
+        if not self._may_be_news():
+            due_ns = max(self._word_ns + _WORD_VMS_NS, self._vms_ns + _WORD_ALONE_NS)
+        return min(until_s, max(due_ns - self._clock.boot_ns(), 0) / 1e9)
 
     def _may_be_news(self) -> bool:
         """Whether the word may say more that is new than how VMs are."""
         return self._doubted or self._news is _News.ALL
 
-    def _is_due(self) -> bool:
-        """Whether there are items to be sent now: in their order, so with the riders that are not settled yet."""
-        if not self._items or self._expected:
-            return False
-        if not self._riders.items or self._items[-1] is not self._riders.items[-1]:
-            return True
-        return self._clock.boot_ns() - self._rides_ns >= _RIDE_NS
+    def _to_report(self) -> list[wire.Item]:
+        """Items to be sent now: all of a VM in their order, so with its riders that are not settled yet."""
+        if not self._items or self._gathering:
+            return []
+        if not self._riders.items or self._clock.boot_ns() >= self._ride_until_ns:
+            return self._items
+        ride = set(map(id, self._riders.items))
+        left = {item.instance for item in self._items if id(item) not in ride}
+        return [item for item in self._items if item.instance in left]
 
     async def _send(self, batch: Sequence[wire.Item], word: model.Word | None) -> bool:
         number = self._session.count()
         if word is not None:
             word = msgspec.structs.replace(word, messages=number)
         report = wire.Report(seen=self._session.seen, messages=number, items=tuple(batch), word=word)
-        self._reporting = True
+        self._reported = Load(report.items, word)
         try:
             answer = await self._session.call("report", wire.Reported, report)
         finally:
-            self._reporting = False
+            self._reported = Load()
         self._session.learn(answer.seen)
         if word is not None:
             self._told(word)
@@ -252,41 +290,45 @@ class Outbox:
             self.on_settled(item)
         return len(done)
 
-    def _batch(self, limit_bytes: int = _BYTES) -> list[wire.Item]:
-        """The oldest items that fit one report, in their order."""
-        batch: list[wire.Item] = []
-        size = 0
-        for item in self._items[:_ITEMS]:
-            size += len(item.stdout) + len(item.stderr)
-            if size > limit_bytes and (batch or limit_bytes < _BYTES):
-                break
-            batch.append(item)
-        return batch
-
-    def _due_word(self) -> model.Word | None:
-        """The node's word, when it is news or 60 s old."""
+    def _due_word(self, *, alone: bool = False) -> model.Word | None:
+        """The node's word, when it is news or 60 s old. `alone`: nothing else would be sent."""
         age_ns = self._clock.boot_ns() - self._word_ns
         if self._last_word is None or age_ns >= _WORD_NS:
             return self._word()
-        if age_ns < _WORD_LEAST_NS or not self._is_due_after(age_ns):
+        if age_ns < _WORD_LEAST_NS or not (self._doubted or self._is_due_after(age_ns, alone)):
             return None
         word = self._word()
         self._compare(word)
-        return word if self._is_due_after(age_ns) else None
+        return word if self._is_due_after(age_ns, alone) else None
 
-    def _is_due_after(self, age_ns: int) -> bool:
-        """Whether what is news may be told when the last word is so old. To see what is news costs a whole word."""
-        if self._doubted:
-            self._compare(self._word())
-        return self._news is _News.ALL or (self._news is _News.VMS and age_ns >= _WORD_VMS_NS)
+    def _is_due_after(self, age_ns: int, alone: bool) -> bool:
+        """Whether what is news may be told when the last word is so old."""
+        if self._news is _News.VMS:
+            waited_ns = self._clock.boot_ns() - self._vms_ns
+            return age_ns >= _WORD_VMS_NS and (waited_ns >= _WORD_ALONE_NS or not alone)
+        return self._news is _News.ALL
 
     def _compare(self, word: model.Word) -> None:
         told, new = self._last_word, heartbeat.figureless(word)
         self._doubted = False
         if told is None or _vmless(new) != _vmless(told):
             self._news = _News.ALL
-        else:
-            self._news = _News.NONE if new == told else _News.VMS
+        elif new == told:
+            self._news = _News.NONE
+        elif self._news is not _News.VMS:
+            self._news, self._vms_ns = _News.VMS, self._clock.boot_ns()
+
+
+def _batch(items: Sequence[wire.Item], limit_bytes: int) -> list[wire.Item]:
+    """The oldest items that fit one report, in their order."""
+    batch: list[wire.Item] = []
+    size = 0
+    for item in items[:_ITEMS]:
+        size += len(item.stdout) + len(item.stderr)
+        if size > limit_bytes and (batch or limit_bytes < _BYTES):
+            break
+        batch.append(item)
+    return batch
 
 
 def _overtaken(item: wire.Item, key: records.Key) -> bool:

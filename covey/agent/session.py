@@ -24,6 +24,7 @@ from covey.client import http
 T = TypeVar("T")
 _log = observe.log("agent")
 _S = 1_000_000_000
+_NEWEST = 0.3  # weight of the newest answer time
 _HOLD = "hold"  # a 409 that starts so says: our view is of another history, not: our session is stale
 
 
@@ -63,6 +64,7 @@ class Session:
         self.lease_until_ns = 0
         self.sent_ns = 0  # when the last message was sent: a heartbeat is due after a silence only
         self.messages = 0
+        self.usual_s = 0.0  # how long answers take lately that do not wait on purpose
         self.good = asyncio.Event()
         self._offered = ""  # the secret of the session that is being joined
 
@@ -154,6 +156,8 @@ class Session:
             if counter == self.counter:
                 self._lose(Standing.STALE if error.status == 409 else Standing.REMOVED)
             raise SessionLost(str(error), error.status) from error
+        if not parks:
+            self.usual_s += _NEWEST * ((self._clock.boot_ns() - sent_ns) / _S - self.usual_s)
         if counter != self.counter or self.standing is Standing.STALE:
             raise SessionLost("the answer is for an earlier session", 409)
         lease = getattr(answer, "lease", None)

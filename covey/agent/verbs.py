@@ -242,6 +242,7 @@ class Verbs:
                 raise errors.HypervisorError(f"the guest did not answer within {self._parts.limits.boot_s:g} s")
             woken.clear()
             await woken.wait(pause_s)
+            self._parts.outbox.expect_no_more(record.instance)
             pause_s = min(1.5 * pause_s, _LOOK_LIMIT_S)
 
     async def _scripted(self, record: records.Record) -> records.Record:

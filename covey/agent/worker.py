@@ -51,6 +51,9 @@ class Worker:
         if self._told and wants == self._wants:
             return
         self._told = True
+        known = {(want.epoch, want.verb) for want in self._wants}
+        if any((want.epoch, want.verb) not in known for want in wants):
+            self._parts.outbox.expect(self.instance)
         self._wants, self._seen = wants, seen
         for want in wants:
             if want.verb is wire.Verb.DESTROY and want.decision is not None:
@@ -99,6 +102,7 @@ class Worker:
 
     async def _rest(self) -> None:
         """Until something may have changed: told, seen by a look, or, where one must ask oneself, after a while."""
+        self._parts.outbox.expect_no_more(self.instance)
         now_ns = self._parts.clock.boot_ns()
         waits = any(after_ns > now_ns for after_ns in self._ask_after_ns.values())
         waits = waits or any(_addressless(one) for one in self._here())
