@@ -10,7 +10,7 @@ A report rides along with the node's next poll where one is about to be sent: `g
 does, `rode` when it was answered. A poll waits a little for the outcome of work that was just begun (`expect`, until
 `expect_no_more`): a message that is not sent is the cheapest. Its answer may take as long as a poll may wait. So what
 has not been settled for a second goes again, in a report of its own, which finds out whether the controller is there
-at all. Where answers take long, for there is much to do, both wait longer: overload must not feed itself.
+at all. Where things take long, for there is much to do, both wait longer: overload must not feed itself.
 """
 
 import asyncio
@@ -36,9 +36,11 @@ _RETRY_S = 0.25
 _RETRY_LIMIT_S = 2.0
 _RIDE_S = 1.0  # a rider without an answer for so long is reported …
 _RIDE_LIMIT_S = 4.0
+_RIDE_TIMES = 3.0  # … or for so many times as long as answers take lately
 _GATHER_S = 0.25  # a poll waits so long for the outcome of new work …
 _GATHER_LIMIT_S = 1.0  # much less than a placement may go without acknowledgement (safety S10)
-_TIMES = 3.0  # … or both so many times as long as answers take lately
+_GATHER_TIMES = 2.0  # … or so many times as long as such work takes lately
+_NEWEST = 0.3  # weight of the newest in that average
 _BESIDE_S = 0.03  # with something to say already, a poll waits so long for the outcome of other work
 _RIDE_BYTES = 100_000  # of output along with a poll
 
@@ -83,6 +85,8 @@ class Outbox:
         self._ride_until_ns = 0  # then they are overdue
         self._overdue: asyncio.TimerHandle | None = None  # rings when they have gone without an answer for long
         self._soon: set[model.InstanceId] = set()  # of which something will be said shortly
+        self._begun_ns: dict[model.InstanceId, int] = {}  # since when
+        self._quick_s = 0.0  # how long it takes lately until it is said
         self._gathering = False  # a poll is about to go, and waits for something to carry
         self._load = bell.Bell()
         self.on_settled: Callable[[wire.Item], None] = lambda _: None
@@ -95,18 +99,26 @@ class Outbox:
             self._items = [item for item in self._items if not _overtaken(item, key)]
         self._sequence += 1
         self._items.append(wire.Item(instance=key[0], epoch=key[1], seq=self._sequence, event=event, **fields))
-        self._soon.discard(key[0])
+        self._came_to_something(key[0])
         (self._load if self._gathering else self._woken).ring()
 
     def expect(self, instance: model.InstanceId) -> None:
         """Work was begun that is likely to come to something shortly."""
         self._soon.add(instance)
+        self._begun_ns[instance] = self._clock.boot_ns()
 
     def expect_no_more(self, instance: model.InstanceId) -> None:
         """It takes its time."""
         self._soon.discard(instance)
+        self._begun_ns.pop(instance, None)
         if self._gathering and not self._soon:
             self._load.ring()
+
+    def _came_to_something(self, instance: model.InstanceId) -> None:
+        self._soon.discard(instance)
+        begun_ns = self._begun_ns.pop(instance, None)
+        if begun_ns is not None:
+            self._quick_s += _NEWEST * ((self._clock.boot_ns() - begun_ns) / 1e9 - self._quick_s)
 
     def progress(self, key: records.Key, fraction: float) -> None:
         """Say how far a preparation is, if that is news and not too soon."""
@@ -152,7 +164,7 @@ class Outbox:
     async def gathered(self) -> None:
         """Wait until a poll has all to carry that is to be expected shortly. Until then nothing else is sent."""
         loop = asyncio.get_running_loop()
-        until_s = loop.time() + min(max(_GATHER_S, _TIMES * self._session.usual_s), _GATHER_LIMIT_S)
+        until_s = loop.time() + min(max(_GATHER_S, _GATHER_TIMES * self._quick_s), _GATHER_LIMIT_S)
         self._gathering = True
         try:
             while self._soon and loop.time() < until_s:
@@ -174,7 +186,7 @@ class Outbox:
             word = msgspec.structs.replace(word, messages=self._session.messages)
         self._riders = Load(tuple(self._fit_to_ride(_RIDE_BYTES)), word)
         if self._riders.items:
-            late_s = min(max(_RIDE_S, _TIMES * self._session.usual_s), _RIDE_LIMIT_S)
+            late_s = min(max(_RIDE_S, _RIDE_TIMES * self._session.usual_s), _RIDE_LIMIT_S)
             self._ride_until_ns = self._clock.boot_ns() + int(late_s * 1e9)
             self._overdue = asyncio.get_running_loop().call_later(late_s + 0.01, self._woken.ring)
         if self._to_report() or (word is None and self._may_be_news()):

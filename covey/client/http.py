@@ -22,6 +22,7 @@ All time is the running loop's, so that a simulation can run in time of its own.
 """
 
 import asyncio
+import contextlib
 import os
 import socket
 import ssl
@@ -44,12 +45,7 @@ _BROKEN_S = 0.5  # a connection that breaks so soon may have been an old one tha
 _BYTES_PER_S = 1e6  # a line this slow is no reason for a second copy
 
 
-class Reply(NamedTuple):
-    """A server's answer, whatever its status."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
+Reply = plain.Answer
 
 
 class NotSent(errors.RemoteError):
@@ -101,16 +97,22 @@ class Sockets:
         if not self._lines.takes(url, path, headers):
             return await self._send(url, method, path, data, headers, timeout_s)
         try:
-            return Reply(*await self._lines.send(url, method, path, data, headers, timeout_s))
+            return await self._lines.send(url, method, path, data, headers, timeout_s)
         except plain.Unreachable as error:
             if isinstance(error.__cause__, TimeoutError):
                 raise NotSent(f"cannot connect within {self._connect_s:g} s") from error
             why = _reason(error.__cause__) if isinstance(error.__cause__, OSError) else str(error)
             raise NotSent(f"cannot connect ({why})") from error
-        except TimeoutError as error:
-            raise Lost(f"no answer within {timeout_s:g} s") from error
-        except plain.Broken as error:
-            raise Lost(str(error)) from error
+        except (plain.Broken, TimeoutError) as error:
+            raise Lost(_why_lost(error, timeout_s)) from error
+
+    def begin(
+        self, url: str, method: str, path: str, data: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> asyncio.Future[Reply] | None:
+        """As `send`, without the price of a task; None: not now. It fails with plain.Broken or TimeoutError."""
+        if not self._lines.takes(url, path, headers):
+            return None
+        return self._lines.begin(url, method, path, data, headers, timeout_s)
 
     async def _send(
         self, url: str, method: str, path: str, data: bytes | None, headers: Mapping[str, str], timeout_s: float
@@ -187,11 +189,12 @@ class Endpoints:
         self._balance = balance.Balance([_base(url) for url in urls], [_base(url) for url in learnt], salt)
         self._sockets = exchange if isinstance(exchange, Sockets) else Sockets(connect_s, ca_cert)
         self._exchange: Exchange = exchange or self._sockets
+        self._begins = self._sockets.begin if self._exchange is self._sockets else None
         self._shared = exchange is not None
         self._timeout_s = timeout_s
         self._patience_s = patience_s
         self._looks: set[asyncio.Task[None]] = set()
-        self._parked: dict[asyncio.Task[Reply], str] = {}
+        self._parked: dict[asyncio.Future[Reply], str] = {}
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -404,7 +407,8 @@ class _Race:
         self._owner = owner
         self._balance = owner._balance
         self._ask = ask
-        self._running: dict[asyncio.Task[Reply], _Attempt] = {}
+        self._alone = len(owner.urls) == 1  # there is nowhere else to go, so nobody gives an attempt up
+        self._running: dict[asyncio.Future[Reply], _Attempt] = {}
         self._tried: list[str] = []
         self._again = ""  # a server that may be tried once more
         self._failures: list[str] = []
@@ -441,6 +445,11 @@ class _Race:
         """Or until it is time for a second copy. As `asyncio.wait`, which costs a small call more than all the rest."""
         if any(task.done() for task in self._running):
             return
+        if self._alone:
+            (only,) = self._running
+            with contextlib.suppress(NotSent, Lost, plain.Broken, TimeoutError):  # see `_outcome`
+                await only
+            return
         bell = self._bell = self._loop.create_future()
         late_s = self._copy_after_s()
         timer = None if late_s is None else self._loop.call_later(late_s, self._ring)
@@ -458,10 +467,15 @@ class _Race:
     def _begin(self, url: str) -> None:
         ask, owner = self._ask, self._owner
         self._tried.append(url)
-        sending = owner._exchange.send(url, ask.method, ask.path, ask.data, ask.headers, ask.limit_s)
-        task = self._loop.create_task(sending)
+        request = (url, ask.method, ask.path, ask.data, ask.headers, ask.limit_s)
+        began_s = self._loop.time()
+        task = None if owner._begins is None else owner._begins(*request)
+        if task is None:
+            task = self._loop.create_task(owner._exchange.send(*request))
+        self._running[task] = _Attempt(url, began_s)
+        if self._alone:
+            return
         task.add_done_callback(self._ring)
-        self._running[task] = _Attempt(url, self._loop.time())
         if ask.parks:
             owner._parked[task] = url
             task.add_done_callback(owner._parked.pop)
@@ -498,7 +512,7 @@ class _Race:
 
     # ---- outcomes --------------------------------------------------------------------------------------------------
 
-    def _outcome(self, task: asyncio.Task[Reply], attempt: _Attempt) -> Reply | None:
+    def _outcome(self, task: asyncio.Future[Reply], attempt: _Attempt) -> Reply | None:
         """The answer, or None when another server is to be asked. Raises RemoteError when that may not be."""
         url, took_s = attempt.url, self._loop.time() - attempt.began_s
         if task.cancelled():  # by `mark_bad`
@@ -509,8 +523,8 @@ class _Race:
         except NotSent as error:
             self._missed(url, str(error))
             return None
-        except Lost as error:
-            self._lost(url, str(error), took_s)
+        except (Lost, plain.Broken, TimeoutError) as error:
+            self._lost(url, _why_lost(error, self._ask.limit_s), took_s)
             return None
         if reply.status in (502, 504) and self._ask.repeatable:  # a gateway had no answer from what is behind it
             self._lost(url, f"HTTP {reply.status}", took_s)
@@ -578,6 +592,10 @@ def _opened(reply: Reply, what: str, kind: type[T], busy_s: float) -> T:
         return msgspec.json.decode(envelope.body, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise errors.RemoteError(f"{what}: unexpected body: {error}", reply.status) from error
+
+
+def _why_lost(error: Exception, limit_s: float) -> str:
+    return f"no answer within {limit_s:g} s" if isinstance(error, TimeoutError) else str(error)
 
 
 def _reason(error: OSError) -> str:

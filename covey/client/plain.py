@@ -33,8 +33,10 @@ _NOT_SIMPLE = ("Transfer-Encoding", "Connection", "Upgrade", "Content-Encoding")
 
 
 class Answer(NamedTuple):
+    """A server's answer, whatever its status."""
+
     status: int
-    headers: multidict.CIMultiDictProxy[str]
+    headers: Mapping[str, str]
     body: bytes
 
 
@@ -76,25 +78,25 @@ class Lines:
     ) -> Answer:
         """The answer. For what it `takes`. Raises Unreachable, Broken, or TimeoutError when there is none in time;
         cancelling gives the connection up."""
+        begun = self.begin(url, method, path, data, headers, timeout_s)
+        if begun is not None:
+            return await begun
         until_s = time.monotonic() + timeout_s
         place = cast(Place, self._places[url])
-        lines = [f"{method} {place.prefix}{path} HTTP/1.1", f"Host: {place.name}", "User-Agent: covey", "Accept: */*"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        if data is not None or method not in ("GET", "HEAD", "DELETE"):
-            lines.append(f"Content-Length: {len(data or b'')}")
-        request = "\r\n".join(lines).encode() + b"\r\n\r\n" + (data or b"")
-        line = self._kept(place) or await self._new(place, timeout_s)
-        try:
-            answer = await line.ask(request, method == "HEAD", until_s - time.monotonic())
-        except BaseException:
-            line.close()
-            raise
-        if line.reusable:
-            line.used_s = time.monotonic()
-            self._free.setdefault(place, deque()).append(line)
-        else:
-            line.close()
-        return answer
+        line = await self._new(place, timeout_s)
+        return await line.ask(
+            _request(place, method, path, data, headers), method == "HEAD", until_s - time.monotonic()
+        )
+
+    def begin(
+        self, url: str, method: str, path: str, data: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> "asyncio.Future[Answer] | None":
+        """As `send`, without a task, where a connection is open and free; None: there is none."""
+        place = cast(Place, self._places[url])
+        line = self._kept(place)
+        if line is None:
+            return None
+        return line.ask(_request(place, method, path, data, headers), method == "HEAD", timeout_s)
 
     async def close(self) -> None:
         for line in list(self._open):
@@ -128,7 +130,8 @@ class Lines:
         )
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _, line = await loop.create_connection(lambda: _Line(loop, self._open), sock=sock)
+            free = self._free.setdefault(place, deque())
+            _, line = await loop.create_connection(lambda: _Line(loop, self._open, free), sock=sock)
         except BaseException:
             sock.close()
             raise
@@ -138,10 +141,11 @@ class Lines:
 class _Line(base_protocol.BaseProtocol):
     """One connection, one request at a time."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, others: "set[_Line]") -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, others: "set[_Line]", free: "deque[_Line]") -> None:
         super().__init__(loop)
         self.used_s = 0.0
         self._others = others
+        self._free = free
         self._waiting: asyncio.Future[Answer] | None = None
         self._bodiless = False
         self._parser: aiohttp_http.HttpResponseParser | None = None  # of an answer that is not simple
@@ -154,7 +158,9 @@ class _Line(base_protocol.BaseProtocol):
         return self._keeps and self.transport is not None and not self.transport.is_closing()
 
     def ask(self, request: bytes, bodiless: bool, limit_s: float) -> "asyncio.Future[Answer]":
+        """The answer; it fails with Broken or TimeoutError. Cancelling it gives the connection up."""
         self._waiting = self._loop.create_future()
+        self._waiting.add_done_callback(self._answered)
         self._timer = self._loop.call_later(max(limit_s, 0.0), self._late)  # much cheaper than asyncio.timeout
         self._answer, self._parser, self._bodiless = None, None, bodiless
         if self.transport is None:
@@ -162,6 +168,14 @@ class _Line(base_protocol.BaseProtocol):
         else:
             self.transport.write(request)
         return self._waiting
+
+    def _answered(self, waiting: "asyncio.Future[Answer]") -> None:
+        """Before whoever waits goes on: the connection is free again, or of no use any more."""
+        if not waiting.cancelled() and waiting.exception() is None and self.reusable:
+            self.used_s = time.monotonic()
+            self._free.append(self)
+        else:
+            self.close()
 
     def close(self) -> None:
         self._keeps = False
@@ -249,6 +263,14 @@ class _Line(base_protocol.BaseProtocol):
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_exception(Broken(why))
         self.close()
+
+
+def _request(place: Place, method: str, path: str, data: bytes | None, headers: Mapping[str, str]) -> bytes:
+    more = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    if data is not None or method not in ("GET", "HEAD", "DELETE"):
+        more += f"Content-Length: {len(data or b'')}\r\n"
+    head = f"{method} {place.prefix}{path} HTTP/1.1\r\nHost: {place.name}\r\n"
+    return f"{head}User-Agent: covey\r\nAccept: */*\r\n{more}\r\n".encode() + (data or b"")
 
 
 def _simple(data: bytes) -> Answer | None:

@@ -124,11 +124,16 @@ def test_a_poll_waits_for_the_outcome_of_what_was_begun() -> None:
     play(story)
 
 
-def test_it_waits_longer_where_answers_take_long() -> None:
+def test_it_waits_longer_where_such_work_takes_long_lately() -> None:
     async def story(node: Node) -> None:
         waited = []
-        for node.standing.usual_s in (0.01, 0.2, 5.0):
-            node.outbox.expect(A[0])
+        for takes_s in (0.01, 0.3, 3.0):
+            for _ in range(20):
+                node.outbox.expect(A[0])
+                await asyncio.sleep(takes_s)
+                node.outbox.say(A, Said.BOOTED)
+            node.outbox.expect(B[0])
+            await asyncio.sleep(1.0)  # until all that was said is settled
             waited.append(await gathering(node))
         assert waited == [0.25, 0.6, 1.0]
 
