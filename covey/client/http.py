@@ -35,11 +35,10 @@ import aiohttp
 import msgspec
 
 from covey import errors, wire
-from covey.client import balance, plain
+from covey.client import balance, envelope, plain
 
 T = TypeVar("T")
 
-_envelopes = msgspec.json.Decoder(wire.Envelope)
 _LOOK_LIMIT_S = 2.0
 _BROKEN_S = 0.5  # a connection that breaks so soon may have been an old one that the server had closed
 _BYTES_PER_S = 1e6  # a line this slow is no reason for a second copy
@@ -301,7 +300,7 @@ class Endpoints:
         """One call of an enveloped API: the typed body. FAIL at 200 raises Refused (`Not found`: NotFound) with the
         server's message; any other status raises RemoteError carrying it."""
         reply, busy_s = await self._patiently(method, path, body, repeatable, parks, timeout_s, headers)
-        return _opened(reply, f"{method} {path}", kind, busy_s)
+        return envelope.opened(reply.status, reply.body, f"{method} {path}", kind, busy_s)
 
     async def ask_page(
         self,
@@ -318,7 +317,7 @@ class Endpoints:
         """As `ask`, and the cursor to the next page; "" when none follows."""
         reply, busy_s = await self._patiently(method, path, body, repeatable, parks, timeout_s, headers)
         cursor = next((text for name, text in reply.headers.items() if name.lower() == wire.CURSOR_HEADER), "")
-        return _opened(reply, f"{method} {path}", kind, busy_s), cursor
+        return envelope.opened(reply.status, reply.body, f"{method} {path}", kind, busy_s), cursor
 
     async def _patiently(
         self,
@@ -573,25 +572,6 @@ class _Race:
         if self._strange is not None and len(self._failures) == 1:
             return self._strange
         raise errors.RemoteError("; ".join(dict.fromkeys(self._failures)), 503 if self._unwilling else 0)
-
-
-def _opened(reply: Reply, what: str, kind: type[T], busy_s: float) -> T:
-    """What is in the envelope, typed."""
-    try:
-        envelope = _envelopes.decode(reply.body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise errors.RemoteError(f"{what}: HTTP {reply.status} without the API's envelope", reply.status) from error
-    if reply.status != 200:
-        text = envelope.message or f"HTTP {reply.status}"
-        raise errors.RemoteError(text, reply.status, retry_after_s=busy_s)
-    if envelope.status != "OK":
-        raise (errors.NotFound if envelope.message == "Not found" else errors.Refused)(envelope.message)
-    if kind is type(None) or bytes(envelope.body) == b"null":
-        return None  # type: ignore[return-value]
-    try:
-        return msgspec.json.decode(envelope.body, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise errors.RemoteError(f"{what}: unexpected body: {error}", reply.status) from error
 
 
 def _why_lost(error: Exception, limit_s: float) -> str:
