@@ -1,13 +1,15 @@
 """Memory that a reader lends out to have it filled: bytes get there by one copy, and it is used again and again."""
 
+import mmap
+
 
 class Room:
-    """Memory of one size, filled from its front."""
+    """Memory of one size, filled from its front. It begins with a page: disks want that of what they copy."""
 
     __slots__ = ("_memory", "size_bytes")
 
     def __init__(self, limit_bytes: int) -> None:
-        self._memory = memoryview(bytearray(limit_bytes))
+        self._memory = memoryview(mmap.mmap(-1, limit_bytes))
         self.size_bytes = 0  # filled
 
     @property

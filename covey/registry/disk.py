@@ -8,7 +8,8 @@ write to.
 
 Memory is constant: bytes travel in batches, one being hashed and written by a worker thread (both release the
 interpreter lock) while the next one is received: `_BATCH` of pieces, or, where the source can fill memory of ours, one
-of two rooms, which are used in turn. The file system is only touched in worker threads.
+of two rooms, which are used in turn and written past the page cache (`writing`). The file system is only touched in
+worker threads.
 """
 
 import asyncio
@@ -17,8 +18,7 @@ import hashlib
 import os
 import re
 import shutil
-import threading
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -27,15 +27,13 @@ import msgspec
 
 from covey import durable, errors, failpoint, model, room, world
 from covey.client import oci
-from covey.registry import blobs, mounts
+from covey.registry import blobs, mounts, writing
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _BATCH = 2 << 20
-_ROOM = 1 << 20  # an upload holds two
-_STRIDE = 1 << 16  # written and hashed at once: what a processor's nearest cache still holds for the second, and what a
-# page cache finds room for at once (of 4 GiB in 256 KiB each the second half cost a guest three times as much)
+_ROOM = 2 << 20  # an upload holds two
 _SESSION = re.compile(r"[0-9a-f]{32}")
 _THREADS = 8
 
@@ -246,7 +244,7 @@ class Disk:
         standing = await self.offset(session)
         if start != standing:
             raise blobs.WrongOffset(standing)
-        part = _Writing(self._folder(session) / f"data.{self._world.token()}", self._room)
+        part = writing.Part(self._folder(session) / f"data.{self._world.token()}", self._room)
         try:
             await self._run(part.open)
             try:
@@ -260,9 +258,9 @@ class Disk:
         finally:
             await asyncio.shield(self._run(part.close))
 
-    async def _fill(self, part: "_Writing", source: blobs.Direct) -> None:
-        """Bytes from the network into a room, while a thread empties the other one."""
-        writing: asyncio.Future[None] | None = None
+    async def _fill(self, part: writing.Part, source: blobs.Direct) -> None:
+        """Bytes from the network into a room, while threads write and hash the other one."""
+        emptied: asyncio.Future[tuple[None, None]] | None = None
         filling, emptying = room.Room(_ROOM), room.Room(_ROOM)
         try:
             while True:
@@ -270,20 +268,20 @@ class Disk:
                 try:
                     await source.fill(filling)
                 finally:
-                    if writing is not None:
-                        await writing
-                    if filling.size_bytes:
-                        writing = asyncio.ensure_future(self._run(part.add, [filling.filled]))
+                    if emptied is not None:
+                        await emptied
+                    if content := filling.filled:
+                        emptied = asyncio.gather(self._run(part.write, content), self._run(part.hash, content))
                 if not filling.full:
                     return
                 filling, emptying = emptying, filling
         finally:
-            if writing is not None:
-                await writing
+            if emptied is not None:
+                await emptied
 
-    async def _receive(self, part: "_Writing", chunks: AsyncIterable[bytes]) -> None:
+    async def _receive(self, part: writing.Part, chunks: AsyncIterable[bytes]) -> None:
         """Bytes from the network to the thread, one batch being written while the next one gathers."""
-        writing: asyncio.Future[None] | None = None
+        added: asyncio.Future[None] | None = None
         batch: list[bytes] = []
         size = 0
         try:
@@ -292,16 +290,16 @@ class Disk:
                 size += len(chunk)
                 if size < _BATCH:
                     continue
-                if writing is not None:
-                    await writing
-                writing, batch, size = asyncio.ensure_future(self._run(part.add, batch)), [], 0
+                if added is not None:
+                    await added
+                added, batch, size = asyncio.ensure_future(self._run(part.add, batch)), [], 0
         finally:
-            if writing is not None:
-                await writing
+            if added is not None:
+                await added
             if batch:
                 await self._run(part.add, batch)
 
-    def _enter(self, session: blobs.SessionId, start: int, part: "_Writing") -> int:
+    def _enter(self, session: blobs.SessionId, start: int, part: writing.Part) -> int:
         """Make a part durable and record it; the number of its record decides between two requests at one offset."""
         if not part.size_bytes:
             return start
@@ -392,78 +390,9 @@ class Disk:
             )
 
 
-class _Writing:
-    """One part while it comes in: an exclusive file, its hash, its size.
-
-    A request that is cancelled leaves its worker thread in the middle of `add`; the lock makes `close` wait for it, or
-    it would go on writing to a number that may be another file's by then.
-    """
-
-    def __init__(self, path: Path, room: Callable[[int], None]) -> None:
-        self.path = path
-        self.sha256 = hashlib.sha256()
-        self.size_bytes = 0
-        self.kept = False  # whether its record is in, or may be
-        self._room = room
-        self._handle = -1
-        self._lock = threading.Lock()
-
-    def open(self) -> None:
-        with self._lock:
-            self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
-
-    def add(self, batch: Sequence[durable.Bytes]) -> None:
-        size = sum(map(len, batch))
-        self._room(size)
-        failpoint.reach("registry.part.write")
-        with self._lock:
-            if self._handle < 0:
-                raise blobs.Cut("the upload was ended")
-            for stride in _strides(batch):
-                durable.write_all(self._handle, *stride)
-                for piece in stride:
-                    self.sha256.update(piece)
-            self.size_bytes += size
-
-    def seal(self, *, fsync: bool) -> None:
-        """Durable and closed: from here on nobody can write to this inode, and it is the session's."""
-        with self._lock:
-            if self._handle < 0:
-                raise blobs.Cut("the upload was ended")
-            if fsync:
-                os.fsync(self._handle)
-            os.close(self._handle)
-            self._handle = -1
-            self.kept = True
-
-    def close(self) -> None:
-        """Whatever happened: no handle stays open, and bytes that cannot be recorded any more do not stay."""
-        with self._lock:
-            if self._handle >= 0:
-                os.close(self._handle)
-                self._handle = -1
-            if not self.kept:
-                durable.discard(self.path)
-
-
 def _hash_file(path: Path, algorithm: str) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, algorithm).hexdigest()
-
-
-def _strides(batch: Sequence[durable.Bytes]) -> Iterator[Sequence[durable.Bytes]]:
-    """The same bytes in groups of about `_STRIDE`."""
-    group: list[durable.Bytes] = []
-    size = 0
-    for piece in (memoryview(piece) for piece in batch):
-        for start in range(0, len(piece), _STRIDE):
-            group.append(piece[start : start + _STRIDE])
-            size += len(group[-1])
-            if size >= _STRIDE:
-                yield group
-                group, size = [], 0
-    if group:
-        yield group
 
 
 def _record_name(offset: int) -> str:
