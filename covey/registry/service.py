@@ -38,6 +38,7 @@ log = observe.log("registry")
 
 _PROCESSES = 4
 _COUNT_S = 1.0
+_AHEAD_S = 1.0  # so long the first client waits for names that are being read: ten thousand tags on a disk take a third
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -197,11 +198,13 @@ class Registry:
         config = self._config
         tls = None if config.tls is None else tls_context.of(config.tls)
         await self._storage.open()
+        self._warming = asyncio.create_task(self._warm())
         await self.upkeep.start()
         if self.reign is not None:
             await self.reign.start()
         if self.replica is not None:
             await self.replica.start()
+        await asyncio.wait({self._warming}, timeout=_AHEAD_S)
         rank = self._counts.mine if tls is None else 0
         await self._server.start(
             config.host, config.port, tls=tls, shared=self._shared, rank=rank, busy=lambda: self._uploads.writing
@@ -210,7 +213,6 @@ class Registry:
             await self.metrics.start(config.host)
         self._counts.put(tally.Count.SERVING, os.getpid())
         self._count_connections()
-        self._warming = asyncio.create_task(self._warm())
         log.info(
             "the registry listens", host=config.host, port=self.port, tls=tls is not None, base=self._storage.shown
         )
