@@ -44,7 +44,7 @@ _PAUSE_LIMIT_S = 3.0
 _REFUSED_PAUSE_S = 5.0
 _POLL_GRACE_S = 5.0
 _LOOK_LEAST_S = 0.1
-_LOOK_AFTER_S = 0.5  # after a step of a worker: a word tells of VMs some seconds later anyway
+_LOOK_AFTER_S = 2.0  # after a step of a worker: a word tells of VMs some seconds later anyway
 _FACTS_S = 60.0
 _SETTLE_LOOK_S = 0.02
 

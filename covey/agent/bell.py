@@ -4,6 +4,21 @@ A node's tasks wait and are woken several times for each VM, and a process may p
 """
 
 import asyncio
+from typing import Any
+
+
+async def end_of(task: asyncio.Future[Any]) -> None:
+    """As `asyncio.wait` for one: it may end however it likes, and goes on when whoever waits is cancelled."""
+    if task.done():
+        return
+    ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def ring(_: object) -> None:
+        if not ended.done():
+            ended.set_result(None)
+
+    task.add_done_callback(ring)
+    await ended
 
 
 class Bell:

@@ -7,7 +7,7 @@ square of the VMs. So a request shares the next list that begins after it, never
 import asyncio
 from collections.abc import Mapping
 
-from covey.agent import hypervisor, records
+from covey.agent import bell, hypervisor, records
 
 Found = Mapping[records.Key, hypervisor.Vm]
 
@@ -24,10 +24,12 @@ class Look:
         """The VMs, listed after this call. Raises HypervisorError."""
         if self._next is None:
             self._next = asyncio.create_task(self._after(self._running))
-        return await asyncio.shield(self._next)
+        mine = self._next
+        await bell.end_of(mine)
+        return mine.result()
 
     async def _after(self, before: "asyncio.Task[Found] | None") -> Found:
         if before is not None:
-            await asyncio.wait({before})
+            await bell.end_of(before)
         self._running, self._next = self._next, None
         return {(vm.instance, vm.epoch): vm for vm in await self._driver.list()}

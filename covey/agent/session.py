@@ -66,6 +66,7 @@ class Session:
         self.messages = 0
         self.usual_s = 0.0  # how long answers take lately that do not wait on purpose
         self.good = asyncio.Event()
+        self._learnt: tuple[str, ...] = ()
         self._offered = ""  # the secret of the session that is being joined
 
     @property
@@ -199,9 +200,10 @@ class Session:
     def told_of_controllers(self, urls: tuple[str, ...]) -> None:
         """Where the cloud's controllers are now. An empty list teaches nothing: a controller that enters the cloud is
         not listed yet, and those that are known may be all there is."""
-        if urls:
+        if urls and urls != self._learnt:
             self._endpoints.learn(urls)
             self._file.learn(urls)
+            self._learnt = urls
 
     async def leave(self, *, force: bool = False) -> None:
         """The operator takes this node out of the cloud. Raises Refused while it holds claims, unless `force`."""

@@ -267,14 +267,15 @@ def holder_of(key: records.Key) -> str:
 
 async def to_its_end(verb: Coroutine[Any, Any, T]) -> T:
     """Await a verb that must not be cut short: a cancel is raised only after it has ended (safety S6)."""
-    task = asyncio.ensure_future(verb)
+    task = asyncio.get_running_loop().create_task(verb)
     try:
-        return await asyncio.shield(task)
+        await bell.end_of(task)
     except asyncio.CancelledError:
         await asyncio.wait({task})
         if not task.cancelled() and task.exception() is not None:
             _log.info("a step ended badly after it was cancelled", error=str(task.exception()))
         raise
+    return task.result()
 
 
 def _text(error: Exception) -> str:

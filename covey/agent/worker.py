@@ -8,6 +8,7 @@ for that step to end, and only then removes the VM and says `gone` (safety S6).
 import asyncio
 import contextlib
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -42,7 +43,8 @@ class Worker:
         self._nonces: dict[int, tuple[int, str]] = {}  # epoch -> (session, nonce) of a launch asked for
         self._grants: dict[int, verbs.Grant] = {}
         self._step: convergence.Step | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[Any] | None = None  # this worker's own
+        self._cut = False  # an order to destroy has cancelled the step under way
         self._background: dict[int, asyncio.Task[None]] = {}
         self._ask_after_ns: dict[int, int] = {}  # epoch -> when a launch that was not granted may be asked for again
 
@@ -85,6 +87,8 @@ class Worker:
         return bool(self._grants) or (self._step is not None and self._step.do is Do.ASK_LAUNCH)
 
     async def run(self) -> None:
+        self._task = asyncio.current_task()
+        self._only_cut()
         try:
             while True:
                 if self._woken.rung:
@@ -98,7 +102,7 @@ class Worker:
                 else:
                     await self._rest()
         finally:
-            await self._end_tasks([*self._background.values(), *([self._task] if self._task else [])])
+            await self._end_tasks(list(self._background.values()))
 
     async def _rest(self) -> None:
         """Until something may have changed: told, seen by a look, or, where one must ask oneself, after a while."""
@@ -172,28 +176,38 @@ class Worker:
     # ---- doing -----------------------------------------------------------------------------------------------------
 
     async def _carry_out(self, step: convergence.Step) -> None:
-        """One step as a task of its own, so that an order to destroy can cut it short and then wait for its end."""
+        """One step to its end, or to the end that an order to destroy makes of it by cutting it short."""
         if step.do is Do.REPORT and step.event is not None:
             self._report((self.instance, step.epoch), step.event)
             return
         _log.debug("next step", step=str(step.do), instance=step.instance, epoch=step.epoch, why=step.why)
         self._step = step
-        self._task = asyncio.create_task(self._do(step))
-        await _end_of(self._task)
-        done, self._task, self._step = self._task, None, None
-        if done.cancelled():
+        failed: Exception | None = None
+        try:
+            await self._do(step)
+        except asyncio.CancelledError:
             self._bodies = None
-            return
-        error = done.exception()
-        if error is None:
-            return
-        self._bodies = None
-        if not isinstance(error, errors.CoveyError | OSError):
-            raise error
-        _log.error(
-            "a step could not be done; it is tried again", step=str(step.do), instance=self.instance, error=str(error)
-        )
-        await asyncio.sleep(_PAUSE_S)
+            if not self._only_cut():
+                raise
+        except Exception as error:
+            self._bodies = None
+            if not isinstance(error, errors.CoveyError | OSError):
+                raise
+            failed = error
+        finally:
+            self._step = None
+        self._only_cut()  # a cut that came too late is of no consequence
+        if failed is not None:
+            what = "a step could not be done; it is tried again"
+            _log.error(what, step=str(step.do), instance=self.instance, error=str(failed))
+            await asyncio.sleep(_PAUSE_S)
+
+    def _only_cut(self) -> bool:
+        """Whether an order to destroy has cancelled the step, and nobody has cancelled this worker."""
+        if not self._cut or self._task is None:
+            return False
+        self._cut = False
+        return self._task.uncancel() == 0
 
     async def _do(self, step: convergence.Step) -> None:
         key = (self.instance, step.epoch)
@@ -344,13 +358,19 @@ class Worker:
             )
         )
         self._parts.outbox.unsay((self.instance, want.epoch), Said.GONE)  # the order may be younger than that word
-        step, task = self._step, self._task
-        if step is not None and task is not None and step.epoch <= want.epoch and step.do in _BEGINNING:
-            task.cancel()
+        step = self._step
+        begins = step is not None and step.epoch <= want.epoch and step.do in _BEGINNING
+        if begins and self._task is not None and not self._cut:
+            self._cut = True
+            self._task.cancel()
 
     def _here(self) -> list[records.Record]:
         """Records of VMs that run."""
-        running = [epoch for epoch, vm in (self._bodies or {}).items() if vm.phase is hypervisor.Phase.RUNNING]
+        if not self._bodies:
+            return []
+        running = [epoch for epoch, vm in self._bodies.items() if vm.phase is hypervisor.Phase.RUNNING]
+        if not running:
+            return []
         return [record for record in self._parts.records.of(self.instance) if record.epoch in running]
 
     async def _learn_addresses(self) -> None:
@@ -381,18 +401,6 @@ class Worker:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-
-
-async def _end_of(task: asyncio.Task[None]) -> None:
-    """As `asyncio.wait` for one: it may end however it likes, and goes on when this is cancelled."""
-    ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def ring(_: object) -> None:
-        if not ended.done():
-            ended.set_result(None)
-
-    task.add_done_callback(ring)
-    await ended
 
 
 def _addressless(record: records.Record) -> bool:
