@@ -2,10 +2,10 @@
 
 Every call but `join` names its session and is answered from a view at least as new as what the agent has seen (safety
 S22). A session that is not the newest gets 409, one of a removed node 410, and 503 means: ask another controller,
-nothing was decided. Each message renews the node's lease once (safety S8); when this controller is not ready it renews
-none. A poll parks for at most a third of the lease's life, and is answered at once when what the node shall do may have
-changed, when the controller goes down, and when it turns red (safety S25). A report may ride along with a poll: it is
-taken before the poll parks, and settled by its answer.
+nothing was decided. Each message renews the node's lease, or rests on a renewal of seconds ago (safety S8); when this
+controller is not ready it renews none. A poll parks for at most a third of the lease's life, and is answered at once
+when what the node shall do may have changed, when the controller goes down, and when it turns red (safety S25). A
+report may ride along with a poll: it is taken before the poll parks, and settled by its answer.
 """
 
 import asyncio
@@ -114,7 +114,9 @@ class AgentApi:
         if not joined.repeated:
             log.info("a node joined", node=session.node, session=session.counter, name=session.facts.name)
         # A repeat's lease was granted at the first one, whoever knows when.
-        lease = await self._renew(_Caller(joined.session, arrived_ns)) if joined.repeated else wire.LeaseTerms()
+        lease = (
+            await self._renew(_Caller(joined.session, arrived_ns), snapshot) if joined.repeated else wire.LeaseTerms()
+        )
         return wire.Joined(
             node=session.node,
             session=session.counter,
@@ -158,7 +160,7 @@ class AgentApi:
         ask = await call.json(wire.Ask)
         find = self._writing_caller if ask.items else self._caller
         caller, snapshot, hold = await find(call, ask.seen, arrived_ns)
-        lease = await self._renew(caller)
+        lease = await self._renew(caller, snapshot)
         until_ns = arrived_ns + int(min(max(ask.wait_s, 0.0), wire.POLL_LIMIT_S) * 1e9)
         settled: tuple[int, ...] = ()
         if not hold and (ask.items or ask.word is not None):
@@ -218,7 +220,7 @@ class AgentApi:
         caller, snapshot = await self._named_caller(call, arrived_ns)
         hold = await api_adopt.must_hold(self._writer, snapshot, caller.node, seen)
         if seen.revision > snapshot.revision:
-            await self._renew(caller)
+            await self._renew(caller, snapshot)
             raise answer.Fault(409, f"hold: revision {seen.revision} is in this store's future: {hold}")
         return caller, snapshot, hold
 
@@ -255,7 +257,7 @@ class AgentApi:
         arrived_ns = self._writer.world.boot_ns()
         ask = await call.json(wire.LaunchAsk)
         caller, snapshot, hold = await self._writing_caller(call, ask.seen, arrived_ns)
-        lease = await self._renew(caller)
+        lease = await self._renew(caller, snapshot)
         if hold:
             return wire.Launched(granted=False, lease=lease, seen=snapshot.seen, why=f"hold: {hold}")
         call.still_fresh()
@@ -286,7 +288,7 @@ class AgentApi:
         caller, snapshot, hold = await find(call, report.seen, arrived_ns)
         if hold:
             raise answer.Fault(409, f"hold: {hold}")
-        lease = await self._renew(caller)
+        lease = await self._renew(caller, snapshot)
         settled, _ = await self._take(call, caller, snapshot, report)
         return wire.Reported(lease=lease, seen=snapshot.seen, settled=settled)
 
@@ -335,7 +337,7 @@ class AgentApi:
         if given.output is not None and len(given.output.data) > schema.ANSWER_LIMIT_BYTES:
             raise errors.Refused(f"output: at most {schema.ANSWER_LIMIT_BYTES} bytes are taken at once")
         caller, snapshot, hold = await self._caller(call, given.seen, arrived_ns)
-        lease = await self._renew(caller)
+        lease = await self._renew(caller, snapshot)
         if hold:
             return wire.Answered(lease=lease, seen=snapshot.seen)
         call.still_fresh()
@@ -361,7 +363,7 @@ class AgentApi:
         told = await call.json(wire.Adopt)
         caller, snapshot = await self._named_caller(call, arrived_ns)
         await api_adopt.must_hold(self._writer, snapshot, caller.node, told.seen)
-        lease = await self._renew(caller)
+        lease = await self._renew(caller, snapshot)
         call.still_fresh()
         snapshot = self._newer(snapshot)  # a break may have been entered just now
         await api_adopt.adopt(self._writer, snapshot, caller.life.noun, told, call.until_ns)
@@ -377,9 +379,12 @@ class AgentApi:
         if trouble:
             raise errors.Unavailable(f"{trouble}; ask another controller")
 
-    async def _renew(self, caller: _Caller) -> wire.LeaseTerms:
+    async def _renew(self, caller: _Caller, snapshot: view.Snapshot) -> wire.LeaseTerms:
+        """Of a node that seems lost nothing is taken for granted for long: its lease may have ended early."""
+        lives = snapshot.alive(caller.node) is not None
+        told_s = self._heartbeat_s(snapshot) if lives else heartbeat.MOST_S
         try:
-            return await self._renewals.renewed(caller.life.noun.lease, caller.arrived_ns)
+            return await self._renewals.renewed(caller.life.noun.lease, caller.arrived_ns, told_s)
         except renewals.LeaseGone as error:
             raise answer.Fault(409, "the node's lease has ended: join again") from error
 

@@ -1,20 +1,23 @@
 """Keeping nodes' leases alive on their agents' behalf (safety S8).
 
 Each message of an agent's session renews its lease once; nothing else does: no parked poll, no open socket, no timer.
-Renewals that come in while one batch is on its way travel together in the next, and a message that comes less than
-three seconds after a renewal was sent rests on that one: a node that has much to say needs no more. An agent learns how
-old the renewal is that its answer rests on, and believes in its lease from *its* clock when it sent the message, less
-that age: so what it believes ends no later than what etcd was asked for, whichever renewal that was.
+Renewals that come in while one batch is on its way travel together in the next. A message that comes soon after a
+renewal was sent rests on that one; one that comes later asks for the next, which is sent within a quarter of a second,
+and does not wait for it; only where the last one is too old does it wait (how long each is: `decide.heartbeat`). An
+agent learns how old the renewal is that its answer rests on, and believes in its lease from *its* clock when it sent
+the message, less that age: so what it believes ends no later than what etcd was asked for, whichever renewal that was.
 """
 
 import asyncio
+import contextlib
+import math
 from typing import NamedTuple
 
 from covey import errors, wire, world
 from covey.decide import heartbeat
 from covey.store import base
 
-_RECENT_NS = int(heartbeat.SHARED_S * 1e9)
+_GATHER_S = heartbeat.GATHER_S / 2  # how long a batch gathers leases for whose renewal nobody waits
 
 
 class Renewed(NamedTuple):
@@ -33,6 +36,7 @@ class _Batch:
 
     def __init__(self) -> None:
         self.leases: set[int] = set()
+        self.due = asyncio.Event()  # somebody waits for it
         self.done: asyncio.Future[dict[int, Renewed]] = asyncio.get_running_loop().create_future()
 
 
@@ -46,17 +50,23 @@ class Renewals:
         self._sending: asyncio.Task[None] | None = None
         self._last: dict[int, Renewed] = {}
 
-    async def renewed(self, lease: int, arrived_ns: int) -> wire.LeaseTerms:
-        """Renew and say what the agent may believe. When the store cannot be asked, the terms rest on the last renewal
-        known here, with its age; without any they are worth nothing. Raises LeaseGone."""
+    async def renewed(self, lease: int, arrived_ns: int, told_s: float = heartbeat.MOST_S) -> wire.LeaseTerms:
+        """Renew and say what the agent may believe; `told_s` is the interval that agents are told. When the store
+        cannot be asked, the terms rest on the last renewal known here, with its age; without any they are worth
+        nothing. Raises LeaseGone."""
         recent = self._last.get(lease)
-        if recent is not None and recent.left_s > 0 and arrived_ns - recent.sent_ns < _RECENT_NS:
+        lives = recent is not None and recent.left_s > 0
+        age_s = (arrived_ns - recent.sent_ns) / 1e9 if recent is not None and lives else math.inf
+        if recent is not None and age_s < heartbeat.shared_s(told_s):
             return _terms(recent, arrived_ns)
         if self._next is None:
             self._next = _Batch()
             self._sending = asyncio.create_task(self._send(self._next, self._sending))
         batch = self._next
         batch.leases.add(lease)
+        if recent is not None and age_s < heartbeat.oldest_s(told_s):
+            return _terms(recent, arrived_ns)
+        batch.due.set()
         fresh = (await asyncio.shield(batch.done)).get(lease)
         known = fresh or self._last.get(lease)
         if known is None:
@@ -74,8 +84,10 @@ class Renewals:
     async def _send(self, batch: _Batch, before: "asyncio.Task[None] | None") -> None:
         if before is not None and not before.done():
             await asyncio.wait({before})
-        else:
-            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if not batch.due.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(batch.due.wait(), _GATHER_S)
         self._next = None  # who comes from here on is in the next batch
         renewed: dict[int, Renewed] = {}
         sent_ns = self._world.boot_ns()

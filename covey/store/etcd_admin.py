@@ -141,7 +141,7 @@ class Admin:
         return _status(address, answer)
 
     async def statuses(self) -> dict[str, Status | None]:
-        """Every known member's word, asked for once; None for one that does not answer."""
+        """Every known member's word, asked for once; None for one that does not answer. Who leads is kept in mind."""
         endpoints = list(self._pool.endpoints)
         words = await asyncio.gather(*map(self._word, endpoints), return_exceptions=True)
         found: dict[str, Status | None] = {}
@@ -149,6 +149,8 @@ class Admin:
             if isinstance(word, BaseException) and not isinstance(word, errors.Unavailable):
                 raise word
             found[endpoint.address] = word if isinstance(word, Status) else None
+            if isinstance(word, Status) and word.member_id == word.leader_id:
+                self._pool.leader = endpoint
         return found
 
     async def _word(self, endpoint: etcd_endpoints.Endpoint) -> Status:

@@ -210,6 +210,7 @@ class Pool:
         self._gone: list[Endpoint] = []  # members that are no more; calls to them may still be under way
         self.closed = asyncio.Event()
         self.watched: Endpoint | None = None  # where the last watch was opened
+        self.leader: Endpoint | None = None  # as somebody saw last: a hint
         self._present = int(self.chance() * len(self.endpoints))  # spreads the controllers over the members
         self._login = login
         self._token = ""
@@ -253,6 +254,13 @@ class Pool:
         if other_than is None:
             self._present = self.endpoints.index(chosen)
         return chosen
+
+    def pick_leader(self) -> Endpoint:
+        """The leader, if one is known and well, for what every other member would only pass on to it."""
+        leads = self.leader
+        if leads is None or leads not in self.endpoints or leads.avoid_until_ns > self.now_ns():
+            return self.pick()
+        return leads
 
     def avoid(self, endpoint: Endpoint, reason: str, seconds: float = AVOID_S) -> None:
         """Prefer the others for a while."""
@@ -343,13 +351,16 @@ class Attempts:
         attempt_s: float | None = None,
         *,
         at: Endpoint | None = None,
+        leading: bool = False,
     ) -> None:
+        """`at`: this member and no other; `leading`: the leader first."""
         self.name = path.rpartition("/")[2]
         self._pool = pool
         self._timeout_s = pool.timeout_s if timeout_s is None else timeout_s
         self._attempt_s = pool.attempt_s if attempt_s is None else attempt_s
         self._deadline_ns = pool.now_ns() + int(self._timeout_s * 1e9)
         self._at = at
+        self._pick = pool.pick_leader if leading else pool.pick
         self._last = ""
         self._rounds = 0
 
@@ -363,7 +374,7 @@ class Attempts:
             if (left_s := self._left_s()) <= 0:
                 last = f"; last: {self._last}" if self._last else ""
                 raise errors.Unavailable(f"{self.name}: no answer within {self._timeout_s:g} s{last}")
-            endpoint = self._at or self._pool.pick()
+            endpoint = self._at or self._pick()
             if await endpoint.connected(left_s):
                 return endpoint, max(self._left_s(), 0.001)
             self._last = f"{endpoint.address} does not accept connections"

@@ -3,6 +3,8 @@
 A lease's end is counted from the moment a question was *sent*: the server cannot have started its own count earlier.
 So `lost` turns true no later than the server ends the lease, whatever happens to the answers in between.
 
+Leases live in the leader. So renewals go to it, if it is known: half the processor time of asking another member.
+
 Ids are ours so that a grant can be repeated: "already exists" is then the answer to a question whose reply was lost.
 """
 
@@ -17,7 +19,7 @@ from covey import errors
 from covey.store import etcd_endpoints
 from covey.store.etcdpb import etcd_pb2 as pb
 
-CHUNK = 100  # leases renewed in one stream, one after another; a follower asks the leader for each
+CHUNK = 100  # leases renewed in one stream, one after another; a follower would ask the leader for each, over HTTP
 STREAMS = 8  # at once
 
 
@@ -99,7 +101,7 @@ def _chunks(leases: Sequence[int]) -> Iterator[Sequence[int]]:
 
 
 async def _renew_chunk(pool: etcd_endpoints.Pool, leases: Sequence[int], timeout_s: float | None) -> dict[int, float]:
-    row = etcd_endpoints.Attempts(pool, etcd_endpoints.KEEP_ALIVE.path, timeout_s)
+    row = etcd_endpoints.Attempts(pool, etcd_endpoints.KEEP_ALIVE.path, timeout_s, leading=True)
     while True:
         endpoint, left_s = await row.next()
         metadata = await pool.metadata(timeout_s=left_s)

@@ -7,6 +7,7 @@ shows how long writers stood still (stall) and how soon the first success came o
 import asyncio
 import contextlib
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import pytest
@@ -176,6 +177,36 @@ async def test_a_revoked_lease_is_noticed(cluster: etcd_server.Cluster, store: e
             await keeping
     figure({"outage": "lease of 3 s revoked: noticed after", "stall s": round(time.monotonic() - began, 2)})
     assert time.monotonic() - began < 10
+
+
+async def test_renewals_go_to_the_leader_and_elsewhere_when_it_dies(
+    cluster: etcd_server.Cluster, store: etcd.Etcd
+) -> None:
+    """Any other member would pass each on to it, for twice the processor time."""
+    lease = await store.grant(60)
+    await lead(cluster, store, next(one for one in cluster.members if one.endpoint != store.admin.present))
+    leader = await asyncio.to_thread(cluster.leader)
+    await store.admin.statuses()  # as controllers do every ten seconds
+    before = await asyncio.to_thread(renewals, leader)
+    for _ in range(20):
+        assert await store.renew([lease.id]) == {lease.id: 60.0}
+    assert await asyncio.to_thread(renewals, leader) == before + 20
+    await hurt([leader], "kill -9")
+    async with asyncio.timeout(60):
+        left: dict[int, float] = {}
+        while not left.get(lease.id):
+            with contextlib.suppress(errors.Unavailable):
+                left = await store.renew([lease.id])
+
+
+def renewals(member: etcd_server.Member) -> float:
+    """How many this member has been asked for by clients."""
+    with urllib.request.urlopen(f"http://{member.endpoint}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    counted = [
+        line for line in lines if line.startswith("grpc_server_msg_received_total{") and '"LeaseKeepAlive"' in line
+    ]
+    return sum(float(line.rpartition(" ")[2]) for line in counted)
 
 
 async def test_members_are_killed_in_turn_during_a_long_catch_up(

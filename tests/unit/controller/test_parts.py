@@ -9,6 +9,7 @@ import pytest
 
 from covey import errors, model, wire, world
 from covey.controller import naming, renewals, shared, views
+from covey.decide import heartbeat
 from covey.store import memory
 from tests.unit.controller import cloud, strict
 
@@ -31,11 +32,13 @@ class Leases(memory.Memory):
     def __init__(self, clock: world.World) -> None:
         super().__init__(clock)
         self.together: list[Sequence[int]] = []
+        self.asked_s: list[float] = []  # when, on the clock
         self.gate = asyncio.Event()
         self.gate.set()
 
     async def renew(self, leases: Sequence[int]) -> dict[int, float]:
         self.together.append(leases)
+        self.asked_s.append(self._data.world.boot_ns() / 1e9)
         await self.gate.wait()
         if self.away:
             raise errors.Unavailable("connection refused")
@@ -77,6 +80,46 @@ async def test_a_message_right_after_a_renewal_rests_on_it_and_tells_its_age() -
     clock.ahead_s = 4
     assert (await renewing.renewed(lease, clock.boot_ns())).age_s == 0
     assert len(store.together) == 2
+    await renewing.close()
+    await store.close()
+
+
+async def test_who_talks_on_asks_for_the_next_renewal_in_time_and_does_not_wait_for_it() -> None:
+    """Safety S8: the age is told, and no answer rests on a renewal that is older than `OLDEST_S`."""
+    clock = Clock()
+    store = Leases(clock)
+    renewing = renewals.Renewals(store, clock)
+    leases = [(await store.grant(30)).id for _ in range(3)]
+    await asyncio.gather(*(renewing.renewed(lease, clock.boot_ns()) for lease in leases))
+    assert len(store.together) == 1
+    clock.ahead_s = heartbeat.SHARED_S
+    for lease in leases:
+        asked_ns = clock.boot_ns()
+        terms = await renewing.renewed(lease, asked_ns)
+        assert terms.age_s == 0 or heartbeat.SHARED_S <= terms.age_s < heartbeat.OLDEST_S
+    await cloud.until(lambda: {lease for batch in store.together[1:] for lease in batch} == set(leases))
+    clock.ahead_s += heartbeat.OLDEST_S + 1
+    assert (await renewing.renewed(leases[0], clock.boot_ns())).age_s == 0, "too old: it was waited for"
+    await renewing.close()
+    await store.close()
+
+
+async def test_where_signs_of_life_come_often_one_renewal_carries_many_of_them() -> None:
+    """Safety S8: a node of a small fleet, which speaks every five seconds, has its lease renewed every ten, and what it
+    is told is no more than etcd was asked for."""
+    clock = Clock()
+    store = Leases(clock)
+    renewing = renewals.Renewals(store, clock)
+    lease, told_s, lasted = (await store.grant(30)).id, wire.HEARTBEAT_S, 0
+    for number in range(12):
+        arrived_ns = clock.boot_ns()
+        terms = await renewing.renewed(lease, arrived_ns, told_s)
+        await cloud.until(lambda: renewing._sending is None or renewing._sending.done())
+        assert terms.age_s <= heartbeat.oldest_s(told_s)
+        assert arrived_ns / 1e9 + terms.ttl_s - terms.age_s <= store.asked_s[-1] + 30.001
+        lasted += len(store.together) == number // 2 + 1
+        clock.ahead_s += told_s
+    assert lasted == 12, "every second message asked for one"
     await renewing.close()
     await store.close()
 

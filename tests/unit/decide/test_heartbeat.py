@@ -38,10 +38,26 @@ def test_it_grows_with_the_fleet_and_shrinks_with_more_controllers() -> None:
     assert heartbeat.interval_s(3000, 5, SET_S) <= heartbeat.interval_s(3000, 3, SET_S)
 
 
-@pytest.mark.parametrize("nodes", [1, 1000, 100_000])
-def test_two_signs_of_life_fit_into_a_lease(nodes: int) -> None:
-    believed_s = wire.LEASE_TTL_S - wire.LEASE_MARGIN_S - heartbeat.SHARED_S
-    assert 2 * heartbeat.interval_s(nodes, 1, SET_S) <= believed_s
+@pytest.mark.parametrize("nodes", [1, *range(650, 1100, 10), 100_000])
+@pytest.mark.parametrize("least_s", [1.0, SET_S, 8.0])
+def test_two_signs_of_life_fit_into_a_lease(nodes: int, least_s: float) -> None:
+    """However old the renewal is that an answer rests on."""
+    told_s = heartbeat.interval_s(nodes, 1, least_s)
+    believed_s = wire.LEASE_TTL_S - wire.LEASE_MARGIN_S - heartbeat.oldest_s(told_s)
+    assert 2 * told_s <= believed_s
+
+
+@pytest.mark.parametrize("told_s", [0.5, SET_S, 6.0, 7.5, 9.0, heartbeat.MOST_S, 20.0])
+def test_the_next_renewal_is_asked_for_before_the_last_is_too_old(told_s: float) -> None:
+    """By one of the messages that come in any case, so that none waits for it: where there is room for that."""
+    asked_s, oldest_s = heartbeat.shared_s(told_s), heartbeat.oldest_s(told_s)
+    assert heartbeat.SHARED_S <= asked_s <= oldest_s - heartbeat.GATHER_S
+    if told_s <= SET_S:
+        assert (asked_s, oldest_s) == (9.5, 15.0)
+    if told_s >= heartbeat.MOST_S:
+        assert (asked_s, oldest_s) == (heartbeat.SHARED_S, heartbeat.OLDEST_S)
+    if asked_s > heartbeat.SHARED_S:
+        assert asked_s + max(told_s, SET_S) <= oldest_s
 
 
 def test_an_operator_who_wants_fewer_is_heeded() -> None:

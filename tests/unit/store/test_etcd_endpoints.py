@@ -34,6 +34,19 @@ def test_what_is_no_address(given: list[str]) -> None:
         etcd_endpoints.parse(given, secure=False)
 
 
+async def test_the_leader_is_asked_first_while_it_is_known_and_well() -> None:
+    pool = etcd_endpoints.Pool(["a:1", "b:1", "c:1"], world=world.System(), attempt_s=1, timeout_s=1)
+    present = pool.pick()
+    assert pool.pick_leader() is present, "nobody knows who leads"
+    leader = pool.leader = next(one for one in pool.endpoints if one is not present)
+    assert pool.pick_leader() is leader
+    assert pool.pick() is present, "all else goes where it went"
+    pool.avoid(leader, "it does not answer")
+    assert pool.pick_leader() is present
+    pool.leader = pool.endpoint("d:1")
+    assert pool.pick_leader() is present, "a member that is no more"
+
+
 CODES = grpc.StatusCode
 
 
