@@ -5,8 +5,6 @@ Pulling the template that its node fetches. Nothing is written for it. A node th
 a node that holds the template is not asked about others: the way of a start that pulls nothing does not come by here.
 """
 
-from collections.abc import Iterator, Sequence
-
 from covey import model, ticket, wire
 from covey.decide import neighbours
 from covey.store import codec, view
@@ -17,11 +15,14 @@ def of(snapshot: view.Snapshot, node: model.NodeId, digest: model.Digest) -> tup
     own = snapshot.session(node)
     if own is None or not own.noun.facts.share_port or _holds(snapshot, node, digest):
         return ()
-    shares = {session.noun.node: session.noun for session in _sharing(snapshot)}
-    holders = [id for id in shares if _holds(snapshot, id, digest)]
-    pulling = [id for id in _pulling(snapshot, digest) if id in shares]
-    named = neighbours.name(node, digest, holders, pulling)
-    return tuple(_neighbour(shares[id], node, digest, snapshot.history) for id in named)
+    holders = [id for id in map(_id, snapshot.nodes()) if _holds(snapshot, id, digest) and _shares(snapshot, id)]
+    pulling = [id for id in _pulling(snapshot, digest) if _shares(snapshot, id)]
+    named = map(snapshot.session, neighbours.name(node, digest, holders, pulling))
+    return tuple(_neighbour(kept.noun, node, digest, snapshot.history) for kept in named if kept is not None)
+
+
+def _id(kept: codec.Kept[model.Node]) -> model.NodeId:
+    return kept.noun.id
 
 
 def _holds(snapshot: view.Snapshot, node: str, digest: model.Digest) -> bool:
@@ -29,18 +30,18 @@ def _holds(snapshot: view.Snapshot, node: str, digest: model.Digest) -> bool:
     return word is not None and digest in word.noun.images
 
 
-def _sharing(snapshot: view.Snapshot) -> Iterator[codec.Kept[model.Session]]:
-    """Sessions of the nodes that are alive and send layers to others."""
-    for node in snapshot.nodes():
-        session = snapshot.session(node.noun.id)
-        if session is not None and session.noun.facts.share_port and snapshot.alive(node.noun.id) is not None:
-            yield session
+def _shares(snapshot: view.Snapshot, node: str) -> bool:
+    """Whether it is alive and sends layers to others."""
+    session = snapshot.session(node)
+    return session is not None and bool(session.noun.facts.share_port) and snapshot.alive(node) is not None
 
 
-def _pulling(snapshot: view.Snapshot, digest: model.Digest) -> Sequence[model.NodeId]:
+def _pulling(snapshot: view.Snapshot, digest: model.Digest) -> list[model.NodeId]:
     """Nodes by the age of the instance that they fetch the template for: the same order in every view."""
     found = [
-        kept for kept in snapshot.in_state(model.State.PULLING) if kept.noun.spec.digest == digest and kept.noun.node
+        kept
+        for kept in snapshot.in_state(model.State.PULLING)
+        if kept.noun.spec.digest == digest and kept.noun.node != model.NOWHERE
     ]
     return [kept.noun.node for kept in sorted(found, key=lambda kept: (kept.created, kept.noun.id))]
 
