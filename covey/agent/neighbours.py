@@ -5,7 +5,9 @@
     passing     what comes to this node, which others read along (`passing`, `sharing`)
 
 Rules: bytes count only when the whole has its digest (promise I8, `client.pull`); what was wrong comes again, from the
-registry alone, and those that had a part in it are not asked for a while. One that cannot be reached, refuses or falls
+registry alone, and those that had a part in it are not asked for a while. A node that finds out tells those that read
+along, who begin anew with what comes to it next: so a liar costs the registry one more copy, not one for each node
+behind it. One that cannot be reached, refuses or falls
 silent is left at once; one that answers and has nothing new is waited for, since what it waits for it may soon have,
 but for some seconds only. One that is slow is left when others, or it itself, have more of the blob than it sends: when
 nobody has more, what all wait for is slow, and to leave would only add to its load.
@@ -20,12 +22,15 @@ import aiohttp
 
 from covey import model, observe, wire, world
 from covey.agent import passing
-from covey.client import partial
+from covey.client import partial, pull
 
 SCHEME = "Covey-Ticket"
 HERE_HEADER = "Covey-Here"  # how many bytes of the blob a neighbour has
+TRY_HEADER = "Covey-Try"  # which of its tries they are of, while they come
+WRONG_HEADER = "Covey-Wrong"  # its last try of the blob that turned out wrong
 _TEMPLATES = 100  # of which it is known who has them
 _LINGER_S = 30.0
+_ANEW = 2  # so often a blob is begun anew because a neighbour says so
 _TOTAL = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _log = observe.log("neighbours")
 
@@ -59,6 +64,7 @@ class Neighbours:
         self.port = 0
         self.passing: dict[str, passing.Passing] = {}
         self.nonces: dict[str, int] = {}  # of the store's history: when this node first heard of them
+        self.wrong: dict[str, str] = {}  # by digest: the last try that was wrong
         self._told: dict[str, tuple[wire.Neighbour, ...]] = {}
         self._banned: dict[str, int] = {}
         self._lingering: dict[passing.Passing, asyncio.TimerHandle] = {}
@@ -120,11 +126,15 @@ class Neighbours:
     # ---- what others read ------------------------------------------------------------------------------------------
 
     def passes(self, digest: str, part: partial.Partial) -> passing.Passing:
-        made = self.passing[digest] = passing.Passing(part)
+        made = self.passing[digest] = passing.Passing(part, self.clock.token())
         return made
 
-    def passed(self, digest: str, one: passing.Passing, *, whole: bool) -> None:
+    def passed(self, digest: str, one: passing.Passing, *, whole: bool, wrong: bool = False) -> None:
         """It ended. Others that read it go on for a while when it is whole."""
+        if wrong:
+            self.wrong[digest] = one.token
+            if len(self.wrong) > _TEMPLATES:
+                del self.wrong[next(iter(self.wrong))]
         if not whole:
             one.broken()
             self._forget(digest, one)
@@ -159,6 +169,8 @@ class Download:
         self._part: partial.Partial | None = None
         self._passing: passing.Passing | None = None
         self._whole = self._over = False
+        self._tries: set[str] = set()  # of others, that bytes came from
+        self._begun_anew = 0
         self._left: set[str] = set()
         self._again_at: dict[str, float] = {}
         self._pace: dict[str, tuple[float, int]] = {}  # by URL: since when, how many bytes
@@ -168,7 +180,7 @@ class Download:
     # ---- the partial file ------------------------------------------------------------------------------------------
 
     def begins(self, part: partial.Partial) -> None:
-        self._drop()
+        self._drop(wrong=False)
         self._part, self._passing = part, self._all.passes(self._digest, part)
         self._heard_at = self._moved_at = _now()
 
@@ -178,7 +190,7 @@ class Download:
             self._passing.verified()
 
     def wrong(self) -> bool:
-        self._drop()
+        self._drop(wrong=True)
         self._over = True
         if self.sent:
             _log.warning("what neighbours sent was wrong and is thrown away", digest=self._digest, urls=[*self.sent])
@@ -193,10 +205,21 @@ class Download:
         if self.sent:
             _log.info("neighbours sent parts of a layer", digest=self._digest, size_bytes=sum(self.sent.values()))
 
-    def _drop(self) -> None:
+    def _drop(self, *, wrong: bool) -> None:
         if self._passing is not None:
-            self._all.passed(self._digest, self._passing, whole=False)
+            self._all.passed(self._digest, self._passing, whole=False, wrong=wrong)
             self._passing = None
+
+    def _hear_of_wrong(self, answer: aiohttp.ClientResponse) -> None:
+        """Raises Anew when a neighbour says that a try of its was wrong which bytes came from."""
+        if answer.headers.get(WRONG_HEADER, "") not in self._tries:
+            return
+        self._drop(wrong=True)
+        self._tries.clear()
+        self._begun_anew += 1
+        self._over = self._begun_anew > _ANEW
+        _log.info("what a neighbour sent was wrong, it says; the layer is begun anew", digest=self._digest)
+        raise pull.Anew
 
     # ---- ranges ----------------------------------------------------------------------------------------------------
 
@@ -258,6 +281,7 @@ class Download:
 
     def _takes(self, one: wire.Neighbour, answer: aiohttp.ClientResponse, start: int, end: int) -> bool:
         """Whether the answer is the range that was asked for."""
+        self._hear_of_wrong(answer)
         if answer.status in (404, 503):  # it has nothing of it yet, or is busy
             self._again_at[one.url] = _now() + self._limits.again_s * (1 if answer.status == 404 else 5)
             return False
@@ -267,6 +291,8 @@ class Download:
             self._leave(one, f"it answers {answer.status}")
             return False
         self._heard_at = _now()
+        if token := answer.headers.get(TRY_HEADER, ""):
+            self._tries.add(token)
         return True
 
     def _leave(self, one: wire.Neighbour, why: str) -> None:

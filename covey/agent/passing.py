@@ -17,10 +17,11 @@ _LOOK_S = 0.02
 
 
 class Passing:
-    """One try of one blob. Its file stays open until `close`: a packed blob has no name any more once it is unpacked,
-    and those that read it are to come to its end."""
+    """One try of one blob, named by a token. Its file stays open until `close`: a packed blob has no name any more once
+    it is unpacked, and those that read it are to come to its end."""
 
-    def __init__(self, part: partial.Partial) -> None:
+    def __init__(self, part: partial.Partial, token: str = "") -> None:
+        self.token = token
         self.size_bytes = part.size_bytes
         self._part = part
         self._handle = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)

@@ -98,9 +98,10 @@ class Sharing:
         if layers and digest not in layers:
             return web.Response(status=403, text="the template has no such layer")
         source = self._source(digest) if layers and oci.valid_digest(digest) else None
+        here = {neighbours.WRONG_HEADER: self._near.wrong.get(digest, "")}
         if source is None:
-            return web.Response(status=404, text="it is not here")
-        here = {neighbours.HERE_HEADER: str(source.here_bytes)}
+            return web.Response(status=404, text="it is not here", headers=here)
+        here |= {neighbours.HERE_HEADER: str(source.here_bytes), neighbours.TRY_HEADER: source.token}
         if request.method == "HEAD":
             return web.Response(headers=here)
         span = _RANGE.fullmatch(request.headers.get("Range", ""))
@@ -162,7 +163,10 @@ class Sharing:
 
 
 class Source(Protocol):
-    """What is sent: a whole layer, or one on its way."""
+    """What is sent: a whole layer, or one on its way, whose try has a token."""
+
+    @property
+    def token(self) -> str: ...
 
     @property
     def size_bytes(self) -> int: ...
@@ -175,6 +179,8 @@ class Source(Protocol):
 
 class _Whole:
     """A verified layer. It may be evicted while it is read."""
+
+    token = ""
 
     def __init__(self, path: Path) -> None:
         self._path = path

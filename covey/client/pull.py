@@ -28,6 +28,10 @@ _NEAR_BATCH = 256 << 10  # where others read along: what waits for a batch to fi
 _TOTAL = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
+class Anew(Exception):
+    """What came of a blob is known to be wrong: it has to be begun anew."""
+
+
 class Near(Protocol):
     """Others that have a blob, or fetch it too. One for each blob that comes."""
 
@@ -41,7 +45,8 @@ class Near(Protocol):
         ...
 
     def pieces(self, start: int, end: int) -> AsyncGenerator[bytes, None]:
-        """What of this range others send, in order from `start` on. It ends early when nobody goes on."""
+        """What of this range others send, in order from `start` on. It ends early when nobody goes on. Raises Anew
+        when they say that what they sent before was wrong."""
         ...
 
     def right(self) -> None:
@@ -110,6 +115,9 @@ class Pull:
                 if coming.near is not None:
                     coming.near.right()
                 await long_work.run(lambda moved: coming.finish(), coming.progress)
+        except Anew:
+            await asyncio.to_thread(coming.discard)
+            return False
         except packing.Damaged:
             await asyncio.to_thread(coming.discard)
             raise

@@ -127,11 +127,14 @@ async def test_wrong_bytes_in_a_packed_layer_do_not_make_its_template_unusable(t
 async def test_a_liar_at_the_beginning_of_a_chain_spoils_nothing_at_its_end(town: Town) -> None:
     template, digest = await town.library.push(BASE)
     liar = await town.street.let_in(street.Stranger("liar", os.urandom(len(BASE))))
-    nodes = [await town.street.node(f"n{number}", street.HASTY) for number in range(3)]
-    for node, before in zip(nodes, [liar, *nodes], strict=False):
-        node.knows(digest, before)
+    nodes = [await town.street.node(f"n{number}") for number in range(4)]
+    for node, one in zip(nodes, [liar, *nodes], strict=False):
+        node.knows(digest, one)
+    before = town.street.registry_bytes
     found = await asyncio.gather(*(node.get(template, digest) for node in nodes))
-    assert found == [[BASE]] * 3
+    assert found == [[BASE]] * 4
+    assert town.street.registry_bytes - before < len(BASE) + 4 * MANIFEST_BYTES
+    assert [len(node.near.of(digest)) for node in nodes] == [0, 1, 1, 1]  # the liar alone is to blame
 
 
 @pytest.mark.parametrize("kind", [street.Silent, street.Quiet, street.Slow, street.Cut])
