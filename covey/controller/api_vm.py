@@ -74,7 +74,7 @@ class InstanceApi:
         call.still_fresh()
         failpoint.reach("controller.start.accepted")
         with self._homes.reserve(snapshot, start.spec, len(start.ids)) as home:
-            outcome = await commit_births.create(self._writer, snapshot, start, home.nodes, call.until_ns)
+            outcome = await commit_births.create(self._writer, snapshot, start, home.nodes, call.until_ns, home.fits)
             if isinstance(outcome, commit_births.Created):
                 home.revision = outcome.revision
         failpoint.reach("controller.start.committed")

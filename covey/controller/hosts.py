@@ -2,15 +2,18 @@
 
 The fastest start is created and placed in one transaction. Several starts at once must then not choose the same node:
 each rewrites the node's ledger, and all but one would lose. `Homes` lets one start of this process at a time use a
-node, until the mirror shows what it wrote. Nothing rests on that but speed: the transaction's guards decide.
+node, until the mirror shows what it wrote, and of equal nodes each controller prefers its own share. Nothing rests on
+that but speed: the transaction's guards decide.
 """
 
-import zlib
+import hashlib
 from collections import deque
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Self
+
+import msgspec
 
 from covey import model, world
 from covey.decide import permission, placement, rooms
@@ -92,14 +95,15 @@ class _Row:
 
 
 class Homes:
-    """Chooses nodes for instances that are being born, one start per node at a time."""
+    """Chooses nodes for instances that are being born, one start per node at a time. `me`: this controller's id."""
 
-    def __init__(self, world: world.World) -> None:
+    def __init__(self, world: world.World, me: str) -> None:
         self.fleet = Fleet()
         self._world = world
         self._rows: dict[Hashable, _Row] = {}
         self._in_use: dict[str, int | None] = {}  # node -> revision that the mirror must show first; None: not known
-        self._salt = world.token().encode()
+        self._me = me
+        self._others: frozenset[str] = frozenset()  # controllers, as of `_likings`
         self._likings: dict[str, int] = {}
 
     def reserve(self, snapshot: view.Snapshot, spec: model.Spec, count: int) -> "Reservation":
@@ -111,7 +115,7 @@ class Homes:
         if count <= _BORN_TOGETHER and placement.may_be_born_placed(spec, waiting):
             nodes = self._chosen(snapshot, spec, count)
         self._in_use.update(dict.fromkeys(nodes))
-        return Reservation(self, tuple(nodes))
+        return Reservation(self, tuple(nodes), snapshot, spec)
 
     def _chosen(self, snapshot: view.Snapshot, spec: model.Spec, count: int) -> list[model.NodeId]:
         """So many nodes, or none. Those at the front of a row that was made a moment ago are looked at anew; when they
@@ -125,6 +129,7 @@ class Homes:
         if len(self._rows) > _KINDS:
             self._rows.clear()
         self.fleet.look(snapshot)
+        self._meet(snapshot)
         found = placement.candidates_for_new(kind, self.fleet.rooms(), self._liking)
         row = self._rows[kind] = _Row(now_ns, deque(found))
         nodes = self._first(snapshot, spec, row, count)
@@ -140,11 +145,19 @@ class Homes:
                 nodes.append(id)
         return nodes
 
+    def _meet(self, snapshot: view.Snapshot) -> None:
+        others = frozenset(kept.noun.id for kept in snapshot.controllers()) - {self._me}
+        if others != self._others:
+            self._others, self._likings = others, {}
+
     def _liking(self, node: model.NodeId) -> int:
-        """Each controller prefers other ones of equal nodes, so that several seldom meet at one."""
+        """Of equal nodes a controller takes those first for which it has the lowest lot of all controllers, then those
+        for which one has a lower lot, and so on: so they seldom meet at one."""
         known = self._likings.get(node)
         if known is None:
-            known = self._likings[node] = zlib.crc32(node.encode(), zlib.crc32(self._salt))
+            mine = _lot(self._me, node)
+            before = sum(_lot(other, node) < mine for other in self._others)
+            known = self._likings[node] = (before << 32) + mine
         return known
 
     def release(self, nodes: tuple[model.NodeId, ...], revision: int) -> None:
@@ -160,10 +173,19 @@ class Homes:
 class Reservation:
     """Nodes that one start may use. `revision`: set it to the creation's; 0 frees them at once."""
 
-    def __init__(self, homes: Homes, nodes: tuple[model.NodeId, ...]) -> None:
+    def __init__(
+        self, homes: Homes, nodes: tuple[model.NodeId, ...], snapshot: view.Snapshot, spec: model.Spec
+    ) -> None:
         self._homes = homes
+        self._snapshot = snapshot
+        self._spec = spec
         self.nodes = nodes
         self.revision = 0
+
+    def fits(self, node: model.NodeId, ledger: model.Ledger) -> bool:
+        """Whether a node has room beside these claims, other ones than it was chosen by."""
+        found = host(self._snapshot, node, self._homes.fleet.silent)
+        return found is not None and placement.fits(msgspec.structs.replace(found, claims=ledger.claims), self._spec)
 
     def __enter__(self) -> Self:
         return self
@@ -172,3 +194,7 @@ class Reservation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._homes.release(self.nodes, self.revision)
+
+
+def _lot(controller: str, node: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{controller} {node}".encode(), digest_size=4).digest(), "big")

@@ -77,7 +77,7 @@ class Replica:
         self._tasks: list[asyncio.Task[None]] = []
         self._mirror = mirror.Mirror(self._store, world, self._prove, self._parking.changed)
         self._writer = commit.Writer(self._store, world, who=f"controller {self._id}", newest_format=format)
-        self._homes = hosts.Homes(world)
+        self._homes = hosts.Homes(world, self._id)
         self._presence = presence.Presence(world)
         self._waiting = waiting.Waiting(world, self._homes.fleet, self._presence.silent_s)
         self._loop = loop.Loop(

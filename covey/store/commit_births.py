@@ -1,7 +1,7 @@
 """Creating instances: one transaction, all or none (safety S16, S17)."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -48,6 +48,11 @@ class KeyReused(NamedTuple):
 
 
 Answer = Created | Repeated | KeyReused
+Fits = Callable[[model.NodeId, model.Ledger], bool]
+
+
+def _never(_node: model.NodeId, _ledger: model.Ledger) -> bool:
+    return False
 
 
 async def create(
@@ -56,11 +61,13 @@ async def create(
     start: Start,
     homes: Sequence[model.NodeId] = (),
     until_ns: int = 0,
+    fits: Fits = _never,
 ) -> Answer:
     """Create all instances of `start`, or none.
 
-    `homes`: a node for each instance (see placement), to create and place in one transaction; when a node has
-    changed meanwhile, the instances are created waiting and the loop places them.
+    `homes`: a node for each instance (see placement), to create and place in one transaction. When a node's claims have
+    changed meanwhile, `fits` says whether there is room beside them. If not, or when anything else has changed there,
+    the instances are created waiting and the loop places them.
     Raises Unavailable (nothing was done) or Unsure (answer 503). After Unsure the door is being closed in the
     background: what turns up nevertheless is terminated, unless a repeat may have been answered with it (commit_door).
     """
@@ -73,7 +80,7 @@ async def create(
             return repeated
         if any(reading.born(id) is not None for id in start.ids):
             raise errors.Unavailable("the request was given up before; nothing was done")
-        placed = {} if reading.again else _placed(reading, start, homes)
+        placed = _placed(reading, start, homes, fits)
         return commit.Write(
             (*_births(reading, start, homes, placed), *_records(reading, start), *placed.values()),
             lambda revision: Created(start.ids, revision),
@@ -125,8 +132,10 @@ def _of_use(snapshot: view.Snapshot, record: codec.Kept[schema.Remembered]) -> b
     return any(instance is not None and instance.noun.state not in _SPENT for instance in found)
 
 
-def _placed(reading: commit.Reading, start: Start, homes: Sequence[model.NodeId]) -> dict[model.NodeId, base.Op]:
-    """The ledgers of `homes` with the new claims; empty when one of them is not there any more."""
+def _placed(
+    reading: commit.Reading, start: Start, homes: Sequence[model.NodeId], fits: Fits
+) -> dict[model.NodeId, base.Op]:
+    """The ledgers of `homes` with the new claims; empty when one of them is not there any more, or has no room."""
     claims: dict[model.NodeId, list[model.Claim]] = {}
     for id, node in zip(start.ids, homes, strict=False):
         claims.setdefault(node, []).append(
@@ -135,11 +144,26 @@ def _placed(reading: commit.Reading, start: Start, homes: Sequence[model.NodeId]
     puts: dict[model.NodeId, base.Op] = {}
     for node, added in claims.items():
         ledger = reading.ledger(node)
-        if ledger is None or reading.session(node) is None or reading.alive(node) is None:
+        if ledger is None or not _lives(reading, node):
+            return {}
+        if reading.again and not fits(node, ledger.noun):
             return {}
         noun = model.Ledger(node=node, claims=(*ledger.noun.claims, *added), tx=reading.tx)
         puts[node] = reading.put(schema.ledger(node), noun)
     return puts
+
+
+def _lives(reading: commit.Reading, node: model.NodeId) -> bool:
+    """Whether the node has a session, and a sign of life, and both are those that it was chosen by."""
+    life, sign = reading.session(node), reading.alive(node)
+    if life is None or sign is None:
+        return False
+    chosen = reading.snapshot.session(node), reading.snapshot.alive(node)
+    return not reading.again or (
+        chosen[0] is not None
+        and chosen[1] is not None
+        and (life.revision, sign.created) == (chosen[0].revision, chosen[1].created)
+    )
 
 
 def _births(

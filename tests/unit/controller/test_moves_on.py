@@ -130,7 +130,7 @@ async def test_a_newcomer_takes_no_node_that_is_kept_for_another() -> None:
         (big,) = await c.create(vcpu=4, vram_mb=1)
         (younger,) = await c.create(vcpu=1, vram_mb=1)
         await c.place(node, younger)
-        homes = hosts.Homes(c.world)
+        homes = hosts.Homes(c.world, "me")
         async with looping(c) as (one,):
             await until(lambda: looped._true("host is kept free for it" in looped.why(one, big)))
             with homes.reserve(await c.look(), nouns.spec(vcpu=1, vram_mb=1), 1) as home:

@@ -1,8 +1,10 @@
 """What a node is told: never more than what was decided (safety S2)."""
 
+import msgspec
+
 from covey import model, wire
 from covey.controller import hosts, wanted
-from covey.store import commit_instances, commit_nodes
+from covey.store import commit_cloud, commit_instances, commit_nodes, schema
 from tests.support import cloud, nouns
 
 Verb = wire.Verb
@@ -78,7 +80,7 @@ async def test_the_tag_changes_with_what_there_is_to_do_and_with_nothing_else() 
 async def test_homes_are_used_by_one_start_at_a_time() -> None:
     async with cloud.running() as c:
         nodes = {await c.join(), await c.join()}
-        homes = hosts.Homes(c.world)
+        homes = hosts.Homes(c.world, "me")
         snapshot = await c.look()
         with homes.reserve(snapshot, nouns.spec(), 1) as one, homes.reserve(snapshot, nouns.spec(), 1) as two:
             assert {*one.nodes, *two.nodes} == nodes
@@ -87,10 +89,54 @@ async def test_homes_are_used_by_one_start_at_a_time() -> None:
         assert homes.reserve(snapshot, nouns.spec(), 1).nodes == two.nodes, "the other shows its write first"
 
 
+async def test_controllers_prefer_different_ones_of_equal_nodes() -> None:
+    """As long as each has free nodes of its own share, nobody meets; and together they use all nodes."""
+    async with cloud.running() as c:
+        nodes = {await c.join() for _ in range(30)}
+        for name in ("a", "b", "c"):
+            noun = schema.Controller(id=name, version="1", format=schema.FORMAT, url="", started_ns=0)
+            await commit_cloud.announce(c.writer, noun, await c.store.grant(60))
+        snapshot = await c.look()
+        first: dict[str, list[str]] = {}
+        for name in ("a", "b", "c"):
+            homes = hosts.Homes(c.world, name)
+            held = [homes.reserve(snapshot, nouns.spec(), 1).nodes for _ in range(30)]
+            first[name] = [node for (node,) in held]
+            assert {*first[name]} == nodes
+        shares = {name: {node for node in nodes if _is_first(first, name, node)} for name in first}
+        assert sum(map(len, shares.values())) == 30
+        for name, order in first.items():
+            assert {*order[: len(shares[name])]} == shares[name]
+
+
+def _is_first(orders: dict[str, list[str]], name: str, node: str) -> bool:
+    """Whether nobody has a lower lot for the node."""
+    lots = {other: hosts._lot(other, node) for other in orders}
+    return min(lots, key=lambda other: lots[other]) == name
+
+
+def test_controllers_have_equal_shares() -> None:
+    names = ("a", "b", "c")
+    firsts = [min(names, key=lambda name: hosts._lot(name, f"node {number}")) for number in range(300)]
+    assert all(85 < firsts.count(name) < 115 for name in names)
+
+
+async def test_a_home_may_have_room_beside_other_claims() -> None:
+    async with cloud.running() as c:
+        node = await c.join(facts=nouns.facts(slots=2))
+        homes = hosts.Homes(c.world, "me")
+        with homes.reserve(await c.look(), nouns.spec(), 1) as home:
+            assert home.nodes == (node,)
+            claim = model.Claim(instance=nouns.instance_id(), epoch=1)
+            other = msgspec.structs.replace(claim, instance=nouns.instance_id())
+            assert home.fits(node, model.Ledger(node=node, claims=(claim,)))
+            assert not home.fits(node, model.Ledger(node=node, claims=(claim, other)))
+
+
 async def test_no_home_for_what_would_overtake_or_does_not_fit() -> None:
     async with cloud.running() as c:
         node = await c.join(facts=nouns.facts(slots=2))
-        homes = hosts.Homes(c.world)
+        homes = hosts.Homes(c.world, "me")
         assert homes.reserve(await c.look(), nouns.spec(), 2).nodes == (), "one home per node and start"
         await c.create(2, homes=[node, node])
         assert homes.reserve(await c.look(), nouns.spec(), 1).nodes == ()

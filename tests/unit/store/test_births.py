@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from covey import errors, model
-from covey.store import base, commit, commit_births, commit_instances, schema
+from covey.store import base, commit, commit_births, commit_instances, commit_nodes, schema
 from tests.support import cloud, flaky, nouns
 from tests.support.births import create, start
 
@@ -179,6 +179,42 @@ async def test_a_home_that_has_changed_means_waiting() -> None:
         await commit_births.create(c.writer, stale, what, [node])
         assert (await c.instance(what.ids[0])).state == State.SCHEDULING
         assert len(await c.claims(node)) == 1
+
+
+async def test_a_home_with_room_beside_new_claims_is_still_one() -> None:
+    """Safety S11: the claims that there are now are compared and rewritten."""
+    async with cloud.running() as c:
+        node = await c.join()
+        stale = await c.look()
+        (first,) = await c.create(homes=[node])
+        shown: list[model.Ledger] = []
+
+        def fits(home: model.NodeId, ledger: model.Ledger) -> bool:
+            assert home == node
+            shown.append(ledger)
+            return len(ledger.claims) < 2
+
+        one, two = start(), start()
+        for what in (one, two):
+            await commit_births.create(c.writer, stale, what, [node], fits=fits)
+        assert (await c.instance(one.ids[0])).node == node
+        assert (await c.instance(two.ids[0])).state == State.SCHEDULING
+        assert [len(ledger.claims) for ledger in shown] == [1, 2]
+        assert await c.claims(node) == [(first, 1), (one.ids[0], 1)]
+
+
+@pytest.mark.parametrize("what", ["agent", "node"])
+async def test_a_home_whose_node_has_another_life_is_none(what: str) -> None:
+    async with cloud.running() as c:
+        node = await c.join(host_key="host", secret="one")
+        stale = await c.look()
+        if what == "agent":
+            assert await c.join(node=node, host_key="host", secret="two", last_secret="one") == node
+        else:
+            await commit_nodes.remove(c.writer, await c.look(), node, "operator")
+        born = start()
+        await commit_births.create(c.writer, stale, born, [node], fits=lambda *_: True)
+        assert (await c.instance(born.ids[0])).state == State.SCHEDULING
 
 
 async def test_events_and_births_end_by_themselves() -> None:
