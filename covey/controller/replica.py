@@ -36,6 +36,7 @@ from covey.controller import (
     loop,
     members,
     parking,
+    pins,
     presence,
     renewals,
     templates,
@@ -87,7 +88,8 @@ class Replica:
         self._defrags = self._scheduled_defrags()
         self._members = members.Members(self._store.admin if isinstance(self._store, etcd.Etcd) else None)
         self._renewals = renewals.Renewals(self._store, world)
-        self._templates = templates.Templates(chosen.local_registries, exchange, chosen.ca_cert)
+        remembered = pins.Pins(self._writer, self._mirror.snapshot)
+        self._templates = templates.Templates(chosen.local_registries, exchange, chosen.ca_cert, remembered)
         self._registry = next(iter((*chosen.registries, *chosen.local_registries)), "")
         spans = display.Spans(chosen.node_active_timeout_s, chosen.instance_active_timeout_s)
         self._shown = display.Display(self._presence, self._templates, self._waiting.why, spans, self._registry)

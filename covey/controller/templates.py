@@ -2,17 +2,16 @@
 
 A start is pinned to a manifest digest when it is accepted (safety S14), on a fresh answer of a registry. Two texts are
 compared by clients: ``VM not in the registry`` and ``No such tag <tag>``; they are only given when a registry said so.
-When none can say, the start is refused with ``registry not reachable``: a CI plugin takes a false "No such tag" as
-leave to start the latest version.
+When none can say, what was started before is started as it was then (`pins`), and all else is refused with ``registry
+not reachable``: a CI plugin takes a false "No such tag" as leave to start the latest version.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from covey import errors, model
 from covey.client import http, oci, registry
-from covey.controller import shared, views
+from covey.controller import pins, shared, views
 
 UNREACHABLE = "registry not reachable"
 UNKNOWN = "VM not in the registry"
@@ -21,17 +20,23 @@ _CONNECT_S = 1.0
 _KNOWN_LIMIT = 10_000
 
 
-class _Pin(NamedTuple):
-    template: str
-    tag: str
-    version: int | None
+class _Silent(errors.Refused):
+    """No registry gave an answer."""
 
 
 class Templates:
-    """The registries of this controller, as far as it needs them. `urls` may be empty: then none is reachable."""
+    """The registries of this controller, as far as it needs them. `urls` may be empty: then none is reachable.
+    `remembered`: for when no registry answers."""
 
-    def __init__(self, urls: Sequence[str], exchange: http.Exchange | None = None, ca_cert: Path | None = None) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        exchange: http.Exchange | None = None,
+        ca_cert: Path | None = None,
+        remembered: pins.Pins | None = None,
+    ) -> None:
         self.urls = tuple(urls)
+        self._remembered = remembered
         self._endpoints: http.Endpoints | None = None
         if urls:
             self._endpoints = http.Endpoints(
@@ -52,11 +57,29 @@ class Templates:
         return self._known
 
     async def resolve(self, template: str, tag: str, version: int | None) -> oci.Resolved:
-        """The version to start; the newest when neither tag nor version is given. Raises Refused."""
+        """The version to start; the newest when neither tag nor version is given. Raises Refused; StoreError only while
+        no registry answers."""
         if not oci.valid_uuid(template):  # given by name: clients look the id up themselves when they read this text
             raise errors.Refused(UNKNOWN)
-        found = await self._pins.get(_Pin(template, tag, version))
+        found = await self._resolve(pins.Asked(template, tag, version))
         self._remember(found.digest, found.id, found.name, found.tag)
+        return found
+
+    async def _resolve(self, asked: pins.Asked) -> oci.Resolved:
+        remembered = self._remembered
+        if remembered is None:
+            return await self._pins.get(asked)
+        try:
+            found = await self._pins.get(asked)
+        except _Silent:
+            before = await remembered.recall(asked)
+            if before is None:
+                raise
+            return before
+        except errors.Refused:
+            remembered.forget(asked)
+            raise
+        remembered.learn(asked, found)
         return found
 
     async def list(self) -> list[oci.TemplateItem]:
@@ -111,17 +134,17 @@ class Templates:
             return False
         return True
 
-    async def _ask_pin(self, pin: _Pin) -> oci.Resolved:
+    async def _ask_pin(self, asked: pins.Asked) -> oci.Resolved:
         try:
-            return await self._reachable().resolve(pin.template, pin.tag, pin.version)
+            return await self._reachable().resolve(asked.template, asked.tag, asked.version)
         except errors.NotFound as error:
             raise errors.Refused(UNKNOWN) from error
         except errors.RemoteError as error:
-            raise errors.Refused(UNREACHABLE) from error
+            raise _Silent(UNREACHABLE) from error
 
     def _reachable(self) -> registry.Registry:
         if self._registry is None:
-            raise errors.Refused(f"{UNREACHABLE}: this controller was started without one (ANKA_REGISTRY)")
+            raise _Silent(f"{UNREACHABLE}: this controller was started without one (ANKA_REGISTRY)")
         return self._registry
 
     def _remember(self, digest: model.Digest, id: str, name: str, tag: str) -> None:

@@ -15,6 +15,7 @@
     ├── born/<id>                   {"tx": …}: this id was used once; lives 24 h by a lease (safety S16)
     ├── key/<sha256>                Idempotency-Key: {"tx", "body", "ids"}; lives 24 h by a lease (safety S17)
     ├── twin/<sha256>               external_id + name of a start: {"tx", "body", "ids"}
+    ├── pin/<sha256>                Pin: what a template's tag or version was when a start asked; lives 30 days (S14)
     ├── node/<id>                   Node: what the operator configured
     ├── session/<id>                Session: the agent's present life
     ├── alive/<id>                  {"session": n}, bound to the session's lease: the node is there
@@ -54,6 +55,7 @@ OUTPUTS = PREFIX + "output/"
 BORN = PREFIX + "born/"
 KEYS = PREFIX + "key/"
 TWINS = PREFIX + "twin/"
+PINS = PREFIX + "pin/"
 NODES = PREFIX + "node/"
 SESSIONS = PREFIX + "session/"
 ALIVE = PREFIX + "alive/"
@@ -169,6 +171,19 @@ class Remembered(model.Noun, frozen=True, kw_only=True):
     ids: tuple[model.InstanceId, ...]
 
 
+class Pin(model.Noun, frozen=True, kw_only=True):
+    """A registry's word. Sizes are the template's own, 0 when it names none."""
+
+    name: str
+    tag: str
+    version: int
+    digest: model.Digest
+    arch: model.Arch
+    size_bytes: int
+    vcpu: int = 0
+    vram_mb: int = 0
+
+
 class Answer(model.Noun, frozen=True, kw_only=True):
     """What the node found; `fault` says why nothing."""
 
@@ -225,6 +240,10 @@ def idempotency(key: str) -> str:
 
 def twin(external_id: str, name: str) -> str:
     return TWINS + _sha(f"{external_id}\0{name}")
+
+
+def pin(template: str, tag: str, version: int | None) -> str:
+    return PINS + _sha(f"{template}\0{tag}\0{'' if version is None else version}")
 
 
 def node(id: str) -> str:

@@ -181,6 +181,19 @@ class Cloud:
         self.agents[-1].start()
         return self.agents[-1]
 
+    def start_agent(self, host: str, urls: Sequence[str] = ()) -> Program:
+        """One node that really pulls; only its VMs are pretended. `urls` as for `start_nodes`."""
+        settings = {
+            "COVEY_HYPERVISOR": "synthetic",
+            "COVEY_CONTROLLER": ",".join(urls or [controller.url for controller in self.controllers]),
+            "COVEY_DATA_DIR": str(self.directory / host),
+            "COVEY_NODE_NAME": host,
+            "COVEY_MAX_VMS": "2000",
+        }
+        self.agents.append(self.program(f"{host}-agent", host, [*COVEY, "agent"], "", **settings))
+        self.agents[-1].start()
+        return self.agents[-1]
+
     @property
     def programs(self) -> list[Program]:
         return [*self.members, *self.registries, *self.controllers, *self.agents, *self.others]

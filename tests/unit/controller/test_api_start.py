@@ -11,6 +11,8 @@ from covey import model
 from covey.controller import start_request
 from tests.unit.controller import cloud, strict
 
+UNREACHABLE = "registry not reachable"
+
 
 async def listed(api: cloud.Api) -> list[Any]:
     body = await api.ok("GET", "/api/v1/vm")
@@ -224,6 +226,46 @@ async def test_an_unreachable_registry_says_so_and_never_no_such_tag(house: clou
     await house.registry.server.drain(0)
     assert await house.api.fail("POST", "/api/v1/vm", body) == "registry not reachable"
     assert await listed(house.api) == []
+
+
+async def test_what_was_started_before_is_started_while_no_registry_answers() -> None:
+    """As it was then, by every controller; what nobody asked for is refused as ever (safety S14)."""
+    async with cloud.running(2) as house:
+        first, second = house.apis
+        [known] = await first.start(tag="v1")
+        [newest] = await first.start()
+        await cloud.until(lambda: all(one._writer.unfinished == 0 for one in house.replicas))
+        house.registry.fails = True
+        for api in (first, second):
+            [again] = await api.start(tag="v1")
+            [latest] = await api.start()
+            shown = {w["instance_id"]: w["vm"]["tag"] for w in await listed(api)}
+            assert (shown[again], shown[latest]) == (shown[known], shown[newest]) == ("v1", "v2")
+            assert await api.fail("POST", "/api/v1/vm", {"vmid": cloud.TEMPLATE, "tag": "v9"}) == UNREACHABLE
+            assert await api.fail("POST", "/api/v1/vm", {"vmid": cloud.TEMPLATE, "version": 0}) == UNREACHABLE
+            unknown = {"vmid": "22222222-2222-4222-8222-222222222222"}
+            assert await api.fail("POST", "/api/v1/vm", unknown) == UNREACHABLE
+
+
+async def test_a_registrys_own_word_is_never_replaced_by_an_older_one(house: cloud.Cloud) -> None:
+    body = {"vmid": cloud.TEMPLATE, "tag": "v1"}
+    await house.api.ok("POST", "/api/v1/vm", body)
+    await cloud.until(lambda: house.replicas[0]._writer.unfinished == 0)
+    house.registry.tags.remove("v1")
+    assert await house.api.fail("POST", "/api/v1/vm", body) == "No such tag v1"
+    await cloud.until(lambda: house.replicas[0]._writer.unfinished == 0)
+    house.registry.fails = True
+    assert await house.api.fail("POST", "/api/v1/vm", body) == UNREACHABLE  # what was deleted stays deleted
+
+
+async def test_the_newest_word_is_remembered(house: cloud.Cloud) -> None:
+    await house.api.start()
+    house.registry.tags.append("v3")
+    await house.api.start()
+    await cloud.until(lambda: house.replicas[0]._writer.unfinished == 0)
+    house.registry.fails = True
+    [id] = await house.api.start()
+    assert {w["instance_id"]: w["vm"]["tag"] for w in await listed(house.api)}[id] == "v3"
 
 
 async def test_a_tag_that_moves_is_looked_up_anew(house: cloud.Cloud) -> None:
