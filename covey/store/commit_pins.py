@@ -6,7 +6,7 @@ registry answered not long ago, and nothing more is promised. It lives for a mon
 
 from typing import NamedTuple
 
-from covey.store import base, codec, commit, schema, view
+from covey.store import base, codec, commit, schema, spans, view
 
 
 class Asked(NamedTuple):
@@ -19,7 +19,7 @@ class Asked(NamedTuple):
 
 async def learn(writer: commit.Writer, snapshot: view.Snapshot, asked: Asked, pin: schema.Pin) -> None:
     """Raises StoreError: then it is not known whether it was written."""
-    await _write(writer, snapshot, base.Put(schema.pin(*asked), schema.encode(pin), commit.MONTH))
+    await _write(writer, snapshot, base.Put(schema.pin(*asked), schema.encode(pin), spans.MONTH))
 
 
 async def recall(store: base.Store, asked: Asked) -> schema.Pin | None:
