@@ -1,11 +1,12 @@
 """`covey template …`: push, pull and look at VM templates, and build one to try things out."""
 
 import asyncio
+import contextlib
 import datetime
 import os
 import platform
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -164,9 +165,11 @@ def tag_(
     """Give a version a further tag. It becomes a new version of the same layers; none of them is moved."""
     from covey.client import templates
 
-    found = _ask(
-        registry, lambda client: templates.tag_template(client, template, new_tag, tag=tag, version=version), template
-    )
+    async def run(client: "registry_client.Registry") -> "oci.Resolved":
+        async with _reached(registry, pushing=True) as pushes:
+            return await templates.tag_template(client, template, new_tag, tag=tag, version=version, pushed_to=pushes)
+
+    found = _ask(registry, run, template)
     if json:
         out.as_json(found)
         return
@@ -283,15 +286,10 @@ def _ask(
     pushing: bool = False,
 ) -> T:
     """One question to the registries named on the command line or in the environment, about `template` if given."""
-    from covey import settings
-    from covey.client import http
-    from covey.client import registry as registry_client
 
     async def run() -> T:
-        chosen = settings.client(os.environ, {"REGISTRY": registry})
-        urls = chosen.push_registries if pushing and registry is None else chosen.registries
-        async with http.Endpoints(urls, timeout_s=30, ca_cert=chosen.ca_cert) as endpoints:
-            return await question(registry_client.Registry(endpoints, notes=notes))
+        async with _reached(registry, notes=notes, pushing=pushing) as client:
+            return await question(client)
 
     try:
         return asyncio.run(run())
@@ -299,6 +297,21 @@ def _ask(
         if template is None:
             raise
         raise errors.NotFound(f"there is no template {template}; `covey template list` shows those there are") from None
+
+
+@contextlib.asynccontextmanager
+async def _reached(
+    registry: str | None, *, notes: "remembered.Notes | None" = None, pushing: bool = False
+) -> "AsyncIterator[registry_client.Registry]":
+    """`pushing`: the registries that are pushed to (PUSH_REGISTRY), unless some are named on the command line."""
+    from covey import settings
+    from covey.client import http
+    from covey.client import registry as registry_client
+
+    chosen = settings.client(os.environ, {"REGISTRY": registry})
+    urls = chosen.push_registries if pushing and registry is None else chosen.registries
+    async with http.Endpoints(urls, timeout_s=30, ca_cert=chosen.ca_cert) as endpoints:
+        yield registry_client.Registry(endpoints, notes=notes)
 
 
 def _with_progress(

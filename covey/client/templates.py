@@ -311,18 +311,26 @@ def _config(arch: model.Arch, vm: Mapping[str, Value], files: Sequence[_File]) -
 
 
 async def tag_template(
-    registry: registry.Registry, wanted: str, new_tag: str, *, tag: str = "", version: int | None = None
+    registry: registry.Registry,
+    wanted: str,
+    new_tag: str,
+    *,
+    tag: str = "",
+    version: int | None = None,
+    pushed_to: registry.Registry | None = None,
 ) -> oci.Resolved:
     """Give a version (the newest without tag and version) a further tag: a new version of the same layers, of which
-    only the manifest moves. Raises Refused when `new_tag` is another version already."""
+    only the manifest moves, to `pushed_to` if that is another registry. Raises Refused when `new_tag` is another
+    version already."""
+    pushes = pushed_to or registry
     oci.check_tag(new_tag)
     found = await registry.resolve(wanted, tag, version)
     repository = oci.repository_of(found.id)
     _, _, content = await registry.manifest(repository, found.digest, look=True)
     document: dict[str, Any] = msgspec.json.decode(content)  # whole: also what this client does not know
     document["annotations"] = {**document.get("annotations", {}), oci.TAG: new_tag}
-    await registry.push_manifest(repository, oci.escape_tag(new_tag), msgspec.json.encode(document))
-    return await registry.resolve(found.id, new_tag)
+    await pushes.push_manifest(repository, oci.escape_tag(new_tag), msgspec.json.encode(document))
+    return await pushes.resolve(found.id, new_tag)
 
 
 # ---- pull --------------------------------------------------------------------------------------------------------

@@ -45,18 +45,24 @@ def _standing(cloud: lab_cloud.Cloud) -> Mapping[str, Any]:
 
 
 def _push(cloud: lab_cloud.Cloud, tag: str) -> str:
-    """With a first URL where nobody listens; where else to, is told by PUSH_REGISTRY alone: the template's id."""
+    """The template's id."""
     disk = cloud.directory / f"{tag}.img"
     disk.write_bytes(tag.encode() + os.urandom(4 * MIB))
+    return str(_covey(cloud, "push", "small", "--tag", tag, "--no-compress", str(disk))["template"])
+
+
+def _covey(cloud: lab_cloud.Cloud, *words: str) -> Any:
+    """`covey template …` of somebody who reads at the follower, and pushes where PUSH_REGISTRY says: nobody listens at
+    the first of its URLs."""
     nobody = f"http://{cloud.lab['load'].ip}:8089"
-    pushed = cloud.lab["load"].run(
-        [*lab_cloud.COVEY, "template", "push", "small", "--tag", tag, "--no-compress", "--json", str(disk)],
+    done = cloud.lab["load"].run(
+        [*lab_cloud.COVEY, "template", *words, "--json"],
         COVEY_CONFIG=os.devnull,
         PYTHONPATH=str(lab_cloud.ROOT),
-        COVEY_REGISTRY=nobody,
+        COVEY_REGISTRY=cloud.registries[1].url,
         COVEY_PUSH_REGISTRY=f"{nobody},{cloud.registries[0].url}",
     )
-    return str(json.loads(pushed.stdout)["template"])
+    return json.loads(done.stdout)
 
 
 def _started(cloud: lab_cloud.Cloud, template: str, tag: str) -> None:
@@ -79,6 +85,8 @@ def test_through_a_follower_and_without_any_registry(cloud: lab_cloud.Cloud) -> 
     for tag in tags:
         template = _push(cloud, tag)
         _started(cloud, template, tag)
+    _covey(cloud, "tag", "small", "again", "--tag", "v1")
+    _started(cloud, template, "again")
     for registry in cloud.registries:
         registry.kill()
     controller = cloud.controllers[0]
