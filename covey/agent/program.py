@@ -143,13 +143,14 @@ class Program:
         wakes.agent = made
         return made
 
-    def _share_at(self) -> list[tuple[str | None, int]]:
+    def _share_at(self) -> list[tuple[str, int]]:
         """Where to listen for other nodes. Unless that was said: at a port that may be known to firewalls, or else at
         any; on every interface, but on loopback alone where the controllers are on this host."""
+        everywhere = "::" if ":" in self._ip else "0.0.0.0"  # noqa: S104  whoever comes needs a ticket
         if self._chosen.share_listen is not None:
-            return [(self._chosen.share_listen.host or None, self._chosen.share_listen.port)]
-        only = self._ip if settings_reader.Address(self._ip, 0).loopback else None
-        return [(only, _SHARE_PORT), (only, 0)]
+            return [(self._chosen.share_listen.host or everywhere, self._chosen.share_listen.port)]
+        host = self._ip if settings_reader.Address(self._ip, 0).loopback else everywhere
+        return [(host, _SHARE_PORT), (host, 0)]
 
     def _one_of_many(self, name: str, folder: Path | None) -> agent.Agent:
         """A node that pulls nothing: hundreds of them fit into one process."""

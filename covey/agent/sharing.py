@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +27,7 @@ from covey.client import oci
 TICKET_S = 2 * 3600.0  # nonces of history are hourly
 ASKERS = 4
 _STREAMS = 16  # of one asker
+_CONNECTIONS = 96  # more than all askers need
 _STUCK_S = 30.0  # for one piece: whoever reads so slowly is let go
 _RANGE = re.compile(r"bytes=(\d{1,18})-(\d{1,18})")
 _log = observe.log("sharing")
@@ -65,27 +66,35 @@ class Sharing:
         self._pace = _Pace(limit_bytes_s)
         self._streams: dict[str, int] = {}
         self._runner: web.AppRunner | None = None
+        self._listener: asyncio.Server | None = None
         self.sent_bytes = 0
 
-    async def start(self, hosts: list[tuple[str | None, int]]) -> None:
-        """Listen at the first of these places that is free. At none, this node shares nothing."""
+    async def start(self, places: Sequence[tuple[str, int]]) -> None:
+        """Listen at the first of these that is free. At none, this node shares nothing."""
         app = web.Application()
         app.router.add_route("GET", "/layers/v1/{template}/{digest}", self._answer, name="layer")
         app.router.add_route("HEAD", "/layers/v1/{template}/{digest}", self._answer)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
         await self._runner.setup()
-        for host, port in hosts:
+        for host, port in places:
             try:
-                await web.TCPSite(self._runner, host, port).start()
+                self._listener = await asyncio.get_running_loop().create_server(self._connection, host, port)
             except OSError as error:
                 _log.info("layers cannot be shared at this address", host=host, port=port, error=str(error))
                 continue
-            self._near.port = int(self._runner.addresses[0][1])
+            self._near.port = int(self._listener.sockets[0].getsockname()[1])
             return
         _log.warning("this node shares no layers with others: it can listen nowhere; see COVEY_SHARE_LISTEN")
 
+    def _connection(self) -> asyncio.BaseProtocol:
+        """For a new connection. Strangers that open many must not take the agent's file descriptors."""
+        server = self._runner.server if self._runner is not None else None
+        return _Full() if server is None or len(server.connections) >= _CONNECTIONS else server()
+
     async def stop(self) -> None:
         self._near.port = 0
+        if self._listener is not None:
+            self._listener.close()
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -160,6 +169,13 @@ class Sharing:
         if asker in self._streams:
             return self._streams[asker] < _STREAMS
         return len(self._streams) < self._askers
+
+
+class _Full(asyncio.Protocol):
+    """One connection too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
 
 
 class Source(Protocol):

@@ -1,6 +1,7 @@
 """Layers come from other nodes: verified, at most once from the registry, and never at the price of a wrong byte."""
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import AsyncIterator
@@ -262,3 +263,13 @@ async def test_a_few_nodes_are_served_at_once(town: Town) -> None:
     assert (await a.ask(digest, oci.digest_of(BASE), f"{neighbours.SCHEME} {a.ticket('c', digest)}"))[0] == 503
     getting.cancel()
     await asyncio.gather(getting, return_exceptions=True)
+
+
+async def test_strangers_with_many_connections_take_no_files_of_the_agent(town: Town) -> None:
+    a = await town.street.node("a")
+    opened = [await asyncio.open_connection("127.0.0.1", a.near.port) for _ in range(sharing._CONNECTIONS)]
+    reader, writer = await asyncio.open_connection("127.0.0.1", a.near.port)
+    with contextlib.suppress(ConnectionResetError):
+        assert await reader.read() == b""
+    for _, other in [*opened, (reader, writer)]:
+        other.transport.abort()
