@@ -11,7 +11,7 @@ and takes it. A holder that cannot be asked may have entries that nobody else ha
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -46,6 +46,14 @@ class Others(Protocol):
     async def copy(self, url: str, name: str) -> bool:
         """Append what our log lacks of theirs; False: it differs."""
         ...
+
+
+class Uploads(Protocol):
+    """What was uploaded here in earlier reigns: `uploaded.Uploaded`."""
+
+    async def begin(self, before: int) -> None: ...
+
+    async def took(self, term: int) -> None: ...
 
 
 class Standing(Protocol):
@@ -86,7 +94,16 @@ async def inventories(others: Others, within_s: float = _INVENTORY_S) -> dict[st
 class Appointing:
     """For a `role.Appointed`."""
 
-    def __init__(self, own_url: str, appointed: role.Appointed, others: Others, standing: Standing) -> None:
+    def __init__(
+        self,
+        own_url: str,
+        appointed: role.Appointed,
+        others: Others,
+        standing: Standing,
+        forget: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """`forget`: what is to be done before this server takes the role after another one."""
+        self._forget = forget
         self._own_url = own_url
         self._role = appointed
         self._others = others
@@ -127,6 +144,8 @@ class Appointing:
             await self._take_from(holder, term, force=force, disputed=bool(view.why_not))
         if force:
             await self._learn_from_followers(told, newest)
+        if self._forget is not None:
+            await self._forget()
         self._role.take(term)
         for url in self._others.urls:
             with contextlib.suppress(errors.RemoteError):
@@ -188,6 +207,7 @@ class Campaign:
         campaigns: bool = True,
         ttl_s: int = TTL_S,
         bounds: accepted.Bounds | None = None,
+        uploads: Uploads | None = None,
     ) -> None:
         self._own_url = own_url
         self._role = elected
@@ -198,6 +218,7 @@ class Campaign:
         self._world = world
         self._ttl_s = ttl_s
         self._said = ""
+        self._uploads = uploads
         elected.keeps = campaigns
 
     async def run(self) -> None:
@@ -294,8 +315,12 @@ class Campaign:
         known = 0 if term is None else int(term.value)
         mine = elected.Reign(holder=self._own_url, term=max(known, self._role.floor) + 1, id=self._world.token())
         try:
+            if self._uploads is not None:
+                await self._uploads.begin(known)
             if await self._take(mine, lease, term, made):
                 self._said = ""
+                if self._uploads is not None:
+                    await self._uploads.took(mine.term)
                 log.warning("this registry takes pushes now", term=mine.term, forced=forced)
                 if forced:
                     await self._give_up_lost()

@@ -7,7 +7,7 @@ A change is decided on such a fold and entered under the next number; when that 
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 
 import msgspec
 
@@ -146,10 +146,14 @@ class Catalog:
         return fold.manifests[digest]
 
     async def granted_blob(self, repository: str, digest: model.Digest) -> blobs.Blob | None:
-        """A blob that the repository may read."""
-        if digest not in await self._granted(repository, [digest]):
-            return None
-        return await self.blobs.stat(digest)
+        """A blob that the repository may read. Where another server takes pushes only what a manifest needs counts: of
+        the rest that one alone knows whether it was deleted (`uploaded`)."""
+        view = self.role.view()
+        if view.mine or view.why_not:
+            found = await self._granted(repository, [digest])
+        else:
+            found = await self._needed(repository, {digest})
+        return await self.blobs.stat(digest) if digest in found else None
 
     async def why_missing(self, repository: str, digest: model.Digest) -> str:
         """What to tell somebody who asked for a blob that `granted_blob` does not have."""
@@ -163,9 +167,13 @@ class Catalog:
         died right after its entry left that to us)."""
         found = await self.logs.granted(repository, digests)
         if missing := set(digests) - found:
-            manifests = (await self.repository(repository)).manifests.values()
-            found |= missing & {digest for known in manifests for digest in known.refers}
+            found |= await self._needed(repository, missing)
         return found
+
+    async def _needed(self, repository: str, digests: Set[str]) -> frozenset[str]:
+        """Those that manifests of the repository need."""
+        manifests = (await self.repository(repository)).manifests.values()
+        return frozenset(digests & {digest for known in manifests for digest in known.refers})
 
     async def names(self) -> list[str]:
         """Every repository that holds a manifest, sorted."""

@@ -30,6 +30,7 @@ from covey.registry import (
     heads,
     peers,
     role,
+    uploaded,
     views,
 )
 from covey.store import base as store_base
@@ -170,6 +171,8 @@ class Reign:
         store: store_base.Store | None = None,
     ) -> None:
         self._chosen = chosen
+        self._base = base
+        self._fsync = fsync
         self._logs = logs
         self._world = world
         self._ca_cert = ca_cert
@@ -199,20 +202,24 @@ class Reign:
         others: Mapping[str, peers.Peer],
         standing: heads.Heads,
         copies: copying.Copying,
+        care: blobs.LogCare,
         *,
         campaigns: bool,
     ) -> None:
         """`campaigns`: this process is the one of its server that takes the role."""
+        left = uploaded.Uploaded(self._base, known, care, fsync=self._fsync)
         own_url = self._chosen.own_url
         self._known = known
         asks = _Others(self._asking, others, copies)
         self._campaigns = campaigns
         if self._elected is not None and self._store is not None:
             self._campaign = campaign.Campaign(
-                own_url, self._elected, self._store, self._logs, asks, standing, self._world, campaigns=campaigns
+                *(own_url, self._elected, self._store, self._logs, asks, standing, self._world),
+                campaigns=campaigns,
+                uploads=left,
             )
         elif self._appointed is not None:
-            self._campaign = campaign.Appointing(own_url, self._appointed, asks, standing)
+            self._campaign = campaign.Appointing(own_url, self._appointed, asks, standing, left.forget)
         secret = self._chosen.registry_peer_secret
         self._forward = forward.Forward(self.role, known, own_url, secret, ca_cert=self._ca_cert)
 

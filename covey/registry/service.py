@@ -184,7 +184,8 @@ class Registry:
         if self.replica is None or self.reign is None:
             return routes
         known = self.replica
-        self.reign.join(self.catalog, known.others, known.heads, known.copying, campaigns=self._config.follows)
+        care = self._storage.log_care
+        self.reign.join(self.catalog, known.others, known.heads, known.copying, care, campaigns=self._config.follows)
         if known.follower is not None:
             known.follower.kept = self.reign.kept
         return self.reign.routes(known.routes(routes))

@@ -162,6 +162,29 @@ async def _registry(*words: str, environ: dict[str, str]) -> tuple[int, str]:
     return child.returncode, said.decode().strip()
 
 
+async def test_what_no_manifest_names_ends_with_the_reign(tmp_path: Path) -> None:
+    """A blob that was deleted at the holder does not come back through a server that held the role before (S35)."""
+    async with fleet.running(tmp_path, 2) as (first, second):
+        await pushed(first, "v1", b"one")
+        await until_all_show([first, second], {"v1": 0})
+        digest = oci.digest_of(b"a blob")
+        path = f"/v2/{TEMPLATE}/blobs/{digest}"
+        assert await first.push_blob(TEMPLATE, b"a blob") == digest
+        assert (await second.call("HEAD", path))[0] == (await first.call("GET", path))[0] == 200
+        assert await second.promote() == ""
+        assert (await first.call("HEAD", path))[0] == (await first.call("GET", path))[0] == 404
+        assert await second.push_blob(TEMPLATE, b"a blob") == digest
+        assert (await first.call("DELETE", path))[0] == 202
+        assert await first.promote() == ""
+        for one in (first, second):
+            assert (await one.call("HEAD", path))[0] == (await one.call("GET", path))[0] == 404
+            await until_has(one, b"one")
+        await first.push_blob(TEMPLATE, b"a blob")
+        await first.kill()
+        await first.start()  # it is the same one, and knows it
+        assert (await first.call("HEAD", path))[0] == 200
+
+
 async def test_a_promote_that_would_lose_something_is_refused(tmp_path: Path) -> None:
     async with fleet.running(tmp_path, 3) as servers:
         first, second, third = servers
