@@ -111,8 +111,14 @@ class Neighbours:
             ):
                 text = answer.headers.get(HERE_HEADER, "")
                 return int(text) if answer.status == 200 and text.isdecimal() else None
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            self.notice(one, error)
             return None
+
+    def notice(self, one: wire.Neighbour, error: Exception) -> None:
+        """One that cannot be reached is not asked again for a while: it would cost each layer the same wait."""
+        if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+            self.ban((one.url,), self.limits.away_s)
 
     @contextlib.contextmanager
     def download(self, template: str, digest: str, *, alone: bool) -> Iterator["Download"]:
@@ -271,8 +277,7 @@ class Download:
                     await self._judge(one)
                     answered = one.url not in self._left
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
-                self._all.ban((one.url,), self._limits.away_s)
+            self._all.notice(one, error)
             if not answered:
                 self._leave(one, f"{type(error).__name__} {error}".strip())
                 return

@@ -93,8 +93,13 @@ class Stranger(Neighbour):
     def __init__(self, name: str, content: bytes) -> None:
         super().__init__(name)
         self.content = content
-        self.asked = 0
+        self.asked = self.sent = 0
         self._runner: web.AppRunner | None = None
+
+    @property
+    def here(self) -> int:
+        """How much it says that it has."""
+        return len(self.content)
 
     async def start(self) -> None:
         app = web.Application()
@@ -111,7 +116,7 @@ class Stranger(Neighbour):
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.asked += 1
-        headers = {neighbours.HERE_HEADER: str(len(self.content))}
+        headers = {neighbours.HERE_HEADER: str(self.here)}
         if request.method == "HEAD":
             return web.Response(headers=headers)
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers["Range"])
@@ -150,7 +155,16 @@ class Slow(Stranger):
         await answer.prepare(request)
         for place in range(start, end):
             await answer.write(self.content[place : place + 1])
+            self.sent += 1
             await asyncio.sleep(0.05)
+
+
+class Waiting(Slow):
+    """As slow, because it has no more itself."""
+
+    @property
+    def here(self) -> int:
+        return self.sent
 
 
 class Cut(Stranger):

@@ -117,12 +117,15 @@ async def test_a_lying_neighbour_costs_one_more_copy_and_is_not_asked_again(town
     assert len(b.near.of(digest)) == 1
 
 
-async def test_wrong_bytes_in_a_packed_layer_do_not_make_its_template_unusable(town: Town) -> None:
+@pytest.mark.parametrize("unpacked", [False, True])
+async def test_wrong_bytes_of_a_packed_layer_do_not_make_its_template_unusable(town: Town, unpacked: bool) -> None:
     blob = zstd.compress(PLAIN)
     template, digest = await town.library.push_packed(PLAIN, blob)
     b = await town.street.node("b")
-    b.knows(digest, await town.street.let_in(street.Stranger("liar", os.urandom(len(blob)))))
+    liar = await town.street.let_in(street.Stranger("liar", os.urandom(len(PLAIN if unpacked else blob))))
+    b.knows(digest, liar)
     assert await b.get(template, digest) == [PLAIN]
+    assert liar.asked > 1
 
 
 async def test_a_liar_at_the_beginning_of_a_chain_spoils_nothing_at_its_end(town: Town) -> None:
@@ -147,6 +150,23 @@ async def test_one_that_is_dead_frozen_slow_or_breaks_off_costs_seconds(
     b = await town.street.node("b", hasty)
     b.knows(digest, await town.street.let_in(kind("stranger", BASE)))
     assert await b.get(template, digest) == [BASE]
+
+
+@pytest.mark.parametrize("kind", [street.Slow, street.Waiting])
+async def test_one_that_is_slow_is_left_unless_it_has_no_more_itself(
+    town: Town, tmp_path: Path, kind: type[street.Stranger]
+) -> None:
+    """All nodes of a chain wait for its beginning: if they left when that is slow, all would make it slower."""
+    digest = oci.digest_of(BASE)
+    b = await town.street.node("b", msgspec.structs.replace(street.PATIENT, pace_s=0.3))
+    b.knows("template", await town.street.let_in(kind("slow", BASE)))
+    part = partial.Partial(tmp_path / "part", digest, len(BASE))
+    with b.near.download("template", digest, alone=False) as download:
+        download.begins(part)
+        async for piece in download.pieces(0, 40):
+            part.write(part.here_bytes, piece)
+    assert (part.here_bytes == 40) is (kind is street.Waiting)
+    part.close()
 
 
 async def test_the_next_one_goes_on_where_the_first_ended(town: Town) -> None:
