@@ -1,10 +1,11 @@
 """A full disk: a push fails cleanly, pulls go on, the server stays ready and says so, and deleting makes room again."""
 
+import asyncio
 import json
 from pathlib import Path
 
 from covey.client import oci
-from tests.support import disk, registry
+from tests.support import disk, fleet, registry
 
 LAYER = bytes(range(256)) * 16_000  # 4 MB
 MIB = 1 << 20
@@ -43,3 +44,43 @@ async def test_a_full_disk_refuses_pushes_and_nothing_else(tmp_path: Path) -> No
         small.resize(server.pid, 128)
         await server.push_image("a", "v2", LAYER)
         assert b"the disk is full" not in (await server.call("GET", "/readyz"))[2]
+
+
+async def test_a_follower_whose_disk_is_full_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    """It fetches what fits, passes the rest on, is ready, says so, and ends with everything."""
+    small = disk.Small(tmp_path / "small", 24)
+    async with fleet.running(tmp_path, 2, start=False, REGISTRY_RESERVED_SPACE="8") as (holder, follower):
+        follower.base, follower.within = small.folder / "base", small.within()
+        follower.environ["COVEY_BASE_PATH"] = str(follower.base)
+        await asyncio.gather(holder.start(), follower.start())
+        large = [bytes([number]) * (9 * MIB) for number in (1, 2)]
+        async with asyncio.timeout(fleet.DEADLINE_S):
+            while (await holder.call("GET", "/readyz"))[0] != 200 or not (await holder.holds()):
+                await asyncio.sleep(0.1)
+        for number, layer in enumerate(large):
+            await holder.push_image("a", f"v{number}", layer)
+
+        async def until(true: str, *, said: bool) -> None:
+            async with asyncio.timeout(fleet.DEADLINE_S):
+                while (true in str(await follower.says())) != said:
+                    await asyncio.sleep(0.1)
+
+        await until("the registry's disk is full", said=True)
+        await holder.push_image("a", "small", b"small")
+        for tag, layer in (("v0", large[0]), ("v1", large[1]), ("small", b"small")):
+            assert (await follower.call("GET", f"/v2/a/manifests/{tag}"))[0] == 200
+            assert (await follower.call("GET", f"/v2/a/blobs/{oci.digest_of(layer)}"))[2] == layer
+        assert (await follower.call("GET", "/readyz"))[0] == 200
+        assert follower.child is not None
+        small.resize(follower.child.pid, 96)
+        await until("the registry's disk is full", said=False)
+        async with asyncio.timeout(fleet.DEADLINE_S):
+            while (await follower.says())["missing_blobs"]:
+                await asyncio.sleep(0.1)
+        for layer in large:
+            assert small.files(follower.child.pid, "base/blobs/sha256")[_place(layer)] == len(layer)
+
+
+def _place(content: bytes) -> str:
+    name = oci.digest_of(content).partition(":")[2]
+    return f"{name[:2]}/{name}"

@@ -17,8 +17,8 @@ from tests.registry.test_role import TEMPLATE, push, pushed, until_all_show, unt
 from tests.reigns import real
 from tests.support import etcd, fleet
 
-SEEDS = range(1, int(os.environ.get("COVEY_REAL_REIGNS", "1")) + 1)
-STORM_S = 10.0
+SEEDS = range(1, int(os.environ["COVEY_REAL_REIGNS"]) + 1) if "COVEY_REAL_REIGNS" in os.environ else (1, 4)
+STORM_S = 8.0
 
 
 @pytest.fixture

@@ -72,6 +72,7 @@ class Member(registry.Server):
         self.known_as = known_as
         self.environ: dict[str, str] = {}
         self.child: asyncio.subprocess.Process | None = None
+        self.within: Sequence[str] = ()  # words before its command, which become it
         self._lines = lines
         self._inside = inside
 
@@ -90,7 +91,8 @@ class Member(registry.Server):
     async def launch(self, *, failpoints: str = "") -> None:
         with (self.base.parent / f"r{self.number}.log").open("ab") as log:
             self.child = await asyncio.create_subprocess_exec(
-                *("setpriv", "--pdeathsig", "KILL", *self._inside, sys.executable, "-m", "covey", "registry"),
+                *("setpriv", "--pdeathsig", "KILL", *self._inside, *self.within),
+                *(sys.executable, "-m", "covey", "registry"),
                 env={**os.environ, **self.environ, "COVEY_FAILPOINTS": failpoints},
                 stdout=log,
                 stderr=log,
