@@ -26,7 +26,8 @@ TTL_S = 10
 _PAUSE_S = 1.0
 _PRUNE_S = 10.0
 _INVENTORY_S = 30.0
-_SOON_S = 3.0  # whoever takes over waits for nobody much longer than that
+_AGAIN_S = 0.3
+_SOON_S = 2.0  # whoever takes over waits for nobody much longer than that
 _WANTED_S = 30
 _CATCH_UP_S = 60.0
 
@@ -281,7 +282,11 @@ class Campaign:
     async def _learn_more(self, heads_: Mapping[str, int]) -> None:
         """An etcd that was restored from a backup knows less than the registries: what another one has beyond etcd's
         heads was accepted too, and is copied first. What contradicts our log was given up by force."""
-        for url, found in (await inventories(self._others, _SOON_S)).items():
+        told = await inventories(self._others, _SOON_S)
+        if len(told) < len(self._others.urls):  # one that has stood still breaks off what was asked meanwhile
+            await asyncio.sleep(_AGAIN_S)
+            told |= await inventories(self._others, _SOON_S)
+        for url, found in told.items():
             beyond = {name: head for name, head in found.heads.items() if head.count > heads_.get(name, 0)}
             for name in await lacking(self._standing, beyond):
                 with contextlib.suppress(errors.RemoteError):
