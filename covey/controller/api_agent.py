@@ -164,9 +164,9 @@ class AgentApi:
         until_ns = arrived_ns + int(min(max(ask.wait_s, 0.0), wire.POLL_LIMIT_S) * 1e9)
         settled: tuple[int, ...] = ()
         if not hold and (ask.items or ask.word is not None):
-            settled, written = await self._take(call, caller, snapshot, ask)
+            settled, revision = await self._take(call, caller, snapshot, ask)
             if ask.items:  # the tag is of what the node shall do after that
-                snapshot = await self._after(written)
+                snapshot = await self._after(revision)
                 _authenticate(call, snapshot, arrived_ns)
                 hold = await api_adopt.must_hold(self._writer, snapshot, caller.node, ask.seen)
         wants = wanted.for_node(snapshot, caller.node)
@@ -194,11 +194,9 @@ class AgentApi:
             takes_reports=True,
         )
 
-    async def _after(self, written: int) -> view.Snapshot:
-        """A view that shows what was written at that revision, and so all that was answered before; 0: nothing was."""
-        if not written:
-            return await self._mirror.fresh()
-        await self._mirror.seen_at(written)
+    async def _after(self, revision: int) -> view.Snapshot:
+        """A view that shows what a transaction of this call wrote or found, and so all that was answered before it."""
+        await self._mirror.seen_at(revision)
         self._check_ready()
         return self._mirror.snapshot()
 
@@ -295,9 +293,9 @@ class AgentApi:
     async def _take(
         self, call: serve.Call, caller: _Caller, snapshot: view.Snapshot, told: wire.Report | wire.Ask
     ) -> tuple[tuple[int, ...], int]:
-        """What is settled of a report, and the revision of what was written for it (0: nothing)."""
+        """What is settled of a report, and the revision of the last transaction for its items (0: it has none)."""
         settled: list[int] = []
-        written = 0
+        revision = 0
         for start, piece in _pieces(told.items):
             call.still_fresh()
             applied = await commit_reports.report(
@@ -306,10 +304,10 @@ class AgentApi:
             if isinstance(applied, commit_reports.StaleSession):
                 raise answer.Fault(409, _STALE)
             settled += [start + index for index in applied.settled]
-            written = max(written, applied.revision)
+            revision = max(revision, applied.revision)
         if told.word is not None:
             await self._say(caller, snapshot, _without_gone(told.word, told.items), told.messages)
-        return tuple(settled), written
+        return tuple(settled), revision
 
     async def _say(self, caller: _Caller, snapshot: view.Snapshot, word: model.Word, messages: int) -> None:
         """The node's last word, in its own name only. A lost one comes again within the minute."""

@@ -26,7 +26,8 @@ _TEXT = 4096  # characters kept of a message or fault: the instance is one small
 
 
 class Applied(NamedTuple):
-    """`settled`: indexes of the items that need not be sent again. `revision` of the last write; 0: none was needed."""
+    """`settled`: indexes of the items that need not be sent again. `revision`: of the last transaction; what it wrote,
+    or found to be so already, is shown by every view at least that new."""
 
     settled: tuple[int, ...]
     revision: int = 0
@@ -63,9 +64,7 @@ async def report(
             page = _Page(reading, node, session)
             for item in part:
                 page.take(item)
-            ops = page.ops()
-            applied: commit.Write[Applied | StaleSession] = commit.Write(ops, lambda at: Applied((), at))
-            return applied if ops else Applied(())
+            return commit.Write(page.ops(), lambda at: Applied((), at))  # without any, it proves that it is so already
 
         answer: Applied | StaleSession = await writer.run(snapshot, rule, until_ns=until_ns, sure=True)
         if isinstance(answer, StaleSession):

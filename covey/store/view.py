@@ -481,6 +481,8 @@ class Draft(Snapshot):
         self.touched.update(self._nodes.keys())
 
 
+# As plain text: an Enum's own way into a text costs more than all the rest of a lookup, and each instance needs some.
+_EXTERNAL_ID, _TEMPLATE, _GROUP = (str.__str__(label) for label in Label)
 _PLAIN = ("revision", "history", "cloud", "format", "fence", "chain", "breach", "breach_why", "broke", "settled")
 
 
@@ -520,10 +522,10 @@ def _labels(instance: model.Instance | None) -> set[str]:
     if instance is None:
         return set()
     spec, part = instance.spec, hash(instance.id) % _PARTS
-    pairs = {
-        (Label.EXTERNAL_ID, instance.external_id),
-        (Label.TEMPLATE, spec.template),
-        (Label.TEMPLATE, spec.template_name),
-        (Label.GROUP, spec.group),
-    }
+    pairs = (
+        (_EXTERNAL_ID, instance.external_id),
+        (_TEMPLATE, spec.template),
+        (_TEMPLATE, spec.template_name),
+        (_GROUP, spec.group),
+    )
     return {f"{part} {label} {value}" for label, value in pairs if value}
