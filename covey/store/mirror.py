@@ -21,7 +21,7 @@ controller turns red, answers parked polls, and renews no agent's lease.
 The store may be restored from a backup at any time (safety S18). A read that contradicts what was read before is a
 proof: its revision went back, its cluster id is another one, or the copy lacks the newest break. The copy is then
 thrown away and listed anew. Before the mirror is ready again, after that or after any other trouble, `prove` compares
-the store with its own past and enters the break; what was listed before that is listed once more.
+the store with its own past and enters the break. What was listed without the newest break is then listed once more.
 """
 
 import asyncio
@@ -75,6 +75,7 @@ class Mirror:
         self._broke = ""  # why the store is not the one that was read before; "" once that is entered
         self._before: tuple[permission.Link, ...] = ()  # the chain as it was known then
         self._discarded = 0  # the revision of the copy that was thrown away last
+        self._listed_with: base.Kv | None = None  # the newest break in the last listing
         self._draft = view.Draft()
         self._snapshot: view.Snapshot | None = None
         self._listed = asyncio.Event()
@@ -252,7 +253,7 @@ class Mirror:
             self._targets.clear()
             if self._prove is None:
                 self._broke = ""
-        self._draft = new
+        self._draft, self._listed_with = new, new.broke
         self._draft.touched |= old.touched | {*old.node_ids(), *self._draft.node_ids()}
         self._listed.set()
         self._ring()
@@ -342,16 +343,17 @@ class Mirror:
             self._proving = asyncio.create_task(self._prove_again(self._prove))
 
     async def _prove_again(self, prove: Prove) -> None:
-        reds, why = self._reds, self._broke
+        reds = self._reds
         try:
             async with asyncio.timeout(_PROVE_S):
-                await prove(why, self._before)
+                await prove(self._broke, self._before)
+                await self._proof.read()
         except (TimeoutError, errors.CoveyError) as error:
             _log.info("the store's history could not be proved; trying again", why=str(error))
             return
         if reds == self._reds:
             self._proven, self._broke = True, ""
-            if why:  # listed before the break was entered, perhaps in a store that was restored again since
+            if not view.is_same_break(self._proof.broke, self._listed_with):  # listed before the break was entered
                 self._list_again()
 
     async def _directly(self, revision: int) -> view.Snapshot:

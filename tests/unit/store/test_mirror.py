@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
@@ -13,10 +13,12 @@ from tests.support import cloud, flaky, nouns
 
 
 @contextlib.asynccontextmanager
-async def mirrored(c: cloud.Cloud) -> AsyncIterator[tuple[mirror.Mirror, flaky.Flaky]]:
+async def mirrored(
+    c: cloud.Cloud, prove: mirror.Prove | None = None
+) -> AsyncIterator[tuple[mirror.Mirror, flaky.Flaky]]:
     """A mirror behind weather of its own; the writer has fine weather."""
     weather = flaky.Flaky(c.store)
-    copy = mirror.Mirror(weather, c.world)
+    copy = mirror.Mirror(weather, c.world, prove)
     task = asyncio.create_task(copy.run())
     try:
         yield copy, weather
@@ -256,6 +258,42 @@ async def test_a_copy_of_the_first_of_two_restores_is_thrown_away_after_the_seco
             assert after.breach == now.breach
             assert after.instance(lost) is None
             assert all(after.instance(id) is not None for id in ids)
+
+
+@pytest.mark.parametrize("contradicted", [True, False])
+async def test_what_was_listed_before_the_break_is_listed_once_more(contradicted: bool) -> None:
+    """Safety S18: something is written between a restore and its break, and the store is restored again before this
+    controller has proved it. No nonce and no revision tells the two apart."""
+    async with cloud.running() as c:
+        assert isinstance(c.store, memory.Memory)
+        saved, gate = c.store.backup(), asyncio.Event()
+
+        async def prove(why: str, before: Sequence[permission.Link]) -> None:
+            await gate.wait()
+            await commit_cloud.add_nonce(c.writer, why, before)
+
+        async with mirrored(c, prove) as (copy, weather):
+            if contradicted:  # its copy is thrown away: the revision goes back
+                await c.create()
+            gate.set()
+            await until(lambda: copy.ready)
+            gate.clear()
+            if not contradicted:
+                saved = c.store.backup()
+            c.store.restore(saved)
+            copy.doubt()
+            (ghost,) = await c.create()
+            await until(lambda: copy.listed and copy.snapshot().instance(ghost) is not None)
+            weather.partition(True)
+            c.store.restore(saved)
+            (real,) = await c.create()
+            await commit_cloud.add_nonce(c.writer)
+            weather.partition(False)
+            await until(lambda: copy.snapshot().breach.nonce)
+            gate.set()
+            await until(lambda: copy.ready)
+            assert copy.snapshot().instance(ghost) is None
+            assert copy.snapshot().instance(real) is not None
 
 
 async def test_a_write_stands_in_the_view_of_its_own_revision() -> None:
