@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import msgspec
 
@@ -17,6 +17,9 @@ from covey.store import base, etcd, schema
 
 PATIENCE_S = 60.0
 GONE = "gone"  # as a state: Terminated, and its node has said that nothing is left of it
+
+
+T = TypeVar("T")
 
 
 class Refused(Exception):
@@ -111,8 +114,8 @@ class Api:
         else:
             _, one = await asyncio.get_running_loop().create_connection(_Connection, *self._places[turn])
             self._open.append(one)
-        async with asyncio.timeout(PATIENCE_S):
-            answer = _envelopes.decode(await one.ask(request))
+        body: bytes = await _in_time(one.ask(request))
+        answer = _envelopes.decode(body)
         free.append(one)
         if answer.status != "OK":
             raise Refused(answer.message)
@@ -176,6 +179,18 @@ class Watcher:
         known = self.lives.get(id, {}).get(state)
         if known is not None:
             return known
-        future = self._waiting.setdefault((id, state), asyncio.get_running_loop().create_future())
-        async with asyncio.timeout(PATIENCE_S):
-            return await future
+        return await _in_time(self._waiting.setdefault((id, state), asyncio.get_running_loop().create_future()))
+
+
+async def _in_time(future: "asyncio.Future[T]") -> T:
+    """What it comes to; raises TimeoutError. Much cheaper than asyncio.timeout."""
+    timer = asyncio.get_running_loop().call_later(PATIENCE_S, _give_up, future)
+    try:
+        return await future
+    finally:
+        timer.cancel()
+
+
+def _give_up(future: "asyncio.Future[T]") -> None:
+    if not future.done():
+        future.set_exception(TimeoutError())

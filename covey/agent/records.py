@@ -158,7 +158,8 @@ class Records:
         return self._records.get(key)
 
     def of(self, instance: model.InstanceId) -> list[Record]:
-        return [self._records[instance, epoch] for epoch in sorted(self._epochs.get(instance, ()))]
+        epochs = self._epochs.get(instance)
+        return [self._records[instance, epoch] for epoch in sorted(epochs)] if epochs else []
 
     def all(self) -> list[Record]:
         return list(self._records.values())

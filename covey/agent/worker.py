@@ -121,8 +121,10 @@ class Worker:
             found = await self._parts.look.fresh()
             self._bodies = {epoch: vm for (owner, epoch), vm in found.items() if owner == self.instance}
         tombstone = self._parts.records.tombstone(self.instance)
-        self._run_scripts()
-        await self._learn_addresses()
+        here = self._here()
+        if here:
+            self._run_scripts(here)
+            await self._learn_addresses(here)
         steps = convergence.converge(
             self._wants,
             self._locals(self._bodies),
@@ -373,9 +375,9 @@ class Worker:
             return []
         return [record for record in self._parts.records.of(self.instance) if record.epoch in running]
 
-    async def _learn_addresses(self) -> None:
+    async def _learn_addresses(self, here: list[records.Record]) -> None:
         """A guest may get its address after it booted: that is told when it comes."""
-        for record in filter(_addressless, self._here()):
+        for record in filter(_addressless, here):
             with contextlib.suppress(errors.HypervisorError):
                 vm = await self._parts.driver.info(*record.key)
                 if vm is not None and vm.ip:
@@ -384,9 +386,9 @@ class Worker:
 
     # ---- unmonitored scripts ---------------------------------------------------------------------------------------
 
-    def _run_scripts(self) -> None:
+    def _run_scripts(self, here: list[records.Record]) -> None:
         """A booted VM's unmonitored script runs beside everything else; after a restart its run is followed again."""
-        for record in self._here():
+        for record in here:
             due = record.stage is Stage.BOOTED and script.due_in_background(record)
             if due and record.epoch not in self._background:
                 self._background[record.epoch] = asyncio.create_task(self._verbs.run_in_background(record))

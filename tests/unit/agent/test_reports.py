@@ -135,7 +135,7 @@ def test_it_waits_longer_where_such_work_takes_long_lately() -> None:
             node.outbox.expect(B[0])
             await asyncio.sleep(1.0)  # until all that was said is settled
             waited.append(await gathering(node))
-        assert waited == [0.25, 0.6, 1.0]
+        assert waited == [0.25, 0.45, 1.5]
 
     play(story)
 
