@@ -38,9 +38,9 @@ _RIDE_S = 1.0  # a rider without an answer for so long is reported …
 _RIDE_LIMIT_S = 4.0
 _RIDE_TIMES = 3.0  # … or for so many times as long as answers take lately
 _GATHER_S = 0.25  # a poll waits so long for the outcome of new work …
-_GATHER_LIMIT_S = 1.5  # less than a placement may go without acknowledgement (safety S10)
-_GATHER_TIMES = 1.5  # … or so many times as long as such work takes lately
-_NEWEST = 0.3  # weight of the newest in that average
+_GATHER_TIMES = 1.5  # … or so many times as long as such work takes lately …
+_GATHER_LIMIT_S = 1.5  # … unless that is longer: another placement waits to be acknowledged meanwhile (safety S10)
+_QUICKER = 0.1  # by such a part it follows work that is quicker than the slowest was lately
 _BESIDE_S = 0.03  # with something to say already, a poll waits so long for the outcome of other work
 _RIDE_BYTES = 100_000  # of output along with a poll
 
@@ -86,7 +86,7 @@ class Outbox:
         self._overdue: asyncio.TimerHandle | None = None  # rings when they have gone without an answer for long
         self._soon: set[model.InstanceId] = set()  # of which something will be said shortly
         self._begun_ns: dict[model.InstanceId, int] = {}  # since when
-        self._quick_s = 0.0  # how long it takes lately until it is said
+        self._quick_s = 0.0  # how long it takes lately, at most, until it is said
         self._gathering = False  # a poll is about to go, and waits for something to carry
         self._load = bell.Bell()
         self.on_settled: Callable[[wire.Item], None] = lambda _: None
@@ -118,7 +118,8 @@ class Outbox:
         self._soon.discard(instance)
         begun_ns = self._begun_ns.pop(instance, None)
         if begun_ns is not None:
-            self._quick_s += _NEWEST * ((self._clock.boot_ns() - begun_ns) / 1e9 - self._quick_s)
+            took_s = (self._clock.boot_ns() - begun_ns) / 1e9
+            self._quick_s = max(took_s, self._quick_s + _QUICKER * (took_s - self._quick_s))
 
     def progress(self, key: records.Key, fraction: float) -> None:
         """Say how far a preparation is, if that is news and not too soon."""
@@ -164,7 +165,7 @@ class Outbox:
     async def gathered(self) -> None:
         """Wait until a poll has all to carry that is to be expected shortly. Until then nothing else is sent."""
         loop = asyncio.get_running_loop()
-        until_s = loop.time() + min(max(_GATHER_S, _GATHER_TIMES * self._quick_s), _GATHER_LIMIT_S)
+        until_s = loop.time() + self._gather_s()
         self._gathering = True
         try:
             while self._soon and loop.time() < until_s:
@@ -175,6 +176,11 @@ class Outbox:
         finally:
             self._gathering = False
             self._soon.clear()
+
+    def _gather_s(self) -> float:
+        if self._quick_s > _GATHER_LIMIT_S:
+            return _GATHER_S
+        return min(max(_GATHER_S, _GATHER_TIMES * self._quick_s), _GATHER_LIMIT_S)
 
     def ride(self) -> Load:
         """What goes along with a poll that is sent now; `rode` must follow. Nothing while a word is on its way: it may
