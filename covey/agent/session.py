@@ -158,7 +158,8 @@ class Session:
                 self._lose(Standing.STALE if error.status == 409 else Standing.REMOVED)
             raise SessionLost(str(error), error.status) from error
         if not parks:
-            self.usual_s += _NEWEST * ((self._clock.boot_ns() - sent_ns) / _S - self.usual_s)
+            took_s = (self._clock.boot_ns() - sent_ns) / _S
+            self.usual_s = self.usual_s + _NEWEST * (took_s - self.usual_s) if self.usual_s else took_s
         if counter != self.counter or self.standing is Standing.STALE:
             raise SessionLost("the answer is for an earlier session", 409)
         lease = getattr(answer, "lease", None)

@@ -163,7 +163,7 @@ def test_what_there_is_to_say_waits_hardly_for_the_outcome_of_other_work() -> No
 
 def test_a_rider_goes_again_when_it_has_had_no_answer_for_long_as_answers_take_lately() -> None:
     async def story(node: Node) -> None:
-        for usual_s, late_s in ((0.1, 1.0), (0.7, 2.1), (60.0, 4.0)):
+        for usual_s, late_s in ((0.1, 1.0), (0.5, 2.5), (60.0, 4.0)):
             node.cloud.reports.clear()
             node.outbox.say(A, Said.BOOTED)
             node.standing.usual_s = usual_s
