@@ -4,7 +4,7 @@ and open streams.
 Rules: what fails is tried again, at the next server if need be, and given up only when nothing moved for a while
 (`patience_s`: a server may be starting again). A download in which nothing moves is left after `QUIET_S` while another
 server is well, so that it goes on within two seconds when a server freezes; one that finds all of them silent waits
-twice as long each time (`Silence`), for they may just be slow. Faults: NotFound and Refused carry the registry's text,
+longer (`Silence`), for they may just be slow. Faults: NotFound and Refused carry the registry's text,
 RemoteError means that no registry gave an answer.
 """
 
@@ -25,6 +25,8 @@ READ_BYTES = 1 << 20
 _PAUSE_S = 0.1  # after a failed try, doubled with each one in a row
 _PAUSE_LIMIT_S = 2.0
 _CONNECT_S = 2.0
+_LONGER = 8
+_ANSWER_S = 2.0  # for a small answer, of each of several servers, at first
 QUIET_S = 1.0  # a server that sends nothing of a download for so long is left, if another one is well
 
 
@@ -66,13 +68,12 @@ class Line:
         """One call that may be repeated and succeeds in the end: the answer's headers and body. `work_s` is what the
         server may need for it beside an ordinary answer. Reading fails over within the call."""
         answers: list[tuple[Mapping[str, str], bytes]] = []
+        silence = Silence(_ANSWER_S)
 
         async def once() -> None:
             if method in ("GET", "HEAD"):
-                reply = await self._http.send(method, path, headers=headers, timeout_s=self.stall_s)
-                if reply.status >= 400:
-                    raise fault(reply.status, reply.body)
-                answers.append((reply.headers, reply.body))
+                with silence.measured(lambda: len(answers)) as quiet_s:
+                    answers.append(await self._read(method, path, headers, quiet_s))
                 return
             with self.limit(f"{method} {path}", self.stall_s + work_s) as limit:
                 async with limit, self.open(method, path, data=data, headers=headers) as answer:
@@ -81,6 +82,17 @@ class Line:
 
         await self.persist(once, lambda: 0)
         return answers[-1]
+
+    async def _read(
+        self, method: str, path: str, headers: Mapping[str, str], quiet_s: float
+    ) -> tuple[Mapping[str, str], bytes]:
+        """One round over all servers. Usually a second one is asked as well before a silent one is left (`http`), but
+        not when that happened often of late."""
+        limit_s = min(quiet_s, self.stall_s) if len(self._http.urls) > 1 else self.stall_s
+        reply = await self._http.send(method, path, headers=headers, timeout_s=limit_s)
+        if reply.status >= 400:
+            raise fault(reply.status, reply.body)
+        return reply.headers, reply.body
 
     @contextlib.contextmanager
     def limit(self, what: str, limit_s: float) -> Iterator[asyncio.Timeout]:
@@ -146,11 +158,11 @@ class Line:
 
 
 class Silence:
-    """For how long one download waits for a silent server: twice as long after each that sent nothing for all of that
-    time, as at first once bytes came."""
+    """For how long one download waits for a silent server: much longer after a round in which none sent anything, since
+    then they are just slow, and patience ends; as at first once bytes came."""
 
-    def __init__(self) -> None:
-        self.limit_s = QUIET_S
+    def __init__(self, least_s: float = QUIET_S) -> None:
+        self._least_s = self.limit_s = least_s
 
     @contextlib.contextmanager
     def measured(self, standing: Callable[[], int]) -> Iterator[float]:
@@ -161,9 +173,9 @@ class Silence:
             yield self.limit_s
         finally:
             if standing() > before:
-                self.limit_s = QUIET_S
+                self.limit_s = self._least_s
             elif loop.time() - began_s >= self.limit_s:
-                self.limit_s *= 2
+                self.limit_s *= _LONGER
 
 
 async def pieces(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

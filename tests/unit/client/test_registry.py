@@ -1,5 +1,6 @@
 """One of two registries dies or freezes: what is read comes from the other one, at once."""
 
+import asyncio
 import time
 from pathlib import Path
 
@@ -35,3 +36,20 @@ async def test_reading_goes_on_at_the_other_registry(tmp_path: Path, mood: proxy
             assert await reader.has_blob(TEMPLATE, oci.digest_of(layer))
             assert len(await reader.templates()) == 1
             assert time.monotonic() - began_s < (12 if first == "manifest" else 25)
+
+
+async def test_a_manifest_does_not_wait_for_a_frozen_registry_when_no_second_copy_may_be_sent(tmp_path: Path) -> None:
+    """Second copies of questions are few on the whole; a node that asks little may have none left."""
+    config, layer = server.template_config(), b"a layer"
+    content = server.template_manifest(config, layer, name="t", tag="v1")
+    async with server.serving(tmp_path / "data") as only, proxy.before(only.port) as nasty:
+        async with server.talking(only) as writer:
+            for blob in (config, layer):
+                await writer.upload_bytes(TEMPLATE, blob)
+            digest, _ = await writer.push_manifest(TEMPLATE, "v1", content)
+        await nasty.turn(proxy.Mood.DEAF)
+        async with http.Endpoints([f"http://{nasty.address}", only.url]) as endpoints, asyncio.timeout(60):
+            while endpoints._balance.take_copy():
+                pass
+            reader = registry.Registry(endpoints, patience_s=600, stall_s=600)
+            assert (await reader.manifest(TEMPLATE, "v1"))[1] == digest
