@@ -67,7 +67,7 @@ PARTS = (
     Part("outage", 150, 1500, tests=("tests/outage",)),
     Part("cluster", 500, 1500, tests=("tests/cluster",), workers=2),
     Part("operate", 280, 1500, tests=("tests/operate",), workers=2),
-    Part("topology", 290, 1500, tests=("tests/topology",)),
+    Part("topology", 330, 1500, tests=("tests/topology",)),
     Part("registry", 200, 1500, tests=("tests/registry",), workers=2),
     Part("contract", 150, 1500, tests=("tests/contract",)),
     Part("mutants", 300, 1500, tests=("tests/mutants",)),
