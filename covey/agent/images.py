@@ -3,6 +3,7 @@
     images/                       0711: a hypervisor's own user passes through, and lists nothing
     ├── layers/<hex>              a whole, verified layer, 0444, named by its digest; shared by all templates
     ├── incoming/<hex>[.…]        being fetched, or unpacked; continued after a cut or a kill
+    ├── papers/<hex>              what other nodes may need of it: see `papers`
     └── manifests/<hex>.json      Kept: a template whose layers are all here; its mtime is its last use
 
 Rules: a layer appears under its name only when whole and verified by digest (promise I8), one that travels packed by
@@ -15,12 +16,12 @@ downloads that nobody waits for go first, then layers of no template, then templ
 import asyncio
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from covey import durable, errors, failpoint, model, observe
-from covey.agent import hypervisor, neighbours
+from covey.agent import hypervisor, neighbours, papers
 from covey.client import oci, packing, partial, pull, registry
 
 RESERVE_BYTES = 1 << 30
@@ -101,10 +102,11 @@ class Layer(model.Noun, frozen=True, kw_only=True):
 
 
 class Kept(model.Noun, frozen=True, kw_only=True):
-    """A template that is wholly here."""
+    """A template that is wholly here. `papers`: digests of its manifest and its config."""
 
     digest: model.Digest
     layers: tuple[Layer, ...]
+    papers: tuple[str, ...] = ()
     config: dict[str, str | int | bool] = {}
 
 
@@ -151,6 +153,7 @@ class Cache:
         for directory, mode in ((self._root, 0o711), (self._layers, 0o711), (self._incoming, 0o700)):
             directory.mkdir(parents=True, exist_ok=True)
             directory.chmod(mode)
+        self._papers = papers.Papers(self._root / "papers")
         self._manifests.mkdir(exist_ok=True)
         durable.sweep(self._manifests)
         for path in self._manifests.glob("*.json"):
@@ -159,6 +162,7 @@ class Cache:
                 self._kept[kept.digest] = kept
             else:
                 path.unlink(missing_ok=True)
+        self._papers.only(self._used_papers())
 
     def from_registries(self, urls: tuple[str, ...]) -> None:
         if urls and urls != self._urls:
@@ -193,26 +197,37 @@ class Cache:
     # ---- for other nodes -------------------------------------------------------------------------------------------
 
     def layers_of(self, template: str) -> frozenset[str]:
-        """Digests of all layers of a template that is here or comes, as they are here and as they travel."""
+        """Digests of all layers of a template that is here or comes, as they are here and as they travel, and of its
+        papers."""
         known = self._kept.get(model.Digest(template))
         found = known or next((kept for kept in self._wanted.values() if kept.digest == template), None)
-        layers = found.layers if found is not None else ()
-        return frozenset(digest for layer in layers for digest in (layer.digest, layer.blob) if digest)
+        if found is None:
+            return frozenset()
+        layers = frozenset(digest for layer in found.layers for digest in (layer.digest, layer.blob) if digest)
+        return layers.union(found.papers)
 
     def whole(self, digest: str) -> Path | None:
-        """Where a layer is, if it is here: only what is whole and verified has its name."""
+        """Where a layer is, if it is here: only what is whole and verified has its name. Or a paper."""
         path = self._path(digest)
+        if not path.is_file():
+            path = self._papers.path(digest)
         return path if path.is_file() else None
 
     # ---- fetching --------------------------------------------------------------------------------------------------
 
     async def _fetch(self, holder: str, repository: str, digest: model.Digest, progress: Progress) -> Kept:
-        if self._source is None:
+        source = self._source
+        if source is None:
             raise errors.RemoteError("no registry is known to this node")
-        manifest, _, _ = await self._source.manifest(repository, digest)
-        config = await self._config(repository, manifest)
+
+        async def as_pushed() -> bytes:
+            return (await source.manifest(repository, digest))[2]
+
+        manifest = oci.parse_manifest(await self._paper(digest, digest, as_pushed))
+        config = await self._config(source, repository, digest, manifest)
         vm = {**config.vm, "arch": str(config.arch)} if config is not None else {}
-        kept = Kept(digest=digest, layers=_layers_of(manifest, config), config=vm)
+        found = (digest, *((manifest.config.digest,) if manifest.config is not None else ()))
+        kept = Kept(digest=digest, layers=_layers_of(manifest, config), papers=found, config=vm)
         self._wanted[holder] = kept
         try:
             missing = list({layer.digest: layer for layer in kept.layers if not self._has(layer)}.values())
@@ -225,10 +240,26 @@ class Cache:
         self._kept[digest] = kept
         return kept
 
-    async def _config(self, repository: str, manifest: oci.Manifest) -> oci.TemplateConfig | None:
-        if self._source is None or manifest.config is None:
+    async def _config(
+        self, source: Source, repository: str, template: model.Digest, manifest: oci.Manifest
+    ) -> oci.TemplateConfig | None:
+        if manifest.config is None:
             return None
-        return oci.parse_config(await self._source.content(repository, manifest.config.digest))
+        digest = manifest.config.digest
+        content = await self._paper(template, digest, lambda: source.content(repository, digest))
+        return oci.parse_config(content)
+
+    async def _paper(self, template: model.Digest, digest: str, fetch: Callable[[], Awaitable[bytes]]) -> bytes:
+        """A manifest or a config: the registry's, and while none answers, what a neighbour has."""
+        try:
+            content = await fetch()
+        except errors.RemoteError:
+            found = None if self._near is None else await self._near.paper(template, digest)
+            if found is None:
+                raise
+            content = found
+        self._papers.keep(digest, content)
+        return content
 
     async def _fetch_layers(
         self, repository: str, template: model.Digest, layers: Sequence[Layer], moved: Callable[[], None]
@@ -368,7 +399,11 @@ class Cache:
         durable.remove(self._manifest_path(digest))
         for name in {_hex(layer.digest) for layer in kept.layers} - self._used_layers(self._kept):
             (self._layers / name).unlink(missing_ok=True)
+        self._papers.only(self._used_papers())
         _log.info("a template was evicted to make room", digest=digest)
+
+    def _used_papers(self) -> set[str]:
+        return {digest for kept in (*self._kept.values(), *self._wanted.values()) for digest in kept.papers}
 
     def _used_layers(self, kept: dict[model.Digest, Kept]) -> set[str]:
         """Names of the layers that a whole template or a fetch under way needs."""

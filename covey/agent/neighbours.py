@@ -22,7 +22,7 @@ import aiohttp
 
 from covey import model, observe, wire, world
 from covey.agent import passing
-from covey.client import partial, pull
+from covey.client import oci, partial, pull
 
 SCHEME = "Covey-Ticket"
 HERE_HEADER = "Covey-Here"  # how many bytes of the blob a neighbour has
@@ -114,6 +114,24 @@ class Neighbours:
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             self.notice(one, error)
             return None
+
+    async def paper(self, template: str, digest: str) -> bytes | None:
+        """A manifest or config that one of them has, verified."""
+        for one in self.of(template):
+            try:
+                async with (
+                    asyncio.timeout(self.limits.answer_s),
+                    self.session().get(path(one, template, digest), headers=headers(one)) as answer,
+                ):
+                    content = b""
+                    while len(content) <= oci.MANIFEST_LIMIT and (more := await answer.content.readany()):
+                        content += more
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                self.notice(one, error)
+                continue
+            if oci.digest_of(content, oci.algorithm_of(digest)) == digest:
+                return content
+        return None
 
     def notice(self, one: wire.Neighbour, error: Exception) -> None:
         """One that cannot be reached is not asked again for a while: it would cost each layer the same wait."""

@@ -119,9 +119,8 @@ class Stranger(Neighbour):
         headers = {neighbours.HERE_HEADER: str(self.here)}
         if request.method == "HEAD":
             return web.Response(headers=headers)
-        found = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers["Range"])
-        assert found is not None
-        start, end = int(found[1]), int(found[2]) + 1
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))
+        start, end = (int(found[1]), int(found[2]) + 1) if found is not None else (0, len(self.content))
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(self.content)}"
         answer = web.StreamResponse(status=206, headers=headers)
         answer.content_length = end - start
@@ -191,6 +190,9 @@ class Street:
         """What has left the registry."""
         return self._line.down_bytes
 
+    async def cut_off_the_registry(self) -> None:
+        await self._line.turn(proxy.Mood.CLOSED)
+
     async def node(
         self, name: str, limits: neighbours.Limits = PATIENT, *, limit_bytes_s: int = 0, askers: int = sharing.ASKERS
     ) -> Node:
@@ -216,7 +218,7 @@ async def of(root: Path, server: registry.Server) -> AsyncIterator[Street]:
     await line.turn(proxy.Mood.HONEST)
     try:
         async with http.Endpoints([f"http://{line.address}"]) as endpoints:
-            street = Street(line, client.Registry(endpoints), root)
+            street = Street(line, client.Registry(endpoints, patience_s=2.0), root)
             try:
                 yield street
             finally:

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from backports import zstd
 
+from covey import errors
 from covey.agent import neighbours, passing, sharing
 from covey.client import oci, partial
 from tests.support import registry
@@ -100,6 +101,28 @@ async def test_all_nodes_together_get_no_more_than_the_limit(town: Town) -> None
     await asyncio.gather(*(other.get(template, digest) for other in others))
     assert a.server.sent_bytes == 2 * len(BASE)
     assert time.monotonic() - began_s > 2.5  # 6 MiB at 2 MiB a second, less what goes out at first
+
+
+@pytest.mark.parametrize("packed", [False, True])
+async def test_while_no_registry_answers_a_template_comes_from_a_node_that_has_it(town: Town, packed: bool) -> None:
+    template, digest = await (
+        town.library.push_packed(PLAIN, zstd.compress(PLAIN)) if packed else town.library.push(BASE)
+    )
+    a, b, c = [await town.street.node(name) for name in "abc"]
+    await a.get(template, digest)
+    await town.street.cut_off_the_registry()
+    for node, one in ((b, a), (c, b)):
+        node.knows(digest, one)
+        assert await node.get(template, digest) == [PLAIN if packed else BASE]
+
+
+async def test_a_paper_that_is_wrong_is_none(town: Town) -> None:
+    template, digest = await town.library.push(BASE)
+    b = await town.street.node("b")
+    b.knows(digest, await town.street.let_in(street.Stranger("liar", b"{}")))
+    await town.street.cut_off_the_registry()
+    with pytest.raises(errors.RemoteError):
+        await b.get(template, digest)
 
 
 # ---- what does not -------------------------------------------------------------------------------------------------
