@@ -178,8 +178,11 @@ class Cut(Stranger):
 
 
 class Street:
-    def __init__(self, line: proxy.Proxy, source: client.Registry, root: Path) -> None:
+    def __init__(self, line: proxy.Proxy, source: client.Registry, hasty: client.Registry, root: Path) -> None:
+        """`hasty`: the same registry, with little patience."""
         self._line = line
+        self._hasty = hasty
+        self._nodes: list[Node] = []
         self._source = source
         self._root = root
         self._stack = contextlib.AsyncExitStack()
@@ -191,12 +194,16 @@ class Street:
         return self._line.down_bytes
 
     async def cut_off_the_registry(self) -> None:
+        """For good: nobody waits long for it any more."""
         await self._line.turn(proxy.Mood.CLOSED)
+        for node in self._nodes:
+            node.cache._source = self._hasty
 
     async def node(
         self, name: str, limits: neighbours.Limits = PATIENT, *, limit_bytes_s: int = 0, askers: int = sharing.ASKERS
     ) -> Node:
         made = Node(name, self._root / name, self._session, self._source, limits, limit_bytes_s, askers)
+        self._nodes.append(made)
         await made.start()
         self._stack.push_async_callback(made.stop)
         return made
@@ -218,7 +225,7 @@ async def of(root: Path, server: registry.Server) -> AsyncIterator[Street]:
     await line.turn(proxy.Mood.HONEST)
     try:
         async with http.Endpoints([f"http://{line.address}"]) as endpoints:
-            street = Street(line, client.Registry(endpoints, patience_s=2.0), root)
+            street = Street(line, client.Registry(endpoints), client.Registry(endpoints, patience_s=0.5), root)
             try:
                 yield street
             finally:
