@@ -77,6 +77,6 @@ def _live_through() -> None:
 def test_a_controller_that_was_cut_off_from_the_second_restore_of_a_backup_finds_out() -> None:
     child = multiprocessing.get_context("spawn").Process(target=_live_through)
     child.start()
-    child.join(100)
+    child.join(280)
     child.kill()
     assert child.exitcode == 0
