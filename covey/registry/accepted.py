@@ -58,7 +58,6 @@ class Accepted:
         self._folds = folds
         self._bounds = bounds or Bounds()
         self._sizes: dict[str, int] = {}
-        self._agreed: dict[str, int] = {}  # keys whose entries were seen to be ours too, and their revisions
         self.kept = Kept()
 
     async def complete(self) -> None:
@@ -69,22 +68,6 @@ class Accepted:
                 if page.kvs:
                     await self._logs.append(one.log, one.number, page.kvs[0].value)
                     failpoint.reach("registry.role.completed")
-
-    async def contradicted(self) -> list[str]:
-        """Logs that have another entry here under an accepted one's number: what was given up by force, and lies here
-        still. The longer log is not the better one then."""
-        found = set()
-        for one in await self._all():
-            ours = [] if self._agreed.get(one.key) == one.revision else await self._ours(one)
-            page = await self._store.range(one.key) if ours else None
-            if page is not None and page.kvs and page.kvs[0].value != ours[0]:
-                found.add(one.log)
-            elif ours:
-                self._agreed[one.key] = one.revision
-        return sorted(found)
-
-    async def _ours(self, one: _One) -> list[bytes]:
-        return (await self._logs.read({one.log: one.number}))[one.log]
 
     async def prune(self, told: Mapping[str, peers.Inventory], urls: Sequence[str], reign: int) -> None:
         """Take away what `urls`, the others, have by their own word, and what is beyond the bounds. `reign`: the create
@@ -132,9 +115,7 @@ class Accepted:
 
     async def _measure(self, present: Sequence[_One]) -> None:
         """Keys do not say how large their values are: each is read once."""
-        keys = {one.key for one in present}
-        self._sizes = {key: self._sizes.get(key, 0) for key in keys}
-        self._agreed = {key: revision for key, revision in self._agreed.items() if key in keys}
+        self._sizes = {one.key: self._sizes.get(one.key, 0) for one in present}
         for one in present:
             if not self._sizes[one.key]:
                 page = await self._store.range(one.key)

@@ -271,11 +271,6 @@ class Campaign:
         """Whether every log is here up to its head, and up to what others have that etcd does not know of."""
         heads_ = await self._heads()
         await self._learn_more(heads_)
-        if wrong := await self._accepted.contradicted():
-            return self._say(
-                f"this registry has entries of {len(wrong)} repositories that were given up by force, and so does not"
-                " take the push role before it has followed: start another one, or `covey registry promote URL --force`"
-            )
         short = [name for name, count in heads_.items() if (await self._standing.fold(name)).count < count]
         if short:
             return self._say(

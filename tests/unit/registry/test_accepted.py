@@ -30,9 +30,6 @@ class Logs:
         found.add(self.entries)
         return found
 
-    async def read(self, positions: Mapping[str, int]) -> dict[str, list[bytes]]:
-        return {log: self.entries[number:] for log, number in positions.items()}
-
     async def append(self, log: str, number: int, entry: bytes) -> bool:
         assert number == len(self.entries)
         self.entries.append(entry)
@@ -145,22 +142,5 @@ def test_who_holds_the_role_no_more_takes_nothing_away() -> None:
         await one.take()
         one.reign = before
         assert await one.prune({YOU: one.logs.told(1), THEY: one.logs.told(1)}) == [0]
-
-    virtual.run(story())
-
-
-def test_a_log_with_other_entries_than_the_accepted_ones_is_found_out() -> None:
-    """They were given up by force; that it is the longer one makes it no better."""
-
-    async def story() -> None:
-        one = holder()
-        await one.take()
-        await one.accept(b"0", b"1", b"2")
-        assert await one.accepted.contradicted() == []
-        one.logs.entries[2:] = [b"2 of mine", b"3 of mine"]
-        again = accepted.Accepted(one.store, one.logs, one.logs)  # type: ignore[arg-type]
-        assert await again.contradicted() == [LOG]
-        one.logs.entries[2:] = []
-        assert await again.contradicted() == []
 
     virtual.run(story())
