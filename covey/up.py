@@ -5,8 +5,8 @@ is given here; `supervise` keeps them running. Below DATA_DIR: etcd/ (one member
 ports.json (ports that were picked, used again at the next start when they are free), standalone.lock.
 
 Several hosts that each run this, with etcd members of one cluster (INITIAL_CLUSTER) and registries of one set
-(REGISTRY_PEERS), are one cloud. Each waits at its start for a majority of etcd, which answers nobody before, but then no
-longer for its controller to be ready.
+(REGISTRY_PEERS), are one cloud. Each waits at its start for a majority of etcd, which answers nobody before, but then
+not for its controller to be ready.
 """
 
 import asyncio
