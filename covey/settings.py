@@ -84,6 +84,7 @@ class Controller(_Settings, frozen=True, kw_only=True):
     shutdown_delay_s: float
     trusted_proxies: tuple[settings_reader.Network, ...]
     heartbeat_s: float
+    priority: int
     standalone: bool
     run_registry: bool
 
@@ -224,6 +225,8 @@ def controller(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Controlle
             "ANKA_REGISTRY is not set: name the registry that nodes pull from (COVEY_ANKA_REGISTRY=http://HOST:8089),"
             " or set COVEY_ALLOW_EMPTY_REGISTRY=true to start without one"
         )
+    if (priority := read.number("PRIORITY")) > 20:
+        raise errors.SettingError(f"PRIORITY is {priority}: 20 is the most that there is")
     kept = read.number("ETCD_BACKUP_KEEP")
     if kept < 1:
         raise errors.SettingError("ETCD_BACKUP_KEEP is 0: keep one backup at least, or unset ETCD_BACKUP_DIR")
@@ -249,6 +252,7 @@ def controller(environ: Mapping[str, str], flags: Flags = NO_FLAGS) -> Controlle
         shutdown_delay_s=read.duration("SHUTDOWN_DELAY"),
         trusted_proxies=read.networks("TRUSTED_PROXIES"),
         heartbeat_s=read.positive("HEARTBEAT"),
+        priority=priority,
         standalone=alone,
         run_registry=run_registry,
         **read.common(),

@@ -295,6 +295,15 @@ _TIMES = (
         "At shutdown /readyz is red for this long while requests are still taken, so that balancers look away first;"
         " skipped when nobody has asked /readyz for half a minute.",
     ),
+    Setting(
+        "PRIORITY",
+        _CS,
+        _K.NUMBER,
+        "10",
+        "How far before other programs of its host a controller gets the processor (a nice value of minus so many, 0 to"
+        " 20): everybody waits for it, and builds take all that there is. Where that is not permitted (it takes root or"
+        " CAP_SYS_NICE) it runs like the others.",
+    ),
     Setting("HEARTBEAT", _CS, _K.DURATION, "5s", "How often agents send a sign of life; told longer in a large fleet."),
     Setting(
         "VM_LIST_CACHE_TTL",

@@ -50,6 +50,7 @@ def controller(flags: flags.Flags) -> None:
         _standalone(flags, etcd=chosen.standalone, registry=chosen.run_registry)
         return
     _begin(chosen, Part.CONTROLLER)
+    go_first(chosen.priority)
     from covey import world
     from covey.controller import replica
 
@@ -189,6 +190,19 @@ def _run(make: Callable[[], P], *, quick: bool, ended: Callable[[P], Awaitable[N
             runner.run(main())
     else:
         asyncio.run(main())
+
+
+def go_first(priority: int) -> None:
+    """Before threads are made, which inherit it. On a host that is busy with builds, agents or etcd a controller that
+    waits its turn makes all of them wait: there it carried out a quarter more with the same processor time."""
+    if not priority:
+        return
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, -priority)
+    except PermissionError:
+        from covey import observe
+
+        observe.log("settings").info("PRIORITY is not permitted; the controller runs like other programs")
 
 
 def _take_all_file_descriptors() -> None:

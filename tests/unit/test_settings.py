@@ -387,6 +387,10 @@ def test_a_controller_wants_a_registry() -> None:
         settings.controller({"COVEY_CONFIG": "/dev/null"})
 
 
+def test_no_priority_is_above_all() -> None:
+    assert "PRIORITY is 21" in refusal({"COVEY_PRIORITY": "21"})
+
+
 def test_a_login_wants_a_name() -> None:
     assert "ETCD_USERNAME is not set" in refusal({"COVEY_USE_ETCD_LOGIN": "true"})
 
