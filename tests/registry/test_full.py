@@ -55,8 +55,8 @@ async def test_a_follower_whose_disk_is_full_goes_on_when_there_is_room(tmp_path
         await asyncio.gather(holder.start(), follower.start())
         large = [bytes([number]) * (9 * MIB) for number in (1, 2)]
         async with asyncio.timeout(fleet.DEADLINE_S):
-            while (await holder.call("GET", "/readyz"))[0] != 200 or not (await holder.holds()):
-                await asyncio.sleep(0.1)
+            while not await holder.holds() or (await holder.call("POST", "/v2/a/blobs/uploads/"))[0] != 202:
+                await asyncio.sleep(0.1)  # a new set takes pushes once its servers have heard each other
         for number, layer in enumerate(large):
             await holder.push_image("a", f"v{number}", layer)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-import structlog
 
 from covey import errors, wire, world
 from covey.controller import replica
@@ -102,23 +101,22 @@ async def test_a_store_that_is_away_at_the_start_is_waited_for(capsys: pytest.Ca
     assert capsys.readouterr().err.count("etcd cannot be used; trying on until it can") <= 1
 
 
-async def test_each_reason_why_the_store_cannot_be_used_is_logged_once() -> None:
+async def test_each_reason_why_the_store_cannot_be_used_is_logged_once(capsys: pytest.CaptureFixture[str]) -> None:
     """A busy etcd first gives no answer, and then refuses the login: who reads the log must hear of the latter."""
     clock = world.System()
     store = Away(memory.Memory(clock))
     store.leave()
     refused = "etcd refuses the login"
     one = replica.Replica(cloud.chosen(COVEY_ALLOW_EMPTY_REGISTRY="true"), clock, store)
-    with structlog.testing.capture_logs() as logs:
-        await one.start()
-        try:
-            async with aiohttp.ClientSession(f"http://127.0.0.1:{one.server.port}") as http:
-                api = cloud.Api(http)
-                for store.why, told in (("no answer", "cannot be used: "), ("invalid user ID or password", refused)):
-                    await cloud.until(functools.partial(_says, api, told))
-        finally:
-            await one.stop()
-    reasons = [line["why"] for line in logs if line["event"].startswith("etcd cannot be used")]
+    await one.start()
+    try:
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{one.server.port}") as http:
+            api = cloud.Api(http)
+            for store.why, told in (("no answer", "cannot be used: "), ("invalid user ID or password", refused)):
+                await cloud.until(functools.partial(_says, api, told))
+    finally:
+        await one.stop()
+    reasons = [line for line in capsys.readouterr().err.splitlines() if "etcd cannot be used" in line]
     assert [refused in why for why in reasons] == [False, True]
 
 
