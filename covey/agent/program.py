@@ -193,7 +193,7 @@ class Program:
         return made
 
     def _connect(self, urls: tuple[str, ...]) -> images.Source:
-        made = http.Endpoints(urls, salt=self._clock.token(), timeout_s=30, exchange=self._sockets)
+        made = http.Endpoints(urls, salt=self._clock.token(), near=True, timeout_s=30, exchange=self._sockets)
         self._endpoints.append(made)
         return registry.Registry(made)
 

@@ -17,6 +17,9 @@ call pays for finding out that one is still away. When nothing is well, calls go
 Answer times of calls that do not wait for news on purpose are averaged. Where that gets long, all servers are looked
 at, and only looks are compared with looks: a slow store makes all servers slow, and is no reason to move.
 
+Where much is moved (`near`), servers that are clearly farther come after the near ones, of which there may be several:
+all are looked at in the beginning and now and then.
+
 Servers that the cloud names (`learn`) come before those that were given: these are the last resort.
 """
 
@@ -28,6 +31,7 @@ from dataclasses import dataclass
 PAUSE_S = 1.0  # after the first failure; doubled with each one in a row
 PAUSE_LIMIT_S = 15.0
 SETTLE_LIMIT_S = 15.0  # a recovered server is used again within so long, by each client at a time of its own
+_AT_ONCE = 1e-9  # a look that is due since long ago
 COMPARE_S = 60.0  # between two comparisons: slow answers mean much to do, and looks of a whole fleet add to it
 FORGIVEN_S = 60.0  # well for so long: earlier failures no longer count
 BUSY_LIMIT_S = 3.0  # no wish of a server to be left alone counts for longer
@@ -35,6 +39,9 @@ _SLOW_S = 0.25  # answers that take longer on average are worth comparing
 _CLEARLY = 3.0  # times slower (and a little), to be left
 _ABOUT_AS_QUICK = 1.5  # times slower (and a little), to be used again
 _LITTLE_S = 0.05
+_FAR_TIMES = 3.0  # so many times longer than at the nearest takes a look at a far one …
+_FAR_S = 0.005  # … and a little
+_NEAR_AGAIN_S = 600.0  # between two looks for that
 _NEWEST = 0.3  # weight of the newest answer time in the average
 LATE_S = 1.0  # a call that has no answer for so long is worth a second copy
 _LATE_TIMES = 3.0  # ... or for so many times as long as usual
@@ -68,9 +75,10 @@ class _Server:
 class Balance:
     """What one client thinks of its servers. `salt` "": it likes them in the order in which they were given."""
 
-    def __init__(self, given: Sequence[str], learnt: Sequence[str] = (), salt: str = "") -> None:
+    def __init__(self, given: Sequence[str], learnt: Sequence[str] = (), salt: str = "", *, near: bool = False) -> None:
         self._given = tuple(dict.fromkeys(given))
         self._salt = salt
+        self._near = near
         self._servers: dict[str, _Server] = {}
         self._copies = _COPIES
         self._compare_s = 0.0  # when servers may be compared again
@@ -91,7 +99,9 @@ class Balance:
         self._order = None
         self._servers = {}
         for index, url in enumerate(dict.fromkeys((*learnt, *self._given))):
-            known = before.get(url) or _Server(liked=0.0, proven=proven or url in self._given)
+            known = before.get(url) or _Server(
+                liked=0.0, proven=proven or url in self._given, look_s=_AT_ONCE if self._near else 0.0
+            )
             known.liked = _fraction(self._salt, url) if self._salt else float(index)
             known.last_resort = bool(learnt) and url not in learnt
             self._servers[url] = known
@@ -104,11 +114,14 @@ class Balance:
         if self._order is not None and now_s < self._order_until_s:
             return self._order
 
+        nearest_s = min((one.glance_s for one in self._servers.values() if one.well and one.glance_s), default=0.0)
+        far_s = _FAR_TIMES * nearest_s + _FAR_S if self._near else math.inf
+
         def key(url: str) -> tuple[float, ...]:
             one = self._servers[url]
             if not one.well:
                 return (2.0, one.failures, one.last_resort, one.liked)
-            return (float(one.slow or one.settled_s > now_s), 0.0, one.last_resort, one.liked)
+            return (float(one.slow or one.settled_s > now_s), one.glance_s > far_s, one.last_resort, one.liked)
 
         later = [one.settled_s for one in self._servers.values() if one.settled_s > now_s]
         self._order, self._order_until_s = sorted(self._servers, key=key), min(later, default=math.inf)
@@ -190,18 +203,22 @@ class Balance:
         if took_s is None:
             self.failed(url, now_s)
             return
-        one.look_s, one.glance_s = 0.0, took_s
+        one.look_s, one.glance_s = self._next_look_s(now_s), took_s
         self._recover(url, one, now_s)
         for name, any_one in self._servers.items():
             if any_one.glance_s:
                 self._judge(name, any_one, now_s)
+
+    def _next_look_s(self, now_s: float) -> float:
+        """At a server that is well; 0: when there is a need."""
+        return now_s + _NEAR_AGAIN_S * (1 + _fraction(self._salt, "near")) / 2 if self._near else 0.0
 
     def _recover(self, url: str, one: _Server, now_s: float) -> None:
         if one.well:
             return
         self._order = None
         needed = not any(other.well for other in self._servers.values())
-        one.failed, one.proven, one.look_s, one.well_s = False, True, 0.0, now_s
+        one.failed, one.proven, one.look_s, one.well_s = False, True, self._next_look_s(now_s), now_s
         one.settled_s = now_s if needed else self._settles_s(url, now_s)
 
     def _settles_s(self, url: str, now_s: float) -> float:
@@ -213,7 +230,7 @@ class Balance:
             return
         self._compare_s = now_s + COMPARE_S * (1 + _fraction(self._salt, "compares")) / 2
         for one in self._servers.values():
-            if one.well and one.look_s == 0.0:
+            if one.well and (self._near or one.look_s == 0.0):
                 one.look_s, one.glance_s = now_s, 0.0
 
     def _judge(self, url: str, one: _Server, now_s: float) -> None:
@@ -224,7 +241,7 @@ class Balance:
             return
         self._order = None
         if one.slow and one.glance_s < _ABOUT_AS_QUICK * best_s + _LITTLE_S / 2:
-            one.slow, one.usual_s, one.look_s = False, 0.0, 0.0
+            one.slow, one.usual_s, one.look_s = False, 0.0, self._next_look_s(now_s)
             one.settled_s = self._settles_s(url, now_s)
         elif one.slow or (one.usual_s > _SLOW_S and one.glance_s > _CLEARLY * best_s + _LITTLE_S):
             one.slow, one.look_s = True, now_s + PAUSE_LIMIT_S

@@ -167,8 +167,9 @@ class Endpoints:
     """Several base URLs of equal servers, and what this client knows of their health.
 
     `learnt`: URLs that the cloud named earlier; they come before `urls`. `salt`: clients with different ones prefer
-    different servers ("": the first). `patience_s`: how long `ask` may wait in all while every server says that it is
-    busy. `ca_cert`: as for `Sockets`. `exchange`: may be shared with others, and is closed by whoever made it.
+    different servers ("": the first). `near`: those that are clearly nearer come first. `patience_s`: how long `ask`
+    may wait in all while every server says that it is busy. `ca_cert`: as for `Sockets`. `exchange`: may be shared with
+    others, and is closed by whoever made it.
     """
 
     def __init__(
@@ -177,6 +178,7 @@ class Endpoints:
         *,
         learnt: Sequence[str] = (),
         salt: str = "",
+        near: bool = False,
         timeout_s: float = 10.0,
         connect_s: float = 2.0,
         patience_s: float = 0.0,
@@ -185,7 +187,7 @@ class Endpoints:
     ) -> None:
         if not urls:
             raise errors.SettingError("no server URL is given; name one with --controller or --registry")
-        self._balance = balance.Balance([_base(url) for url in urls], [_base(url) for url in learnt], salt)
+        self._balance = balance.Balance([_base(url) for url in urls], [_base(url) for url in learnt], salt, near=near)
         self._sockets = exchange if isinstance(exchange, Sockets) else Sockets(connect_s, ca_cert)
         self._exchange: Exchange = exchange or self._sockets
         self._begins = self._sockets.begin if self._exchange is self._sockets else None

@@ -230,3 +230,34 @@ def test_second_copies_are_few_in_the_long_run() -> None:
         mine.answered(A, 0.0, 0.01)
         copies += mine.take_copy()
     assert 100 <= copies <= 104
+
+
+def _look_at_all(clients: Sequence[balance.Balance], now_s: float, took_s: Callable[[str], float | None]) -> None:
+    for client in clients:
+        for url in client.due(now_s):
+            client.looked(url, now_s, took_s(url))
+
+
+def test_where_much_is_moved_clients_spread_over_the_near_servers() -> None:
+    clients = [balance.Balance(SERVERS, salt=f"client {number}", near=True) for number in range(300)]
+    _look_at_all(clients, 10.0, lambda url: 0.03 if url == C else 0.001)
+    used = collections.Counter(client.order(11.0)[0] for client in clients)
+    assert set(used) == {A, B}
+    assert min(used.values()) > 100
+    for client in clients:
+        client.failed(A, 12.0)
+        client.failed(B, 12.0)
+    assert {client.order(13.0)[0] for client in clients} == {C}, "a far one serves when no near one does"
+
+
+def test_which_servers_are_near_is_looked_at_again() -> None:
+    client = balance.Balance(SERVERS, near=True)
+    _look_at_all([client], 10.0, lambda url: 0.03 if url == A else 0.001)
+    assert client.order(11.0)[0] == B
+    assert not client.due(60.0)
+    _look_at_all([client], 700.0, lambda _url: 0.001)
+    assert client.order(701.0)[0] == A
+
+
+def test_elsewhere_nobody_is_looked_at_without_need() -> None:
+    assert not one().due(10.0)
