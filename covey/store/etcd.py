@@ -126,7 +126,7 @@ class Etcd:
         alone = len(txns) == 1
         request = etcd_codec.txn(txns[0]) if alone else etcd_codec.batch(txns)
         answer = await self._pool.call(etcd_endpoints.TXN, request, repeatable=False, timeout_s=timeout_s)
-        return [etcd_codec.outcome(answer, answer.header.revision)] if alone else etcd_codec.outcomes(answer, len(txns))
+        return [etcd_codec.answered(answer, txns[0])] if alone else etcd_codec.outcomes(answer, len(txns))
 
     async def _page(self, request: pb.RangeRequest) -> base.Page:
         try:

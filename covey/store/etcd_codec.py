@@ -10,6 +10,10 @@ A transaction has three shapes on the wire:
                                                         none of them happens
 
 etcd evaluates the compares of all levels before the first write, and everything gets one revision.
+
+A plain one without any operation is only a question. etcd takes a transaction for linearizable by the reads in it, and
+answers one that has none from what the member at hand has applied, which may lack what was answered elsewhere (server
+v3_server.go, `isTxnSerializable`, 3.4 and 3.5). So it is given a read of its first compare, for the case that it loses.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +27,10 @@ def txn(txn: base.Txn) -> pb.TxnRequest:
     """Plain or chunked."""
     request = pb.TxnRequest()
     _fill(request, txn)
+    if _is_question(txn):
+        request.failure.add().request_range.key = base.to_bytes(
+            txn.compares[0].key if txn.compares else base.EVERYTHING
+        )
     return request
 
 
@@ -41,6 +49,17 @@ def _shared(txns: Sequence[base.Txn]) -> tuple[base.Compare, ...]:
     """What all of them compare first; nothing when one of them has something to do should it not hold."""
     first = txns[0].compares[:1]
     return () if any(one.otherwise or one.compares[:1] != first for one in txns) else first
+
+
+def answered(answer: pb.TxnResponse, txn: base.Txn) -> base.Outcome:
+    """What a transaction that travelled alone gave."""
+    if _is_question(txn):
+        return base.Outcome(answer.succeeded, answer.header.revision)
+    return outcome(answer, answer.header.revision)
+
+
+def _is_question(txn: base.Txn) -> bool:
+    return not (txn.then or txn.otherwise)
 
 
 def outcomes(answer: pb.TxnResponse, count: int) -> list[base.Outcome]:

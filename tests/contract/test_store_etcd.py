@@ -54,11 +54,18 @@ def fresh() -> str:
 
 
 async def soon(store: etcd.Etcd, txn: base.Txn) -> base.Outcome:
-    """Commit, again as long as it was certainly not applied: a channel that was refused pauses before it connects."""
+    """Commit, again as long as it was certainly not applied: a channel that was refused pauses before it connects. What
+    writes no guarded key is committed again when it is unsure, too."""
+    repeatable = not (txn.compares and txn.then)
     async with asyncio.timeout(60):
         while True:
-            with contextlib.suppress(errors.Unavailable):
+            try:
                 return await store.commit(txn)
+            except errors.Unavailable:
+                pass
+            except errors.Unsure:
+                if not repeatable:
+                    raise
 
 
 async def first_batch(store: base.Store, key: str, revision: int) -> base.Batch:
@@ -294,6 +301,27 @@ class TestSecurity:
         async with connected(secure.endpoints, tls=tls._replace(ca=stranger), timeout_s=2) as store:
             with pytest.raises(errors.Unavailable):
                 await store.range("x")
+
+
+async def test_a_transaction_that_only_compares_needs_a_quorum() -> None:
+    """A member that is cut off from the others does not say how a key stands: it may have changed there (S21)."""
+    key = fresh()
+    with etcd_server.running(members=3) as cluster:
+        left, *others = cluster.members
+        async with connected([left.endpoint], attempt_s=1, timeout_s=2) as store:
+            question = base.Txn((base.absent(key),), ())
+            assert (await soon(store, question)) == base.Outcome(True, 1)
+            for other in others:
+                other.stop()
+            try:
+                with pytest.raises((errors.Unsure, errors.Unavailable)):
+                    await store.commit(question)
+            finally:
+                for other in others:
+                    other.cont()
+            await cluster.wait_ready()
+            written = await soon(store, base.Txn((), (base.Put(key, b""),)))
+            assert (await soon(store, question)) == base.Outcome(False, written.revision)
 
 
 class TestCare:
