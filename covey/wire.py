@@ -104,11 +104,14 @@ class Ask(model.Noun, frozen=True, kw_only=True):
     """POST wanted: answered when the node's wanted state differs from the one tagged `tag`, else after `wait_s`.
 
     `items` and `word` are a report that rides along: it is taken first, and `tag` is what the node expects after it.
-    Only for controllers that take it (`WantedState.takes_reports`); another one does as if there were none."""
+    Only for controllers that take it (`WantedState.takes_reports`); another one does as if there were none.
+    `known`: the view as of which the node knows all that is wanted, so that the answer may leave it out (see
+    `decide.abridged`); by default everything is to be told."""
 
     seen: Seen
     messages: int
     tag: str = ""
+    known: Seen = Seen()
     wait_s: float = 0.0
     items: tuple["Item", ...] = ()
     word: model.Word | None = None
@@ -117,11 +120,13 @@ class Ask(model.Noun, frozen=True, kw_only=True):
 class WantedState(model.Noun, frozen=True, kw_only=True):
     """`hold`: launch, place and destroy nothing (the store's history is not the one the agent knows).
     `controllers`: URLs at which agents may reach the cloud's controllers now; empty: this teaches nothing.
-    `settled`: as in `Reported`, of the report that rode along."""
+    `settled`: as in `Reported`, of the report that rode along. `since`: `wanted` leaves out what lasts and has not
+    changed since this revision, that of `Ask.known` (see `decide.abridged`); 0: nothing is left out."""
 
     seen: Seen
     tag: str
     wanted: tuple[Wanted, ...]
+    since: int = 0
     lease: LeaseTerms
     heartbeat_s: float = HEARTBEAT_S
     hold: bool = False
@@ -137,8 +142,17 @@ _BESIDE = "."  # between the parts of a tag
 def tag(wanted: Iterable[Wanted], beside: Iterable[str]) -> str:
     """Names a wanted state, `wanted` in order: a hash of the work, then the nonces of the open questions. Both sides
     work it out; where they differ, as versions may, a poll is answered at once."""
-    text = "\n".join(f"{want.instance} {want.epoch} {want.verb}" for want in wanted)
-    work = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+    return tag_of((tag_line(want.instance, want.epoch, want.verb) for want in wanted), beside)
+
+
+def tag_line(instance: model.InstanceId, epoch: int, verb: Verb) -> str:
+    """What a tag says of one thing that is wanted."""
+    return f"{instance} {epoch} {verb._value_}"
+
+
+def tag_of(lines: Iterable[str], beside: Iterable[str]) -> str:
+    """As `tag`, of lines that are made already."""
+    work = hashlib.blake2b("\n".join(lines).encode(), digest_size=12).hexdigest()
     return _BESIDE.join((work, *beside))
 
 

@@ -38,6 +38,7 @@ from covey.agent import (
     worker,
 )
 from covey.client import http
+from covey.decide import abridged
 
 _PAUSE_S = 0.2
 _PAUSE_LIMIT_S = 3.0
@@ -119,7 +120,8 @@ class Agent:
         self._changed = bell.Bell()
         self._due: asyncio.TimerHandle | None = None  # when a look follows what workers have done
         self._tag = ""
-        self._wants: tuple[wire.Wanted, ...] = ()  # of the last answer, less the orders that are known to be done
+        self._wants: tuple[wire.Wanted, ...] = ()  # by the last answer, less the orders that are known to be done
+        self._known = wire.Seen()  # the view in which they were all; of none: the next answer must name everything
         self._takes_reports = False  # the controller that answered last
         self._explicit = config.explicit
         self._joined_at = host.Place()
@@ -232,7 +234,7 @@ class Agent:
         self._explicit = self._moved = False
         self._joined_at = host.Place(facts.name, facts.ip)
         self._ip = facts.ip or self._ip
-        self._tag, self._wants = "", ()
+        self._tag, self._wants, self._known = "", (), wire.Seen()
         self._outbox.begin()
         self._images.from_registries(joined.registries)
         self._wake_all()
@@ -261,6 +263,7 @@ class Agent:
             seen=standing.seen,
             messages=number,
             tag=self._tag_after(load.items) if not standing.hold else "",
+            known=self._known if not standing.hold else wire.Seen(),
             wait_s=wire.POLL_LIMIT_S,
             items=load.items,
             word=load.word,
@@ -288,7 +291,6 @@ class Agent:
             self._wake_all()
         if self._near is not None:
             self._near.heard(answer.seen.history)
-        self._tag = answer.tag
         standing.told_of_controllers(answer.controllers)
         self._apply(answer)
         if self._group is not None:
@@ -297,6 +299,7 @@ class Agent:
     async def _on_hold(self) -> None:
         """A poll was answered from another history: nothing is begun or ended here (safety S18, S19)."""
         self.session.hold = True
+        self._known = wire.Seen()
         try:
             await self._adoption.held()
         finally:  # also when this one cannot take what is told
@@ -306,20 +309,30 @@ class Agent:
             await asyncio.sleep(min(self.session.heartbeat_s, adoption.PAUSE_S))
 
     def _apply(self, answer: wire.WantedState) -> None:
+        """Tell the workers. An answer that leaves out what is known counts only if nothing else is missing."""
+        wanted, told = answer.wanted, {want.instance for want in answer.wanted}
+        if answer.since:
+            wanted = abridged.whole(self._wants, answer.wanted)
+            if answer.since != self._known.revision or not abridged.is_all(wanted, answer.tag):
+                self._tag, self._known = "", wire.Seen()
+                return
+            told |= {want.instance for want in self._wants} - {want.instance for want in wanted}
+        else:
+            told |= self._workers.keys()
         wants: dict[model.InstanceId, list[wire.Wanted]] = {}
-        for want in answer.wanted:
+        for want in wanted:
             wants.setdefault(want.instance, []).append(want)
             if want.neighbours and want.spec is not None and self._near is not None:
                 self._near.told(want.spec.digest, want.neighbours)
-        self._wants = answer.wanted
-        for instance in wants.keys() | self._workers.keys():
+        self._tag, self._wants, self._known = answer.tag, wanted, answer.seen
+        for instance in told | (wants.keys() - self._workers.keys()):
             self._worker(instance).told(tuple(wants.get(instance, ())), answer.seen)
 
     def _tag_after(self, items: Iterable[wire.Item]) -> str:
         """The tag of what is wanted once these were taken: an order is done when what it names is gone."""
         gone = {item.instance: item.epoch for item in items if item.event is wire.ReportEvent.GONE}
         rest = self._left(gone)
-        return self._tag if len(rest) == len(self._wants) else wire.tag(rest, wire.untag(self._tag)[1])
+        return self._tag if not self._tag or len(rest) == len(self._wants) else wire.tag(rest, wire.untag(self._tag)[1])
 
     def _left(self, gone: Mapping[model.InstanceId, int]) -> tuple[wire.Wanted, ...]:
         return tuple(want for want in self._wants if not _is_done(want, gone.get(want.instance, -1)))

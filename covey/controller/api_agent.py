@@ -181,10 +181,12 @@ class AgentApi:
             _authenticate(call, snapshot, arrived_ns)
             hold = await api_adopt.must_hold(self._writer, snapshot, caller.node, ask.seen)
             wants = wanted.for_node(snapshot, caller.node)
+        since = 0 if hold else wanted.known_since(snapshot, ask.known)
         return wire.WantedState(
             seen=snapshot.seen,
             tag=wants.tag,
-            wanted=() if hold else tuple(_named(wants.wanted, snapshot, caller.node)),
+            wanted=() if hold else tuple(_named(wants.since(since), snapshot, caller.node)),
+            since=since,
             lease=lease,
             heartbeat_s=self._heartbeat_s(snapshot),
             hold=bool(hold),

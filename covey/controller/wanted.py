@@ -6,13 +6,17 @@
 
 An answer carries no verb for a VM that nobody wants: silence is never an order. Such a VM is found by its claim
 (safety S11) and gets an order of its own when its time is ripe.
+
+Most looks at a node's work find nothing new for it, and most of what is new concerns one VM of many: so the tag is made
+first, of the least that it needs, and the answer only when there is one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from covey import model, wire
-from covey.store import view
+from covey.decide import abridged, permission
+from covey.store import codec, view
 
 State = model.State
 Verb = wire.Verb
@@ -28,13 +32,31 @@ _VERBS: Mapping[State, Verb] = {
 }
 
 
+class _Piece(NamedTuple):
+    """One thing to see to, and what says so: an order, ready to be sent, or the instance."""
+
+    instance: model.InstanceId
+    epoch: int
+    verb: Verb
+    says: wire.Wanted | codec.Kept[model.Instance]
+
+
 class NodeWants(NamedTuple):
     """`tag` is the same as long as there is nothing new to do. That a placement was acknowledged or launched is no
-    news to its node, so it does not change the tag; who asks with another tag is told everything."""
+    news to its node, so it does not change the tag; who asks with another tag is told everything it does not know."""
 
-    wanted: tuple[wire.Wanted, ...]
+    pieces: Sequence[_Piece]
     tag: str
     questions: tuple[model.Question, ...] = ()
+
+    @property
+    def wanted(self) -> tuple[wire.Wanted, ...]:
+        """Everything, ordered by instance and epoch."""
+        return self.since(0)
+
+    def since(self, revision: int) -> tuple[wire.Wanted, ...]:
+        """The same, less what lasts and was not written after this revision: see `decide.abridged`."""
+        return tuple(_said(piece) for piece in self.pieces if not revision or _is_news(piece, revision))
 
     def news_for(self, tag: str) -> bool:
         """Whether somebody who was answered with `tag` does not know all of this. That a question is open no longer is
@@ -47,33 +69,59 @@ class NodeWants(NamedTuple):
 
 
 def for_node(snapshot: view.Snapshot, node: str) -> NodeWants:
-    """Everything `node` shall see to, ordered by instance and epoch."""
-    wants = {(order.instance, order.epoch): order for order in _orders(snapshot, node)}
-    ledger = snapshot.ledger(node)
-    for claim in ledger.noun.claims if ledger is not None else ():
-        kept = snapshot.instance(claim.instance)
-        if kept is None or kept.noun.node != node or kept.noun.epoch != claim.epoch:
-            continue  # what nobody wants is ordered away in its time, never by silence
-        verb = _VERBS.get(kept.noun.state)
-        if verb is not None and (claim.instance, claim.epoch) not in wants:
-            wants[claim.instance, claim.epoch] = _want(kept.noun, verb)
-    wanted = tuple(wants[key] for key in sorted(wants))
+    """Everything `node` shall see to."""
+    pieces = sorted(_pieces(snapshot, node), key=_place)
+    lines = [wire.tag_line(piece.instance, piece.epoch, piece.verb) for piece in pieces]
     questions = tuple(sorted((kept.noun for kept in snapshot.questions_to(node)), key=lambda noun: noun.nonce))
-    return NodeWants(wanted, wire.tag(wanted, (question.nonce for question in questions)), questions)
+    return NodeWants(pieces, wire.tag_of(lines, (question.nonce for question in questions)), questions)
 
 
-def _orders(snapshot: view.Snapshot, node: str) -> Iterable[wire.Wanted]:
+def known_since(snapshot: view.Snapshot, known: wire.Seen) -> int:
+    """The revision of a view that a node had of this very store, which an answer may rest on; 0: it must be whole."""
+    own = known.revision > 0 and snapshot.kinship(known) is permission.Kinship.OWN
+    return known.revision if own else 0
+
+
+def _pieces(snapshot: view.Snapshot, node: str) -> Iterator[_Piece]:
+    ordered = set()
     for kept in snapshot.orders_on(node):
         order = kept.noun
-        instance = snapshot.instance(order.instance)
-        yield wire.Wanted(
-            instance=order.instance,
-            epoch=order.epoch,
-            verb=Verb.DESTROY,
-            decision=order.decision,
-            acknowledged=True,
-            final=instance is None or instance.noun.state in (State.TERMINATING, State.TERMINATED),
-        )
+        ordered.add((order.instance, order.epoch))
+        yield _Piece(order.instance, order.epoch, Verb.DESTROY, _ordered(order, snapshot.instance(order.instance)))
+    ledger = snapshot.ledger(node)
+    for claim in ledger.noun.claims if ledger is not None else ():
+        instance = snapshot.instance(claim.instance)
+        if instance is None or instance.noun.node != node or instance.noun.epoch != claim.epoch:
+            continue  # what nobody wants is ordered away in its time, never by silence
+        verb = _VERBS.get(instance.noun.state)
+        if verb is not None and (claim.instance, claim.epoch) not in ordered:
+            yield _Piece(claim.instance, claim.epoch, verb, instance)
+
+
+def _place(piece: _Piece) -> tuple[model.InstanceId, int]:
+    return piece.instance, piece.epoch
+
+
+def _is_news(piece: _Piece, since: int) -> bool:
+    says = piece.says
+    if isinstance(says, wire.Wanted) or not abridged.lasts(piece.verb, launched=says.noun.launched):
+        return True
+    return says.revision > since
+
+
+def _said(piece: _Piece) -> wire.Wanted:
+    return piece.says if isinstance(piece.says, wire.Wanted) else _want(piece.says.noun, piece.verb)
+
+
+def _ordered(order: model.Order, instance: codec.Kept[model.Instance] | None) -> wire.Wanted:
+    return wire.Wanted(
+        instance=order.instance,
+        epoch=order.epoch,
+        verb=Verb.DESTROY,
+        decision=order.decision,
+        acknowledged=True,
+        final=instance is None or instance.noun.state in (State.TERMINATING, State.TERMINATED),
+    )
 
 
 def _want(instance: model.Instance, verb: Verb) -> wire.Wanted:

@@ -14,6 +14,7 @@ import msgspec
 from aiohttp import web
 
 from covey import model, wire
+from covey.decide import abridged
 from tests.support import nouns
 
 Said = wire.ReportEvent
@@ -42,6 +43,9 @@ class Controller:
         self.words: list[model.Word] = []
         self.reports: list[wire.Report] = []
         self.takes_reports = True  # False: as an older version, which does not look at what rides along with a poll
+        self.abridges = True  # False: as an older version, which names in each answer everything that is wanted
+        self.answered: list[wire.WantedState] = []
+        self.forged_tag = ""  # said once, instead of the right one, in an answer that leaves something out
         self.polls: list[wire.Ask] = []
         self.joins: list[wire.Join] = []
         self.questions: list[model.Question] = []  # shown until they are answered
@@ -56,6 +60,7 @@ class Controller:
         self.before_launch_answer: Callable[[], None] = lambda: None
         self.before_adopt: Callable[[wire.Adopt], None] = lambda _told: None
         self._numbers: set[tuple[int, str, int, int]] = set()
+        self._shown: dict[tuple[str, int], tuple[wire.Wanted, int]] = {}  # as it is, and since which revision
         self._changed = asyncio.Event()
         self._runner: web.AppRunner | None = None
 
@@ -182,10 +187,14 @@ class Controller:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(until - time.monotonic(), 0)):
                     await self._changed.wait()
-        return wire.WantedState(
+        own = self.abridges and ask.known.history == self.history
+        since = ask.known.revision if own and not self.hold else 0
+        tag, self.forged_tag = (self.forged_tag, "") if since and self.forged_tag else (self._tag(), self.forged_tag)
+        answer = wire.WantedState(
             seen=self._seen(),
-            tag=self._tag(),
-            wanted=tuple(self._with_launch(want) for _, want in sorted(self.wants.items())),
+            tag=tag,
+            wanted=self._wanted_since(since),
+            since=since,
             lease=self._lease(),
             heartbeat_s=self.heartbeat_s,
             hold=self.hold,
@@ -194,6 +203,18 @@ class Controller:
             settled=tuple(range(len(ask.items))) if self.takes_reports else (),
             takes_reports=self.takes_reports,
         )
+        self.answered.append(answer)
+        return answer
+
+    def _wanted_since(self, since: int) -> tuple[wire.Wanted, ...]:
+        told: list[wire.Wanted] = []
+        for key, want in sorted(self.wants.items()):
+            now = self._with_launch(want)
+            if self._shown.get(key, (None, 0))[0] != now:
+                self._shown[key] = now, self.revision
+            if self._shown[key][1] > since or not abridged.lasts(now.verb, launched=now.launched):
+                told.append(now)
+        return tuple(told)
 
     async def _answer(self, body: bytes) -> wire.Answered:
         answer = msgspec.json.decode(body, type=wire.Answer)

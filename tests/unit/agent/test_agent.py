@@ -95,6 +95,67 @@ async def test_a_controller_that_takes_no_riders_gets_reports(cloud: fake.Contro
     assert not await node.phases()
 
 
+async def test_of_what_stands_nothing_is_told_again(cloud: fake.Controller, make_node: MakeNode) -> None:
+    node, stands, comes = make_node(), name(), name()
+    await node.start()
+    await started(cloud, stands)
+    await started(cloud, comes)
+    cloud.want(DESTROY, comes)
+    await fake.until(lambda: Said.GONE in cloud.said(comes), "gone")
+    last = cloud.answered[-1]
+    assert last.since and [want.instance for want in last.wanted] == [comes]
+    assert list(await node.phases()) == [(stands, 1)]
+    cloud.want(STOP, stands)
+    await fake.until(lambda: Said.STOPPED in cloud.said(stands), "stopped")
+    cloud.want(DESTROY, stands)
+    await fake.until(lambda: Said.GONE in cloud.said(stands), "gone")
+
+
+async def test_an_answer_that_cannot_be_made_whole_counts_for_nothing_and_all_is_asked_for(
+    cloud: fake.Controller, make_node: MakeNode
+) -> None:
+    """Safety S2: also an order in it has to come again."""
+    node, stands, other = make_node(), name(), name()
+    await node.start()
+    await started(cloud, stands)
+    cloud.forged_tag = wire.tag((), ())
+    cloud.want(DESTROY, other)
+    await fake.until(lambda: Said.GONE in cloud.said(other), "gone")
+    after = next(
+        index for index, answer in enumerate(cloud.answered) if answer.tag == wire.tag((), ()) and answer.since
+    )
+    assert (cloud.polls[after + 1].tag, cloud.polls[after + 1].known) == ("", wire.Seen())
+    assert not cloud.answered[after + 1].since
+    assert {want.instance for want in cloud.answered[after + 1].wanted} == {stands, other}
+    assert list(await node.phases()) == [(stands, 1)]
+
+
+async def test_a_new_session_asks_for_all(cloud: fake.Controller, make_node: MakeNode) -> None:
+    node, vm = make_node(), name()
+    await node.start()
+    await started(cloud, vm)
+    await fake.until(lambda: cloud.polls[-1].known.revision > 0, "it knows what is wanted")
+    polls = len(cloud.polls)
+    cloud.counter += 1  # somebody took the node over; the agent joins again
+    cloud.changed()
+    await fake.until(lambda: len(cloud.polls) > polls + 1, "polls in the new session")
+    first = next(ask for ask in cloud.polls[polls:] if not ask.tag)
+    assert first.known == wire.Seen()
+
+
+async def test_a_controller_that_names_everything_will_do(cloud: fake.Controller, make_node: MakeNode) -> None:
+    """Version 0.3.0; also one that answers between newer ones."""
+    node, vms = make_node(), [name() for _ in range(4)]
+    await node.start()
+    for abridges, vm in zip((True, False, False, True), vms, strict=True):
+        cloud.abridges = abridges
+        await started(cloud, vm)
+    for vm in vms:
+        cloud.want(DESTROY, vm)
+    await fake.until(lambda: all(Said.GONE in cloud.said(vm) for vm in vms), "gone")
+    assert not await node.phases()
+
+
 async def test_an_order_given_again_after_its_end_was_told_is_told_again(
     cloud: fake.Controller, make_node: MakeNode
 ) -> None:
