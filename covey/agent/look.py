@@ -2,11 +2,16 @@
 
 A worker that just acted must not decide on a list that was begun before its act; but a list per worker would cost the
 square of the VMs. So a request shares the next list that begins after it, never one under way.
+
+Nobody but an instance's one worker makes or removes its VMs. So what the last list showed of an instance is good
+enough for a worker to begin with (`last`), unless another worker of that instance has ended since. What VMs do by
+themselves the node's next look shows, which wakes their workers.
 """
 
 import asyncio
 from collections.abc import Mapping
 
+from covey import model
 from covey.agent import bell, hypervisor, records
 
 Found = Mapping[records.Key, hypervisor.Vm]
@@ -19,6 +24,18 @@ class Look:
         self._driver = driver
         self._running: asyncio.Task[Found] | None = None
         self._next: asyncio.Task[Found] | None = None
+        self._last: Found | None = None  # None: the last list failed, or there was none
+        self._left: set[model.InstanceId] = set()  # whose workers have ended since it began
+
+    def last(self, instance: model.InstanceId) -> dict[int, hypervisor.Vm] | None:
+        """The VMs of an instance that has no worker, by epoch. None: that is to be looked at."""
+        if self._last is None or instance in self._left:
+            return None
+        return of(self._last, instance)
+
+    def left(self, instance: model.InstanceId) -> None:
+        """Its worker, who may have made and removed VMs, has ended."""
+        self._left.add(instance)
 
     async def fresh(self) -> Found:
         """The VMs, listed after this call. Raises HypervisorError."""
@@ -32,4 +49,11 @@ class Look:
         if before is not None:
             await bell.end_of(before)
         self._running, self._next = self._next, None
-        return {(vm.instance, vm.epoch): vm for vm in await self._driver.list()}
+        self._last, self._left = None, set()
+        self._last = found = {(vm.instance, vm.epoch): vm for vm in await self._driver.list()}
+        return found
+
+
+def of(found: Found, instance: model.InstanceId) -> dict[int, hypervisor.Vm]:
+    """The VMs of one instance by epoch."""
+    return {epoch: vm for (owner, epoch), vm in found.items() if owner == instance}

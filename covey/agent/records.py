@@ -14,6 +14,7 @@ directory. Without a directory all is kept in memory, and without `sync` it surv
 are for synthetic nodes, whose VMs do no better.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -26,6 +27,7 @@ TOMBSTONES_KEPT_NS = 30 * _DAY_NS
 
 _log = observe.log("agent")
 Key = tuple[model.InstanceId, int]  # (instance, epoch)
+_NONE: "Mapping[int, Record]" = {}
 
 
 class Record(model.Noun, frozen=True, kw_only=True):
@@ -74,8 +76,7 @@ class Records:
         self._sync = sync
         self._records_dir = None if data is None else data / "records"
         self._tombstones_dir = None if data is None else data / "tombstones"
-        self._records: dict[Key, Record] = {}
-        self._epochs: dict[model.InstanceId, set[int]] = {}  # of which there are records
+        self._records: dict[model.InstanceId, dict[int, Record]] = {}  # by epoch
         self._tombstones: dict[model.InstanceId, Tombstone] = {}
         self._swept_ns = 0  # when old tombstones were looked for last
 
@@ -112,17 +113,16 @@ class Records:
 
     def forget(self, key: Key) -> None:
         """The VM is gone and nobody asks for it any more. Harmless when unknown."""
-        if self._records.pop(key, None) is None:
+        known = self._records.get(key[0])
+        if known is None or known.pop(key[1], None) is None:
             return
-        self._epochs[key[0]].discard(key[1])
-        if not self._epochs[key[0]]:
-            del self._epochs[key[0]]
+        if not known:
+            del self._records[key[0]]
         if self._records_dir is not None:
             durable.remove(self._records_dir / f"{key[0]}.{key[1]}.json", fsync=self._sync)
 
     def _keep(self, record: Record) -> None:
-        self._records[record.key] = record
-        self._epochs.setdefault(record.instance, set()).add(record.epoch)
+        self._records.setdefault(record.instance, {})[record.epoch] = record
 
     def bury(self, tombstone: Tombstone) -> None:
         """Durable when it returns; an older order never replaces a newer one, nor an order about a placement one that
@@ -149,20 +149,20 @@ class Records:
         """Forget old tombstones; not of VMs that are still on record, whatever the clock says."""
         self._swept_ns = now_ns
         for tombstone in self.tombstones():
-            if tombstone.at_ns + TOMBSTONES_KEPT_NS < now_ns and not self.of(tombstone.instance):
+            if tombstone.at_ns + TOMBSTONES_KEPT_NS < now_ns and not self.by_epoch(tombstone.instance):
                 del self._tombstones[tombstone.instance]
                 if self._tombstones_dir is not None:
                     durable.remove(self._tombstones_dir / f"{tombstone.instance}.json", fsync=False)
 
     def get(self, key: Key) -> Record | None:
-        return self._records.get(key)
+        return self._records.get(key[0], _NONE).get(key[1])
 
-    def of(self, instance: model.InstanceId) -> list[Record]:
-        epochs = self._epochs.get(instance)
-        return [self._records[instance, epoch] for epoch in sorted(epochs)] if epochs else []
+    def by_epoch(self, instance: model.InstanceId) -> Mapping[int, Record]:
+        """The records of one instance, as they are until the next call."""
+        return self._records.get(instance, _NONE)
 
     def all(self) -> list[Record]:
-        return list(self._records.values())
+        return [record for epochs in self._records.values() for record in epochs.values()]
 
     def tombstone(self, instance: model.InstanceId) -> Tombstone | None:
         return self._tombstones.get(instance)
@@ -172,6 +172,6 @@ class Records:
 
     def newest_seen(self, history: str) -> int:
         """The highest revision of `history` that any act of this node rests on."""
-        acts = [record.seen for record in self._records.values()]
+        acts = [record.seen for record in self.all()]
         acts += [tombstone.seen for tombstone in self._tombstones.values()]
         return max((seen.revision for seen in acts if seen.history == history), default=0)

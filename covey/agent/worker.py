@@ -1,8 +1,9 @@
 """One worker per instance: it alone calls the hypervisor's verbs for the instance's VMs, one after the other.
 
-A turn: look at what is there, let `decide.convergence` name the next step, do it, look again. An order to destroy is
-entered as a durable tombstone by `told` before anything else happens; it cancels the step under way, the worker waits
-for that step to end, and only then removes the VM and says `gone` (safety S6).
+A turn: let `decide.convergence` name the next step by what is there, do it, and go on from what it has made of the VM.
+What is there is looked at again after a step that did not end well, and when the node's look shows it differently.
+An order to destroy is entered as a durable tombstone by `told` before anything else happens; it cancels the step under
+way, the worker waits for that step to end, and only then removes the VM and says `gone` (safety S6).
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from typing import Any
 import msgspec
 
 from covey import errors, model, observe, wire
-from covey.agent import bell, hypervisor, parts, records, script, verbs
+from covey.agent import bell, hypervisor, look, parts, records, script, verbs
 from covey.decide import convergence
 
 Body = convergence.Body
@@ -39,7 +40,8 @@ class Worker:
         self._wants: tuple[wire.Wanted, ...] = ()
         self._seen = wire.Seen()
         self._woken = bell.Bell()
-        self._bodies: dict[int, hypervisor.Vm] | None = None  # by epoch; None: look first
+        self._bodies = shared.look.last(instance)  # by epoch; None: look first
+        self._doubted = False  # a VM may have changed by itself
         self._nonces: dict[int, tuple[int, str]] = {}  # epoch -> (session, nonce) of a launch asked for
         self._grants: dict[int, verbs.Grant] = {}
         self._step: convergence.Step | None = None
@@ -60,7 +62,7 @@ class Worker:
         for want in wants:
             if want.verb is wire.Verb.DESTROY and want.decision is not None:
                 self._bury(want, want.decision)
-        self.wake()
+        self._woken.ring()
 
     def settled(self, item: wire.Item) -> None:
         """The cloud knows it. An order to destroy what is gone is done, unless it was given anew since."""
@@ -69,7 +71,7 @@ class Worker:
                 want for want in self._wants if want.verb is not wire.Verb.DESTROY or want.epoch > item.epoch
             )
         if not self._wants:
-            self.wake()
+            self._woken.ring()
 
     def noticed(self, epoch: int, vm: hypervisor.Vm | None) -> None:
         """A look shows a VM differently; that is no news where a step of this worker has made it so."""
@@ -78,7 +80,8 @@ class Worker:
             self.wake()
 
     def wake(self) -> None:
-        """Something about the instance may have changed."""
+        """Something about the instance may have changed: look again."""
+        self._doubted = True
         self._woken.ring()
 
     @property
@@ -91,9 +94,9 @@ class Worker:
         self._only_cut()
         try:
             while True:
-                if self._woken.rung:
-                    self._woken.clear()
-                    self._bodies = None  # also when that was during a step
+                self._woken.clear()
+                if self._doubted:  # also when that was during a step
+                    self._doubted, self._bodies = False, None
                 step = await self._next()
                 if step is not None:
                     await self._carry_out(step)
@@ -102,6 +105,8 @@ class Worker:
                 else:
                     await self._rest()
         finally:
+            self._bodies = None
+            self._parts.look.left(self.instance)
             await self._end_tasks(list(self._background.values()))
 
     async def _rest(self) -> None:
@@ -111,24 +116,23 @@ class Worker:
         waits = any(after_ns > now_ns for after_ns in self._ask_after_ns.values())
         waits = waits or any(_addressless(one) for one in self._here())
         await self._woken.wait(_ASK_AGAIN_S if waits else None)
-        self._bodies = None
+        self._doubted = self._doubted or waits
 
     # ---- deciding --------------------------------------------------------------------------------------------------
 
     async def _next(self) -> convergence.Step | None:
         """The first step that does something; None: nothing to do now."""
         if self._bodies is None:
-            found = await self._parts.look.fresh()
-            self._bodies = {epoch: vm for (owner, epoch), vm in found.items() if owner == self.instance}
+            self._bodies = look.of(await self._parts.look.fresh(), self.instance)
         tombstone = self._parts.records.tombstone(self.instance)
         here = self._here()
         if here:
             self._run_scripts(here)
             await self._learn_addresses(here)
-        steps = convergence.converge(
+        steps = convergence.of_instance(
             self._wants,
             self._locals(self._bodies),
-            [] if tombstone is None else [tombstone.grave()],
+            None if tombstone is None else tombstone.grave(),
             cloud=self._parts.session.cloud,
             hold=not self._parts.session.may_act,
         )
@@ -143,8 +147,9 @@ class Worker:
 
     def _locals(self, bodies: Mapping[int, hypervisor.Vm]) -> list[convergence.Local]:
         """Every epoch that is on record, here or named in the answer: of the last too it counts what was said."""
-        known = {record.epoch: record for record in self._parts.records.of(self.instance)}
-        epochs = known.keys() | bodies.keys() | {want.epoch for want in self._wants}
+        known = self._parts.records.by_epoch(self.instance)
+        epochs = {want.epoch for want in self._wants}
+        epochs.update(known, bodies)
         return [self._local(epoch, known.get(epoch), bodies.get(epoch)) for epoch in sorted(epochs)]
 
     def _local(self, epoch: int, record: records.Record | None, vm: hypervisor.Vm | None) -> convergence.Local:
@@ -170,7 +175,7 @@ class Worker:
             return False
         if not self._parts.session.may_act:
             return False
-        for record in self._parts.records.of(self.instance):
+        for record in list(self._parts.records.by_epoch(self.instance).values()):
             self._parts.records.forget(record.key)
             self._parts.images.release(verbs.holder_of(record.key))
         return True
@@ -367,13 +372,15 @@ class Worker:
             self._task.cancel()
 
     def _here(self) -> list[records.Record]:
-        """Records of VMs that run."""
-        if not self._bodies:
+        """Records of VMs that have booted and run."""
+        bodies = self._bodies
+        if not bodies:
             return []
-        running = [epoch for epoch, vm in self._bodies.items() if vm.phase is hypervisor.Phase.RUNNING]
-        if not running:
-            return []
-        return [record for record in self._parts.records.of(self.instance) if record.epoch in running]
+        return [
+            record
+            for epoch, record in self._parts.records.by_epoch(self.instance).items()
+            if record.stage is Stage.BOOTED and epoch in bodies and bodies[epoch].phase is hypervisor.Phase.RUNNING
+        ]
 
     async def _learn_addresses(self, here: list[records.Record]) -> None:
         """A guest may get its address after it booted: that is told when it comes."""
@@ -389,8 +396,7 @@ class Worker:
     def _run_scripts(self, here: list[records.Record]) -> None:
         """A booted VM's unmonitored script runs beside everything else; after a restart its run is followed again."""
         for record in here:
-            due = record.stage is Stage.BOOTED and script.due_in_background(record)
-            if due and record.epoch not in self._background:
+            if script.due_in_background(record) and record.epoch not in self._background:
                 self._background[record.epoch] = asyncio.create_task(self._verbs.run_in_background(record))
 
     async def _end_script(self, epoch: int) -> None:
@@ -406,4 +412,4 @@ class Worker:
 
 
 def _addressless(record: records.Record) -> bool:
-    return record.stage is Stage.BOOTED and record.vm is not None and not record.vm.ip
+    return record.vm is not None and not record.vm.ip

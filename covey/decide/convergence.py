@@ -13,7 +13,7 @@ double run are the same case as the normal one. The rules, in the order in which
 6. An epoch older than one that this node already knows of is stale: nothing starts for it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
 from covey import model, wire
@@ -99,7 +99,6 @@ class Step(model.Noun, frozen=True, kw_only=True):
     decision: model.Decision | None = None
 
 
-_Wants = list[wire.Wanted]
 SCRIPT_HANDLER = "script_fail_handler"
 
 
@@ -112,7 +111,7 @@ def converge(
     hold: bool = False,
 ) -> list[Step]:
     """The next step for every VM that is wanted, ordered away or found; the VMs of one instance oldest epoch first."""
-    wants: dict[model.InstanceId, _Wants] = {}
+    wants: dict[model.InstanceId, list[wire.Wanted]] = {}
     for want in wanted:
         wants.setdefault(want.instance, []).append(want)
     locals_: dict[model.InstanceId, list[Local]] = {}
@@ -121,20 +120,25 @@ def converge(
     buried = {grave.instance: grave for grave in graves}
     steps: list[Step] = []
     for instance in sorted(wants.keys() | locals_.keys()):
-        steps += _of_instance(
+        steps += of_instance(
             wants.get(instance, []), locals_.get(instance, []), buried.get(instance), cloud=cloud, hold=hold
         )
     return steps
 
 
-def _of_instance(wants: _Wants, locals_: list[Local], buried: Grave | None, *, cloud: str, hold: bool) -> list[Step]:
+def of_instance(
+    wants: Sequence[wire.Wanted], locals_: Sequence[Local], buried: Grave | None, *, cloud: str, hold: bool
+) -> list[Step]:
     """Steps for the epochs of one instance, oldest first: what is ordered away goes before a newer epoch comes."""
     order = _newest_order(wants, buried)
-    by_epoch = {local.epoch: local for local in locals_}
     asked_for = {want.epoch: want for want in wants if want.verb is not wire.Verb.DESTROY}
+    if len(locals_) == 1 and (not wants or (len(wants) == 1 and wants[0].epoch == locals_[0].epoch)):  # the usual case
+        (only,) = locals_
+        return [_of_vm(asked_for.get(only.epoch), only, order, newest=only.epoch, cloud=cloud, hold=hold)]
+    by_epoch = {local.epoch: local for local in locals_}
     named = {want.epoch for want in wants}
     newest = max(by_epoch, default=0)
-    instance = (wants or locals_)[0].instance
+    instance = (wants or locals_)[0].instance if wants or locals_ else model.InstanceId("")
     steps: list[Step] = []
     for epoch in sorted(by_epoch.keys() | named):
         local = by_epoch.get(epoch) or Local(instance=instance, epoch=epoch, cloud=cloud)
@@ -154,15 +158,15 @@ def _oldest_destroyed_first(steps: list[Step]) -> list[Step]:
     return ordered
 
 
-def _newest_order(wants: _Wants, buried: Grave | None) -> Grave | None:
+def _newest_order(wants: Iterable[wire.Wanted], buried: Grave | None) -> Grave | None:
     """The order that reaches furthest: it covers its epoch and every older one."""
-    orders = [] if buried is None else [buried]
-    orders += [
-        Grave(instance=want.instance, epoch=want.epoch, decision=want.decision)
-        for want in wants
-        if want.verb is wire.Verb.DESTROY and want.decision is not None
-    ]
-    return max(orders, key=lambda grave: grave.epoch, default=None)
+    newest = buried
+    for want in wants:
+        if want.verb is not wire.Verb.DESTROY or want.decision is None:
+            continue
+        if newest is None or want.epoch > newest.epoch:
+            newest = Grave(instance=want.instance, epoch=want.epoch, decision=want.decision)
+    return newest
 
 
 def _of_vm(want: wire.Wanted | None, local: Local, order: Grave | None, *, newest: int, cloud: str, hold: bool) -> Step:
