@@ -44,8 +44,8 @@ class Others(Protocol):
         """Who holds the role from now on. A holder gives it away before it answers."""
         ...
 
-    async def copy(self, url: str, name: str) -> bool:
-        """Append what our log lacks of theirs; False: it differs."""
+    async def copy(self, url: str, name: str, past: peers.Head | None = None) -> bool:
+        """Append what our log lacks of theirs; False: it differs, or theirs does not begin with `past`."""
         ...
 
 
@@ -219,6 +219,7 @@ class Campaign:
         self._world = world
         self._ttl_s = ttl_s
         self._said = ""
+        self._recorded = False  # etcd knows all logs as they were here when this reign began
         self._uploads = uploads
         elected.keeps = campaigns
 
@@ -268,34 +269,34 @@ class Campaign:
         return await self._has_all()
 
     async def _has_all(self) -> bool:
-        """Whether every log is here up to its head, and up to what others have that etcd does not know of."""
-        heads_ = await self._heads()
-        await self._learn_more(heads_)
-        short = [name for name, count in heads_.items() if (await self._standing.fold(name)).count < count]
-        if short:
+        """Whether every log is here as it was accepted, and as far as others have it that etcd does not know of."""
+        stands = await self._accepted.stands()
+        await self._learn_more(stands)
+        folds = {name: await self._standing.fold(name) for name in stands}
+        lacks = [name for name, stand in stands.items() if not accepted.contains(folds[name], stand)]
+        if lacks:
+            others = [name for name in lacks if folds[name].count >= stands[name].count]
+            instead = f" ({len(others)} with others in their place, which were given up by force)" if others else ""
             return self._say(
-                f"this registry lacks accepted entries of {len(short)} repositories and so does not take the push role:"
-                " start one that has them, or `covey registry promote URL --force`"
+                f"this registry lacks accepted entries of {len(lacks)} repositories{instead} and so does not take the"
+                " push role: start one that has them, or `covey registry promote URL --force`"
             )
         return True
 
-    async def _learn_more(self, heads_: Mapping[str, int]) -> None:
+    async def _learn_more(self, stands: Mapping[str, accepted.Stand]) -> None:
         """An etcd that was restored from a backup knows less than the registries: what another one has beyond etcd's
-        heads was accepted too, and is copied first. What contradicts our log was given up by force."""
+        heads was accepted too, and is copied first. What contradicts our log, or etcd, was given up by force."""
         told = await inventories(self._others, _SOON_S)
         if len(told) < len(self._others.urls):  # one that has stood still breaks off what was asked meanwhile
             await asyncio.sleep(_AGAIN_S)
             told |= await inventories(self._others, _SOON_S)
+        known = {name: stands.get(name, accepted.Stand()) for found in told.values() for name in found.heads}
         for url, found in told.items():
-            beyond = {name: head for name, head in found.heads.items() if head.count > heads_.get(name, 0)}
+            beyond = {name: head for name, head in found.heads.items() if head.count > known[name].count}
             for name in await lacking(self._standing, beyond):
                 with contextlib.suppress(errors.RemoteError):
-                    if not await self._others.copy(url, name):
+                    if not await self._others.copy(url, name, known[name].head):
                         log.warning("another registry has other entries; they do not count", log=name, registry=url)
-
-    async def _heads(self) -> dict[str, int]:
-        page = await self._store.range(elected.HEADS, base.prefix_end(elected.HEADS))
-        return {kv.key.removeprefix(elected.HEADS): int(kv.value) for kv in page.kvs}
 
     async def _complete(self) -> None:
         """Enter the accepted entries that this server lacks (safety S34)."""
@@ -328,7 +329,9 @@ class Campaign:
                     await self._uploads.took(mine.term)
                 log.warning("this registry takes pushes now", term=mine.term, forced=forced)
                 if forced:
-                    await self._give_up_lost()
+                    await self._accepted.give_up(self._role.view().key)
+                self._recorded = False
+                await self._record()
                 await self._hold(mine, lease)
         finally:
             self._role.lost = True
@@ -363,16 +366,10 @@ class Campaign:
         failpoint.reach("registry.role.taken")
         return ours
 
-    async def _give_up_lost(self) -> None:
-        """By force: what was accepted and is not here is given up; logs go on from where they stand here."""
-        key = self._role.view().key
-        for name, known in (await self._heads()).items():
-            count = (await self._standing.fold(name)).count
-            if count < known:
-                log.error("accepted entries are given up", log=name, first=count, entries=known - count)
-                gone = base.Delete(elected.accepted_key(name, count), elected.accepted_key(name, known))
-                then = (base.Put(elected.head_key(name), str(count).encode()), gone)
-                await self._store.commit(base.Txn((base.same_life(elected.ROLE_KEY, key),), then))
+    async def _record(self) -> None:
+        if not self._recorded:
+            with contextlib.suppress(errors.CoveyError, OSError):
+                self._recorded = await self._accepted.record(self._role.view().key)
 
     async def _hold(self, mine: elected.Reign, lease: base.Lease) -> None:
         """Until the lease is lost, or the role is somebody else's, or a higher term was heard of."""
@@ -400,6 +397,7 @@ class Campaign:
         view = self._role.view()
         if view.mine:
             await self._complete()
+            await self._record()
             await self._accepted.prune(await inventories(self._others), self._others.urls, view.key)
 
     @property

@@ -24,9 +24,12 @@ class Copying:
         self._held = held
         self._anew = asyncio.Lock()
 
-    async def copy(self, peer: peers.Peer, name: str, *, certain: bool = False) -> bool:
+    async def copy(self, peer: peers.Peer, name: str, *, certain: bool = False, past: peers.Head | None = None) -> bool:
         """Append what this log lacks; False: it is no beginning of the peer's log, and nothing was done. `certain`:
-        only from the server that holds the push role. Raises RemoteError."""
+        only from the server that holds the push role; `past`: only if the peer's log begins with that. Raises
+        RemoteError."""
+        if past is not None and not await _begins(peer, name, past):
+            return False
         while True:
             own = (await self._heads.fold(name)).head
             part = await peer.entries(name, own.count, certain=certain)
@@ -55,6 +58,12 @@ class Copying:
         count = len(ours) - common
         log.error("entries that the push registry does not have were set aside", log=name, entries=count, first=common)
         return count
+
+
+async def _begins(peer: peers.Peer, name: str, head: peers.Head) -> bool:
+    """Whether a peer's log begins with what a head stands for."""
+    part = await peer.entries(name, head.count)
+    return part.count >= head.count and part.before == head.chain
 
 
 async def _whole(peer: peers.Peer, name: str) -> list[bytes]:

@@ -6,14 +6,16 @@
     ├── term                         the newest term there was
     ├── wanted                       who is to hold the role next, for a while: an operator said so
     ├── heads/<log>                  how many entries the log has: the number of the next one
+    ├── chains/<log>                 the chain over them (`heads.Fold`), written together with the head
     └── accepted/<log>/<10 digits>   an entry that was accepted, until every server of the set has it
 
 An entry is *accepted* by one transaction, which compares the role's create revision and the log's head, and writes
-entry and head. Only then is it linked to its number, so nobody sees what was not accepted. A holder that slept through
-the end of its lease finds the role's key gone or new, however late it wakes up: its transaction fails, and nothing of
-it is in any log. What was accepted is in etcd, so nothing of it can be lost with the server that accepted it (safety
-S34): a server first enters the accepted entries that it lacks, and takes the role only if it then has every log up to
-its head.
+entry, head and chain. Only then is it linked to its number, so nobody sees what was not accepted. A holder that slept
+through the end of its lease finds the role's key gone or new, however late it wakes up: its transaction fails, and
+nothing of it is in any log. What was accepted is in etcd, so nothing of it can be lost with the server that accepted it
+(safety S34): a server first enters the accepted entries that it lacks, and takes the role only if it then has every log
+up to its head. The chain says which entries those are: by its count alone a log would pass that has others, which were
+given up by force (decision 30).
 
 The answer of a transaction may get lost (S15). It is sent again unchanged: the second time it fails, and the entry that
 is found under its number says whose the first one was.
@@ -21,18 +23,19 @@ is found under its number says whose the first one was.
 
 import asyncio
 import contextlib
+from typing import Protocol
 
 import msgspec
 
 from covey import errors, failpoint, model, observe, world
-from covey.registry import blobs, role
+from covey.registry import blobs, heads, role
 from covey.store import base
 
 log = observe.log("registry")
 
 PREFIX = "/covey-registry/"
 FORMAT_KEY, ROLE_KEY, TERM_KEY, WANTED_KEY = (PREFIX + name for name in ("format", "role", "term", "wanted"))
-HEADS, ACCEPTED = PREFIX + "heads/", PREFIX + "accepted/"
+HEADS, CHAINS, ACCEPTED = (PREFIX + name for name in ("heads/", "chains/", "accepted/"))
 FORMAT = b"1"
 
 _ACCEPT_S = 8.0  # less than a request may take
@@ -52,6 +55,10 @@ def head_key(log: str) -> str:
     return HEADS + log
 
 
+def chain_key(log: str) -> str:
+    return CHAINS + log
+
+
 def accepted_key(log: str, number: int) -> str:
     return f"{ACCEPTED}{log}/{number:010d}"
 
@@ -60,6 +67,12 @@ def parse_accepted(key: str) -> tuple[str, int]:
     """Log and number."""
     name, _, number = key.removeprefix(ACCEPTED).rpartition("/")
     return name, int(number)
+
+
+class Folds(Protocol):
+    """How the logs of this server stand: `heads.Heads`."""
+
+    async def fold(self, log: str) -> heads.Fold: ...
 
 
 class Elected:
@@ -74,6 +87,7 @@ class Elected:
         self._logs = logs
         self._world = world
         self._copies = copies if copies is not None else role.Single()
+        self.folds: Folds | None = None  # needed by whoever accepts
         self._reign: Reign | None = None  # the newest one known
         self._key = 0  # its create revision; 0: it is over
         self._revision = 0  # of the store, when something was heard of the role last
@@ -159,21 +173,34 @@ class Elected:
             raise role.not_holder(self.view(), self._own_url)
         failpoint.reach("registry.entry.unaccepted")
         head = base.absent(head_key(log)) if number == 0 else base.equals(head_key(log), str(number).encode())
+        chain = await self._chain(log, number, entry)
         while True:
-            again = await self._accept(view, log, number, entry, head)
+            again = await self._accept(view, log, number, entry, head, chain)
             if again is None:
                 failpoint.reach("registry.entry.accepted")
                 return
             head = again
 
+    async def _chain(self, log: str, number: int, entry: bytes) -> str:
+        """Over the log up to that number, the entry included."""
+        assert self.folds is not None  # noqa: S101  joined
+        fold = await self.folds.fold(log)
+        if fold.count < number:
+            raise errors.Unavailable(f"{log} was made anew meanwhile; nothing was entered")
+        return heads.chain_on(fold.chain(number), entry)
+
     async def _accept(
-        self, view: role.View, log: str, number: int, entry: bytes, head: base.Compare
+        self, view: role.View, log: str, number: int, entry: bytes, head: base.Compare, chain: str
     ) -> base.Compare | None:
         """None: it is accepted. Else what to compare the head with, as it was found."""
         place = accepted_key(log, number)
         txn = base.Txn(
             compares=(base.same_life(ROLE_KEY, view.key), base.absent(place), head),
-            then=(base.Put(place, entry), base.Put(head_key(log), str(number + 1).encode())),
+            then=(
+                base.Put(place, entry),
+                base.Put(head_key(log), str(number + 1).encode()),
+                base.Put(chain_key(log), chain.encode()),
+            ),
             otherwise=(base.Get(ROLE_KEY), base.Get(place), base.Get(head_key(log))),
         )
         outcome, unsure = await self._commit(txn)

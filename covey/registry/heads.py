@@ -9,6 +9,7 @@ The cursor is made of the heads themselves: any process that has seen the same s
 
 import asyncio
 import collections
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 
@@ -44,7 +45,16 @@ class Fold:
     def add(self, entries: Sequence[bytes]) -> None:
         for entry in entries:
             last = self.chains[-1] if self.chains else b""
-            self.chains.append(hashlib.blake2b(last + entry, digest_size=16).digest())
+            self.chains.append(_link(last, entry))
+
+
+def _link(last: bytes, entry: bytes) -> bytes:
+    return hashlib.blake2b(last + entry, digest_size=16).digest()
+
+
+def chain_on(chain: str, *entries: bytes) -> str:
+    """A chain with some entries more."""
+    return functools.reduce(_link, entries, bytes.fromhex(chain)).hex()
 
 
 def covers(fold: Fold, head: peers.Head) -> bool:
@@ -64,6 +74,7 @@ class Heads:
         self._world = world
         self._folds: dict[str, Fold] = {}
         self._lock = asyncio.Lock()
+        self._looking = asyncio.Lock()  # a look at all logs takes long: a single one is read between two pages
         self._mark: replica_disk.Mark | None = None
         self._looked_ns = 0
         self._sum = 0  # of all heads
@@ -89,7 +100,7 @@ class Heads:
 
     async def look(self) -> None:
         """Bring what has changed up to date: usually one small look at the hints."""
-        async with self._lock:
+        async with self._looking:
             mark, hinted = await self._hints.hints(self._mark)
             now_ns = self._world.boot_ns()
             if hinted is None or self._mark is None or now_ns - self._looked_ns > _FULL_LOOK_S * 1e9:
@@ -97,7 +108,8 @@ class Heads:
                 self._looked_ns = now_ns
             self._mark = mark
             for start in range(0, len(hinted), _PAGE):
-                await self._read_on(hinted[start : start + _PAGE])
+                async with self._lock:
+                    await self._read_on(hinted[start : start + _PAGE])
 
     async def fold(self, log: str) -> Fold:
         """One log, as it stands now."""

@@ -151,8 +151,8 @@ class _Others:
     async def tell(self, url: str, term: int, holder: str) -> None:
         await self._asking.ask(url, "POST", "/replica/v1/role", Told(term=term, holder=holder))
 
-    async def copy(self, url: str, name: str) -> bool:
-        return await self._copying.copy(self._others[url], name)
+    async def copy(self, url: str, name: str, past: peers.Head | None = None) -> bool:
+        return await self._copying.copy(self._others[url], name, past=past)
 
 
 class Reign:
@@ -213,6 +213,7 @@ class Reign:
         asks = _Others(self._asking, others, copies)
         self._campaigns = campaigns
         if self._elected is not None and self._store is not None:
+            self._elected.folds = standing
             self._campaign = campaign.Campaign(
                 *(own_url, self._elected, self._store, self._logs, asks, standing, self._world),
                 campaigns=campaigns,

@@ -518,7 +518,7 @@ class Forgets(SteppedHeld):
 class Ignores(copying.Copying):
     """Whether the log is a beginning of the holder's is not looked at."""
 
-    async def copy(self, peer: peers.Peer, name: str, *, certain: bool = False) -> bool:
+    async def copy(self, peer: peers.Peer, name: str, *, certain: bool = False, past: peers.Head | None = None) -> bool:
         own = (await self._heads.fold(name)).head
         for number, entry in enumerate((await peer.entries(name, own.count)).entries, own.count):
             await self._logs.append(name, number, entry)

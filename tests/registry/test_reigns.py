@@ -28,3 +28,22 @@ def test_a_planted_bug_is_found(bug: str) -> None:
         except play.Wrong:
             return
     pytest.fail(f"nothing shows that {bug}")
+
+
+def test_what_was_given_up_by_force_displaces_nothing_that_came_after() -> None:
+    """Its server comes back alone, with the longest log of all (safety S34)."""
+    for seed in range(1, 61):
+        try:
+            play.run(seed, strands=True)
+        except play.Wrong as error:
+            pytest.fail(f"python -m tests.reigns --strands --first {seed} --histories 1 -v: {error}")
+
+
+@pytest.mark.parametrize("bug", planted.FOUND_STRANDED)
+def test_a_planted_bug_of_force_is_found(bug: str) -> None:
+    for seed in range(1, 61):
+        try:
+            play.run(seed, planted.BUGS[bug], strands=True)
+        except play.Wrong:
+            return
+    pytest.fail(f"nothing shows that {bug}")

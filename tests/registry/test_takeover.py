@@ -152,6 +152,37 @@ async def test_etcd_is_restored_from_an_older_backup(tmp_path: Path, cluster: et
         assert not [path for one in servers for path in one.base.rglob("_aside.*")]
 
 
+async def test_what_was_given_up_does_not_come_back_over_what_came_since(tmp_path: Path, cluster: etcd.Cluster) -> None:
+    """By force, and then the one that has it is back alone, with more entries than anybody else (decision 30)."""
+    async with fleet.running(tmp_path, 2, cluster.endpoints) as servers:
+        old = await fleet.holder(servers)
+        (new,) = (one for one in servers if one is not old)
+        await pushed(old, "v1", b"one")
+        await until_all_show(servers, {"v1": 0})
+        await new.kill()
+        for number in range(1, 4):
+            assert await pushed(old, f"old{number}", b"old %d" % number) == number
+        await old.kill()
+        cluster.ctl("del", "--prefix", "/covey-registry/accepted/")  # as if they were too many to be kept
+        await new.start()
+        async with asyncio.timeout(fleet.DEADLINE_S):
+            while why := await new.promote(force=True):
+                assert "did not take" in why or "HTTP" in why or "etcd" in why, why
+        assert await pushed(new, "new1", b"new 1") == 1
+        await new.kill()
+        await old.start()
+        async with asyncio.timeout(fleet.DEADLINE_S):
+            while "given up by force" not in old.log():
+                assert not await old.holds()
+                await asyncio.sleep(0.2)
+        assert (await push(old, "old4", b"old 4"))[0] == 503
+        await new.start()
+        await fleet.holder([new])
+        await until_all_show(servers, {"v1": 0, "new1": 1})
+        assert await pushed(old, "new2", b"new 2") == 2
+        assert list(old.base.rglob("_aside.*"))
+
+
 def _key(kv: dict[str, str]) -> str:
 
     return base64.b64decode(kv["key"]).decode().removeprefix("/covey-registry/")

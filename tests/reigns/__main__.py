@@ -18,6 +18,7 @@ def main() -> int:
     parser.add_argument("--histories", type=int, default=1000)
     parser.add_argument("--first", type=int, default=1, help="the first seed")
     parser.add_argument("--planted", choices=sorted(planted.BUGS), help="with a bug that must be found")
+    parser.add_argument("--strands", action="store_true", help="only such as give up by force what one server has")
     parser.add_argument("-v", action="store_true", help="tell what happens")
     options = parser.parse_args()
     observe.configure(level="critical")
@@ -25,7 +26,7 @@ def main() -> int:
     started, wrong = time.monotonic(), 0
     for seed in range(options.first, options.first + options.histories):
         try:
-            play.run(seed, bugs, say if options.v else lambda _: None)
+            play.run(seed, bugs, say if options.v else lambda _: None, strands=options.strands)
         except play.Wrong as error:
             wrong += 1
             say(f"seed {seed}: {error}")

@@ -259,8 +259,8 @@ class Others:
     async def tell(self, url: str, term: int, holder: str) -> None:
         await self._net.ask(self._own_url, url, lambda at: at.role.heard(term, holder))
 
-    async def copy(self, url: str, name: str) -> bool:
-        return await self._copying.copy(self._lines[url], name)  # type: ignore[arg-type]
+    async def copy(self, url: str, name: str, past: peers.Head | None = None) -> bool:
+        return await self._copying.copy(self._lines[url], name, past=past)  # type: ignore[arg-type]
 
 
 class Follower(follower.Follower):
@@ -325,6 +325,7 @@ class Server:
         self.campaign: campaign.Campaign | campaign.Appointing
         if self.store is not None:
             self.role = bugs.elected_role(self.store, shelf.url, logs, world)
+            self.role.folds = self.heads
             self.campaign = bugs.candidate(
                 *(shelf.url, self.role, self.store, logs, others, self.heads, world),
                 campaigns=first,

@@ -8,11 +8,17 @@ Never: a hole in a log. In the end, when everything is well again: all logs are 
 acknowledged is in them, each client's in the order in which it was acknowledged; no version number was given twice, and
 each is the one that was told. With etcd nothing that could be seen was ever set aside; without, nothing that was
 acknowledged, unless somebody promoted by force, or restored etcd: then it lies aside, so it is not lost.
+
+Some histories *strand* what was accepted, instead of the storm: the holder is left alone until etcd keeps what it takes
+no more; it goes, another one is promoted by force, which gives that up; and when that one has taken something in its
+place, the old one is back alone. What was acknowledged after the promotion has to be in the logs all the same. So has
+what was acknowledged after etcd was restored.
 """
 
 import asyncio
+import math
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,21 +49,25 @@ class Seen:
     done: list[verdict.Done] = field(default_factory=list)
     asked: int = 0
     forced: bool = False
+    sure_s: float = math.inf  # what was begun later than that was not given up by force
 
 
 class Play:
-    def __init__(self, seed: int, bugs: parts.Bugs, say: Callable[[str], None]) -> None:
+    def __init__(self, seed: int, bugs: parts.Bugs, say: Callable[[str], None], *, strands: bool = False) -> None:
         self.chance = random.Random(seed)
         self.bugs = bugs
         self._say = say
         self.processes: list[clockwork.Process] = []
-        self.with_etcd = self.chance.random() < 0.7
+        self.with_etcd = self.chance.random() < 0.7 or strands
         self.forces = not self.with_etcd and self.chance.random() < 0.3
         self.workers = self.chance.choice((1, 2))
         self.seen = Seen()
         more = random.Random(f"more {seed}")
         self.bounds = accepted.Bounds(2, 1 << 20) if more.random() < 0.3 else None
-        self.restores = self.with_etcd and more.random() < 0.2
+        self.restores = self.with_etcd and more.random() < 0.2 and not strands
+        self.strands = strands or (self.with_etcd and not self.restores and more.random() < 0.15)
+        if self.strands:
+            self.bounds = accepted.Bounds(1, 1 << 20)
 
     def say(self, text: str) -> None:
         self._say(f"{asyncio.get_running_loop().time() - 1000:8.3f} {text}")
@@ -78,7 +88,10 @@ class Play:
         self.stormy = True
         clients = [asyncio.create_task(self.client(number)) for number in range(CLIENTS)]
         try:
-            await asyncio.gather(self.storm(), self.restore())
+            if self.strands:
+                await self.strand()
+            else:
+                await asyncio.gather(self.storm(), self.restore())
             await self.calm()
         finally:
             self.stormy = False
@@ -89,6 +102,7 @@ class Play:
             *(self.shelves[URLS[0]].logs, aside, self.seen.done),
             with_etcd=self.with_etcd and not self.restores,
             forced=self.seen.forced or self.restores,
+            sure_s=self.seen.sure_s,
         )
 
     # ---- servers ---------------------------------------------------------------------------------------------------
@@ -200,6 +214,81 @@ class Play:
             await asyncio.sleep(self.chance.uniform(0.0, STORM_S / 2))
             self.say("etcd is restored")
             self.store.restore(backup)
+            self.seen.sure_s = asyncio.get_running_loop().time()
+
+    # ---- what only one server has, and gives up
+
+    async def strand(self) -> None:
+        while any(repository not in shelf.logs for repository in TEMPLATES for shelf in self.shelves.values()):
+            await asyncio.sleep(0.1)  # else a template may be given up as a whole, and live no more
+        old = await self.holder(URLS)
+        others = [url for url in URLS if url != old]
+        self.chance.shuffle(others)
+        await self.leave(*others)
+        await asyncio.sleep(self.chance.uniform(5.0, 30.0))
+        await self.leave(old)
+        await self.come_back(*others)
+        new = await self.force(others[0])
+        await asyncio.sleep(self.chance.uniform(0.5, 15.0))
+        if self.chance.random() < 0.3:  # one that has followed since stays
+            others.remove(next(url for url in others if url != new))
+        await self.leave(*others)
+        await self.come_back(old)
+        await asyncio.sleep(self.chance.uniform(1.0, 20.0))
+        await self.come_back(*others)
+
+    async def holder(self, urls: Sequence[str]) -> str:
+        while True:
+            for url in urls:
+                if any(server.role.view().mine for server in self.net.homes[url] if not server.process.stands_still()):
+                    return url
+            await asyncio.sleep(0.1)
+
+    async def leave(self, *urls: str) -> None:
+        """Die, or be cut off, or stand still."""
+        for url in urls:
+            way = self.chance.choice((self.kill, self.kill, self.stop, self.part))
+            self.say(f"{way.__name__} {url}")
+            way(url)
+        await asyncio.sleep(self.chance.uniform(0.0, 2.0))
+
+    def stop(self, url: str) -> None:
+        for server in self.net.homes[url]:
+            server.process.frozen = True
+
+    def part(self, url: str) -> None:
+        self.net.cut_off.add(url)
+        for server in self.net.homes[url]:
+            if server.store is not None:
+                server.store.partition(True)
+
+    async def come_back(self, *urls: str) -> None:
+        for url in urls:
+            self.say(f"{url} is back")
+            self.net.cut_off.discard(url)
+            if any(server.process.dead for server in self.net.homes[url]):
+                await self.boot(url)
+            for server in self.net.homes[url]:
+                server.process.thaw()
+                if server.store is not None:
+                    server.store.partition(False)
+        await asyncio.sleep(self.chance.uniform(0.0, 2.0))
+
+    async def force(self, url: str) -> str:
+        """Promote it, until it is done; who holds the role then."""
+        self.seen.forced = True
+        while True:
+            server = self.net.homes[url][0]
+            self.say(f"promote {url} by force")
+            task = server.process.start(server.campaign.promote(force=True))
+            await asyncio.wait([task])
+            if task.exception() is None:
+                break
+            self.say(f"promoted: {task.exception()}")
+            await asyncio.sleep(1.0)
+        self.seen.sure_s = asyncio.get_running_loop().time()
+        self.say(f"{url} was promoted")
+        return url
 
     # ---- when all is well again ------------------------------------------------------------------------------------
 
@@ -265,13 +354,14 @@ class Play:
     async def attempt(self, wish: verdict.Done, url: str) -> bool:
         """Whether it was acknowledged, or is certainly not to be done."""
         work = deletion(wish) if not wish.digest else push(wish)
+        began_s = asyncio.get_running_loop().time()
         try:
             number = await self.net.ask("client", url, lambda at: at.write(work), 2 * parts.REQUEST_S)
         except (errors.StoreError, errors.RemoteError):
             return False
         except catalog.Missing:
             return True
-        done = verdict.Done(wish.repository, wish.tag, "" if not wish.digest else manifest(wish)[0], number)
+        done = verdict.Done(wish.repository, wish.tag, "" if not wish.digest else manifest(wish)[0], number, began_s)
         self.say(f"acknowledged {done.tag} {done.digest[:14]} as {number} through {url}")
         self.seen.done.append(done)
         return True
@@ -309,7 +399,13 @@ def deletion(wish: verdict.Done) -> Work:
     return work
 
 
-def run(seed: int, bugs: parts.Bugs | None = None, say: Callable[[str], None] = lambda _: None) -> None:
+def run(
+    seed: int,
+    bugs: parts.Bugs | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    strands: bool = False,
+) -> None:
     """One history. Raises Wrong."""
-    play = Play(seed, bugs or parts.Bugs(), say)
+    play = Play(seed, bugs or parts.Bugs(), say, strands=strands)
     clockwork.run(play.run(), play.processes)

@@ -1,5 +1,6 @@
 """What must hold at the end of a history, of logs and of what clients were told."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ class Done:
     tag: str
     digest: str
     number: int | None = None
+    began_s: float = 0.0  # when it was asked for
 
 
 @dataclass
@@ -53,11 +55,20 @@ def in_order(final: Sequence[bytes], steps: Sequence[Step]) -> None:
             raise Wrong(f"{step} was acknowledged and is not in its place: {told}")
 
 
-def judge(final: Logs, aside: Mapping[str, Logs], done: Sequence[Done], *, with_etcd: bool, forced: bool) -> None:
-    """`final`: the logs that all servers have in the end; `aside`: what each has set aside. Raises Wrong."""
+def judge(
+    final: Logs,
+    aside: Mapping[str, Logs],
+    done: Sequence[Done],
+    *,
+    with_etcd: bool,
+    forced: bool,
+    sure_s: float = math.inf,
+) -> None:
+    """`final`: the logs that all servers have in the end; `aside`: what each has set aside. `sure_s`: what was asked
+    for later than that is in the logs, whatever was done by force before. Raises Wrong."""
     for url, logs in aside.items():
         count = sum(len(found) for found in logs.values())
-        if with_etcd and count:
+        if with_etcd and count and not forced:
             raise Wrong(f"{url} has set {count} entries aside, which somebody may have seen")
     for repository in sorted({one.repository for one in done}):
         mine = [one for one in done if one.repository == repository]
@@ -65,10 +76,12 @@ def judge(final: Logs, aside: Mapping[str, Logs], done: Sequence[Done], *, with_
         kept = [
             msgspec.json.decode(raw, type=views.Entry) for logs in aside.values() for raw in logs.get(repository, [])
         ]
-        _numbers(repository, entries, [] if forced else mine)
+        sure = [one for one in mine if not forced or one.began_s > sure_s]
+        _numbers(repository, entries, sure)
         for tag in sorted({one.tag for one in mine}):
             lying = {entry.digest for entry in kept if entry.tag == tag}
             _acknowledged(tag, entries, [one for one in mine if one.tag == tag], lying, forced=forced)
+            _acknowledged(tag, entries, [one for one in sure if one.tag == tag], lying, forced=False)
 
 
 def _numbers(repository: str, entries: Sequence[views.Entry], done: Sequence[Done]) -> None:

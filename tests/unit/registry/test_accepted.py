@@ -30,6 +30,15 @@ class Logs:
         found.add(self.entries)
         return found
 
+    async def look(self) -> None:
+        return
+
+    def all(self) -> dict[str, peers.Head]:
+        return self.told(len(self.entries)).heads
+
+    async def read(self, positions: Mapping[str, int]) -> dict[str, list[bytes]]:
+        return {name: self.entries[number:] for name, number in positions.items()}
+
     async def append(self, log: str, number: int, entry: bytes) -> bool:
         assert number == len(self.entries)
         self.entries.append(entry)
@@ -56,16 +65,38 @@ class Holder:
         self.reign = (await self.store.range(elected.ROLE_KEY)).kvs[0].create_revision
 
     async def accept(self, *entries: bytes, linked: bool = True) -> None:
+        fold = await self.logs.fold(LOG)
         for number, entry in enumerate(entries, len(self.logs.entries)):
-            await self.store.commit(base.Txn((), (base.Put(elected.accepted_key(LOG, number), entry),)))
+            fold.add([entry])
+            await self.store.commit(
+                base.Txn(
+                    (),
+                    (
+                        base.Put(elected.accepted_key(LOG, number), entry),
+                        base.Put(elected.head_key(LOG), str(number + 1).encode()),
+                        base.Put(elected.chain_key(LOG), fold.chain(number + 1).encode()),
+                    ),
+                )
+            )
             if linked:
                 self.logs.entries.append(entry)
+
+    async def stand(self) -> accepted.Stand:
+        return (await self.accepted.stands())[LOG]
+
+    async def contains(self) -> bool:
+        """Whether this server has everything that was accepted."""
+        return accepted.contains(await self.logs.fold(LOG), await self.stand())
+
+    async def kept(self) -> list[int]:
+        """The numbers of the entries that etcd keeps."""
+        page = await self.store.range(elected.ACCEPTED, base.prefix_end(elected.ACCEPTED))
+        return [elected.parse_accepted(kv.key)[1] for kv in page.kvs]
 
     async def prune(self, told: Mapping[str, peers.Inventory], urls: Sequence[str] = (YOU, THEY)) -> list[int]:
         """The numbers that are kept then."""
         await self.accepted.prune(told, urls, self.reign)
-        page = await self.store.range(elected.ACCEPTED, base.prefix_end(elected.ACCEPTED))
-        return [elected.parse_accepted(kv.key)[1] for kv in page.kvs]
+        return await self.kept()
 
 
 FEW = accepted.Bounds(3, 1 << 20)
@@ -142,5 +173,92 @@ def test_who_holds_the_role_no_more_takes_nothing_away() -> None:
         await one.take()
         one.reign = before
         assert await one.prune({YOU: one.logs.told(1), THEY: one.logs.told(1)}) == [0]
+
+    virtual.run(story())
+
+
+# ---- what was given up by force ------------------------------------------------------------------------------------
+
+
+def returned(one: Holder, *entries: bytes) -> Holder:
+    """Another server on the same store, with other entries."""
+    other = Holder(FEW)
+    other.store = one.store
+    other.logs.entries = list(entries)
+    other.accepted = accepted.Accepted(one.store, other.logs, other.logs, FEW)  # type: ignore[arg-type]
+    return other
+
+
+def test_a_log_of_given_up_entries_is_not_what_was_accepted_however_long_it_is() -> None:
+    async def story() -> None:
+        one = holder()
+        await one.take()
+        await one.accept(b"0", b"1", b"2")
+        one.logs.entries = [b"0"]  # this server has the first of them alone, and etcd none
+        await one.store.commit(base.Txn((), (base.Delete(elected.accepted_key(LOG, 0), elected.accepted_key(LOG, 9)),)))
+        assert not await one.contains()
+        await one.accepted.give_up(one.reign)
+        assert await one.contains()
+        assert (await one.stand()).count == 1
+        old = returned(one, b"0", b"1", b"2")
+        assert await old.contains()  # nothing was accepted in place of what it has more
+        await one.accept(b"new 1")
+        assert not await old.contains()
+        await one.accept(b"new 2", b"new 3")
+        old.logs.entries = [b"0", b"1", b"2"]
+        await old.accepted.complete()  # the next that it lacks by number is the last of the new ones
+        assert old.logs.entries == [b"0", b"1", b"2"]
+        assert not await old.contains()
+        follower = returned(one, b"0")
+        await follower.accepted.complete()
+        assert follower.logs.entries == one.logs.entries
+        assert await follower.contains()
+
+    virtual.run(story())
+
+
+def test_who_is_made_the_holder_by_force_gives_up_what_stands_in_place_of_its_own() -> None:
+    async def story() -> None:
+        one = holder()
+        await one.take()
+        await one.accept(b"0", b"1", b"2", b"3")
+        old = returned(one, b"0", b"1", b"other 2", b"other 3", b"other 4")
+        await old.take()
+        assert not await old.contains()
+        await old.accepted.give_up(old.reign)
+        assert await old.contains()
+        assert (await old.stand()).count == 5
+        assert await old.kept() == [0, 1]
+        assert not await one.contains()
+
+    virtual.run(story())
+
+
+def test_a_new_reign_records_how_its_logs_stand() -> None:
+    """Those that etcd has never heard of, or knows by their count alone, or less of than there is (safety S34)."""
+
+    async def story() -> None:
+        one = holder()
+        await one.take()
+        one.logs.entries = [b"0", b"1"]
+        assert await one.accepted.record(one.reign)
+        lacks = returned(one, b"0")
+        assert not await lacks.contains()
+        backup = one.store.backup()
+        await one.accept(b"2")
+        one.store.restore(backup)
+        assert (await one.stand()).count == 2
+        assert await one.accepted.record(one.reign)
+        assert (await one.stand()).count == 3
+        await one.store.commit(base.Txn((), (base.Put(elected.head_key(LOG), b"3"),)))
+        other = returned(one, b"0", b"1", b"another")
+        assert await other.contains()  # an older Covey wrote the head, and no chain
+        assert await one.accepted.record(one.reign)
+        assert not await other.contains()
+        before = one.reign
+        await one.take()
+        one.logs.entries.append(b"3")
+        assert not await one.accepted.record(before)
+        assert (await one.stand()).count == 3
 
     virtual.run(story())

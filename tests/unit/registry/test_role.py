@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from covey import errors, world
-from covey.registry import elected, journal, role
+from covey.registry import elected, heads, journal, role
 from covey.store import base, memory
 from tests.support import flaky, virtual
 
@@ -117,6 +117,7 @@ class Holder:
         self.store = flaky.Flaky(self.memory)
         self.logs = _Inline(folder, system, fsync=False)
         self.role = elected.Elected(self.store, ME, self.logs, system)
+        self.role.folds = self
 
     async def take(self, term: int, holder: str = ME) -> None:
         reign = elected.Reign(holder=holder, term=term, id=str(term))
@@ -124,6 +125,16 @@ class Holder:
         await self.store.commit(base.Txn((), (base.Put(elected.ROLE_KEY, msgspec.json.encode(reign)),)))
         page = await self.store.range(elected.ROLE_KEY)
         self.role.learn(page.kvs[0])
+
+    async def fold(self, log: str) -> heads.Fold:
+        found = heads.Fold(1)
+        found.add((await self.logs.read({log: 0}))[log])
+        return found
+
+    async def enter(self, *entries: bytes) -> None:
+        """As if they had been accepted."""
+        for entry in entries:
+            await self.logs.append(LOG, (await self.fold(LOG)).count, entry)
 
     async def accepted(self) -> dict[int, bytes]:
         page = await self.store.range(elected.ACCEPTED, base.prefix_end(elected.ACCEPTED))
@@ -151,10 +162,12 @@ def test_only_the_reign_that_it_was_decided_in_is_accepted(tmp_path: Path) -> No
     async def story(holder: Holder) -> None:
         view = holder.role.view()
         await holder.role.accept(view, LOG, 0, b"first")
+        await holder.enter(b"first")
         await holder.take(2)  # ours again, but another reign
         with pytest.raises(role.NotHolder):
             await holder.role.accept(view, LOG, 1, b"second")
         await holder.role.accept(holder.role.view(), LOG, 1, b"third")
+        await holder.enter(b"third")
         await holder.take(3, YOU)
         with pytest.raises(role.NotHolder, match=YOU):
             await holder.role.accept(view, LOG, 2, b"fourth")
@@ -257,7 +270,9 @@ def test_a_number_is_not_given_again_after_all_have_its_entry(tmp_path: Path) ->
 
 def test_a_log_from_before_goes_on_where_it_stands(tmp_path: Path) -> None:
     async def story(holder: Holder) -> None:
+        await holder.enter(*(b"%d" % number for number in range(57)))
         await holder.role.accept(holder.role.view(), LOG, 57, b"first that etcd hears of")
+        await holder.enter(b"first that etcd hears of")
         await holder.role.accept(holder.role.view(), LOG, 58, b"next")
         assert sorted(await holder.accepted()) == [57, 58]
 
