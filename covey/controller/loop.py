@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 
 from covey import errors, model, observe
 from covey import world as worlds
-from covey.controller import hosts, waiting, watchlist
+from covey.controller import hosts, observation, waiting, watchlist
 from covey.decide import deadlines, placement, retention
 from covey.store import base, commit, commit_adopt, commit_cloud, commit_instances, commit_nodes, mirror, schema, view
 
@@ -62,7 +62,7 @@ class Loop:
         self._spans = spans
         self._waiting = queue or waiting.Waiting(world, hosts.Fleet())
         self._fleet = self._waiting.fleet
-        self._observed: deadlines.Observed = {}
+        self._observed = observation.Observation()
         self._observed_nodes: deadlines.Observed = {}
         self._nodes_looked_ns = -_NODES_NS
         self._pause_ends_ns: int | None = None
@@ -171,21 +171,23 @@ class Loop:
     # ---- deadlines
 
     async def _watch_forever(self) -> None:
-        self._observed = self._observed_nodes = {}
+        self._observed.forget()
+        self._observed_nodes = {}
         last_ns = self._world.boot_ns()
         while True:
             await asyncio.sleep(_TICK_S)
             now_ns = self._world.boot_ns()
             if not self._mirror.ready or now_ns - last_ns > _FROZEN_NS:
-                self._observed = self._observed_nodes = {}  # not ready all the while: every span starts over
+                self._observed.forget()  # not ready all the while: every span starts over
+                self._observed_nodes = {}
             last_ns = now_ns
             if self._mirror.ready:
                 await self._watch(self._mirror.snapshot(), now_ns)
 
     async def _watch(self, snapshot: view.Snapshot, now_ns: int) -> None:
-        self._observed = deadlines.observe(self._observed, watchlist.things(snapshot), now_ns)
+        self._observed.look(snapshot, now_ns)
         patience_ns = 0 if self._first(snapshot) else _PATIENCE_NS
-        mine = deadlines.ripe(self._observed, self._spans, now_ns, patience_ns)
+        mine = self._observed.ripe(self._spans, now_ns, patience_ns)
         if now_ns - self._nodes_looked_ns >= min(_NODES_NS, self._spans.silent_ns // 20):
             mine += self._watch_nodes(snapshot, now_ns, patience_ns)
         spent = [thing.id for thing in mine if thing.kind == deadlines.Kind.TERMINATED]

@@ -4,7 +4,7 @@ While a node's word is waited for after a restore, nothing is concluded from its
 believes to be there (safety S19).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from covey import model
 from covey.decide import deadlines, placement
@@ -14,31 +14,54 @@ Kind = deadlines.Kind
 Thing = deadlines.Thing
 State = model.State
 
+_MAY_END = (State.SCHEDULING, State.PULLING, State.TERMINATED, State.ERROR)
 _MAY_BE_LOST = (State.PULLING, State.STARTED, State.STOPPING, State.STOPPED)
 
 
 def things(snapshot: view.Snapshot) -> Iterator[tuple[Thing, int]]:
     """Everything whose time may soon run out, with the revision that must stand still meanwhile."""
     awaited = _awaited(snapshot)
-    if snapshot.breach.nonce not in ("", snapshot.settled):
+    if is_awaiting(snapshot):
         yield Thing(Kind.BREAK, snapshot.breach.nonce), snapshot.breach.revision
-    for kept in snapshot.unacknowledged():
-        if kept.noun.node not in awaited:
-            yield Thing(Kind.UNACKNOWLEDGED, kept.noun.id), kept.revision
-    for kept in snapshot.in_state(State.PULLING):
-        stalls = kept.noun.claimed and kept.noun.acknowledged and not kept.noun.launched
-        if stalls and kept.noun.node not in awaited and snapshot.may_begin(kept):
-            yield Thing(Kind.STALLED, kept.noun.id), kept.revision
-    for kept in snapshot.waiting():
-        if kept.noun.aged < placement.AGES:
-            yield Thing(Kind.WAITING, kept.noun.id), kept.revision
-    for kept in snapshot.in_state(State.TERMINATED):
-        yield Thing(Kind.TERMINATED, kept.noun.id), kept.revision
-    for kept in snapshot.in_state(State.ERROR):
-        if kept.noun.node in awaited:
-            continue
-        yield Thing(Kind.ERROR, kept.noun.id), kept.revision
-    yield from _unwanted(snapshot, awaited)
+    for state in _MAY_END:
+        for kept in snapshot.in_state(state):
+            yield from of_instance(snapshot, kept, awaited)
+    yield from _unwanted(snapshot, snapshot.ledgers(), awaited)
+
+
+def is_awaiting(snapshot: view.Snapshot) -> bool:
+    """Whether the store was restored and not all nodes have told since what they have."""
+    return snapshot.breach.nonce not in ("", snapshot.settled)
+
+
+def of_instance(
+    snapshot: view.Snapshot, kept: codec.Kept[model.Instance], awaited: Container[str] = ()
+) -> Iterator[tuple[Thing, int]]:
+    """What may run out for one instance; all but `awaited` nodes and breaks follows from the instance."""
+    noun = kept.noun
+    match noun.state:
+        case State.TERMINATED:
+            yield Thing(Kind.TERMINATED, noun.id), kept.revision
+        case State.ERROR if noun.node not in awaited:
+            yield Thing(Kind.ERROR, noun.id), kept.revision
+        case State.SCHEDULING | State.PULLING if noun.waiting:
+            if noun.aged < placement.AGES:
+                yield Thing(Kind.WAITING, noun.id), kept.revision
+        case State.PULLING if not noun.launched and noun.node not in awaited:
+            if not noun.acknowledged:
+                yield Thing(Kind.UNACKNOWLEDGED, noun.id), kept.revision
+            elif noun.claimed and snapshot.may_begin(kept):
+                yield Thing(Kind.STALLED, noun.id), kept.revision
+
+
+def on_node(snapshot: view.Snapshot, node: str) -> tuple[bool, list[tuple[Thing, int]]]:
+    """The claims of one node that no instance wants, while no word is waited for; and whether what is so of this node
+    may change without a change of its ledger, its orders, or an instance that is or was on it."""
+    ledger = snapshot.ledger(node)
+    if ledger is None:
+        return False, []
+    odd = any(_is_odd(snapshot.instance(claim.instance), claim, node) for claim in ledger.noun.claims)
+    return odd, list(_unwanted(snapshot, [ledger], ())) if odd else []
 
 
 def nodes(snapshot: view.Snapshot, silent: Iterable[str]) -> Iterator[tuple[Thing, int]]:
@@ -68,10 +91,19 @@ def alive(snapshot: view.Snapshot, node: str) -> bool:
     return sign is not None and session is not None and sign.noun.session == session.noun.counter
 
 
-def _unwanted(snapshot: view.Snapshot, awaited: set[str]) -> Iterator[tuple[Thing, int]]:
+def _is_odd(kept: codec.Kept[model.Instance] | None, claim: model.Claim, node: str) -> bool:
+    """Whether the claim is anything else than that of an instance which is on the node in this epoch, and lives."""
+    if kept is None or kept.noun.node != node or kept.noun.epoch != claim.epoch:
+        return True
+    return kept.noun.state is State.TERMINATED
+
+
+def _unwanted(
+    snapshot: view.Snapshot, ledgers: Iterable[codec.Kept[model.Ledger]], awaited: Container[str]
+) -> Iterator[tuple[Thing, int]]:
     """Claims that no instance wants and that no order covers yet (promise I3). What must stand still is the instance
     key: its revision, or its absence."""
-    for ledger in snapshot.ledgers():
+    for ledger in ledgers:
         node = ledger.noun.node
         for claim in ledger.noun.claims if node not in awaited else ():
             kept = snapshot.instance(claim.instance)

@@ -6,6 +6,7 @@ shares them, and a later change copies only the shard it falls into. Values of k
 """
 
 import bisect
+import collections
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Generic, TypeVar
@@ -21,6 +22,9 @@ N = TypeVar("N", bound=msgspec.Struct)
 
 _SHARDS = 64
 _PARTS = 16  # a label's instances are kept in so many parts: a change copies one of them
+_NOTED = 8192  # changes that are remembered one by one: those of some seconds at least
+_INSTANCE, _CLAIMS = "instance", "claims"
+_CHANGES = {"instance": _INSTANCE, "ledger": _CLAIMS, "order": _CLAIMS}  # what is noted of a change, by kind of key
 _NO_BREACH = permission.Link(0, "")
 
 
@@ -84,9 +88,10 @@ class Table(Generic[V]):
         """Keys whose values are not the very same objects in both; quick when few shards are."""
         for mine, its in zip(self._shards, other._shards, strict=True):
             if mine is not its:
-                for key in mine.keys() | its.keys():
-                    if mine.get(key) is not its.get(key):
+                for key, value in mine.items():
+                    if its.get(key) is not value:
                         yield key
+                yield from its.keys() - mine.keys()
 
     def values(self) -> Iterator[V]:
         for shard in self._shards:
@@ -137,6 +142,8 @@ class Snapshot:
         self._script_users: Table[int] = Table()
         self._labelled: Table[dict[str, None]] = Table()  # part, label, value -> ids; never changed in place
         self._adopted: Table[codec.Kept[schema.Adopted]] = Table()
+        # After which revision, what, and which one has changed last. Shared by all views of one copy of the store.
+        self._noted: collections.deque[tuple[int, str, str]] = collections.deque(maxlen=_NOTED)
 
     # ---- history
 
@@ -217,6 +224,11 @@ class Snapshot:
         """Placed, not launched, and their node has not named them yet (safety S10)."""
         return self._known(self._unacknowledged.keys())
 
+    def instances_since(self, before: "Snapshot") -> set[str]:
+        """Those that are not the same as in an earlier view, and perhaps some that are again."""
+        noted = self._noted_since(before, _INSTANCE)
+        return set(self._instances.differing(before._instances)) if noted is None else noted
+
     def labelled(self, label: Label, value: str) -> Iterator[codec.Kept[model.Instance]]:
         """Those that carry the label, in no particular order."""
         for part in range(_PARTS):
@@ -279,6 +291,13 @@ class Snapshot:
             found.update(mine.differing(its))  # type: ignore[arg-type]
         return found
 
+    def claims_since(self, before: "Snapshot") -> set[str]:
+        """Nodes whose ledger or orders are not the same as in an earlier view, and perhaps some whose are again."""
+        noted = self._noted_since(before, _CLAIMS)
+        if noted is not None:
+            return noted
+        return {*self._ledgers.differing(before._ledgers), *self._orders.differing(before._orders)}
+
     def question(self, node: str, slot: int) -> codec.Kept[model.Question] | None:
         return (self._questions.get(node) or {}).get(str(slot))
 
@@ -300,6 +319,18 @@ class Snapshot:
 
     def controller_count(self) -> int:
         return len(self._controllers)
+
+    def _noted_since(self, before: "Snapshot", kind: str) -> set[str] | None:
+        """What was noted to have changed between an earlier view and this one; None: the notes do not say."""
+        if self._noted is not before._noted or self.revision < before.revision:
+            return None
+        found: set[str] = set()
+        for revision, what, id in reversed(self._noted):
+            if revision < before.revision:
+                return found
+            if what == kind and revision < self.revision:
+                found.add(id)
+        return found if len(self._noted) != self._noted.maxlen else None
 
     def _known(self, ids: Iterator[str] | dict[str, None] | tuple[()]) -> Iterator[codec.Kept[model.Instance]]:
         for id in ids:
@@ -337,6 +368,8 @@ class Draft(Snapshot):
             return
         kind, _, id = change.key[len(schema.PREFIX) :].partition("/")
         setter = self._plain.get(kind)
+        if kind in _CHANGES:
+            self._noted.append((self.revision, _CHANGES[kind], id.partition("/")[0]))
         try:
             if setter is not None:
                 setter(id, change.kv)
@@ -483,7 +516,19 @@ class Draft(Snapshot):
 
 # As plain text: an Enum's own way into a text costs more than all the rest of a lookup, and each instance needs some.
 _EXTERNAL_ID, _TEMPLATE, _GROUP = (str.__str__(label) for label in Label)
-_PLAIN = ("revision", "history", "cloud", "format", "fence", "chain", "breach", "breach_why", "broke", "settled")
+_PLAIN = (
+    "revision",
+    "history",
+    "cloud",
+    "format",
+    "fence",
+    "chain",
+    "breach",
+    "breach_why",
+    "broke",
+    "settled",
+    "_noted",
+)
 
 
 def is_same_break(one: base.Kv | None, other: base.Kv | None) -> bool:

@@ -4,6 +4,7 @@ For rules that say what a view shows by what has changed in it: whatever comes, 
 look at everything.
 """
 
+import collections
 import random
 
 import msgspec
@@ -22,17 +23,42 @@ class Jumble:
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
-        self._draft = view.Draft()
+        self._kvs: dict[str, base.Kv] = {}
+        self._draft = self._new_draft()
         self._instances: dict[str, model.Instance] = {}
         self._claims: dict[str, set[tuple[model.InstanceId, int]]] = {node: set() for node in NODES}
         self._orders: set[tuple[str, str]] = set()
         self._put(schema.HISTORY + _CHAIN, b"{}")
+        for node in NODES:
+            self._put(schema.node(node), codec.encode(model.Node(id=node, created_ns=1)))
 
     def snapshot(self) -> view.Snapshot:
         return self._draft.freeze()
 
     def change(self) -> None:
         self._chance.choice((self._change_instance, self._change_instance, self._change_ledger, self._change_order))()
+
+    def list_again(self) -> None:
+        """The copy is made anew of the same store."""
+        draft = self._new_draft()
+        for key, kv in self._kvs.items():
+            draft.apply(base.Change(key, kv))
+        draft.revision = self._draft.revision
+        self._draft = draft
+
+    def _new_draft(self) -> view.Draft:
+        draft = view.Draft()
+        draft._noted = collections.deque(maxlen=self._chance.choice((3, 10, 1000)))  # so that it does not always do
+        return draft
+
+    def restore(self) -> None:
+        """A break: nothing may be concluded from the silence of nodes that were known."""
+        nonce = f"break {self._draft.revision}"
+        self._put(schema.BREAK, codec.encode(schema.Break(nonce=nonce, why="the test says so", at_ns=1)))
+
+    def settle(self) -> None:
+        """All of them have told what they have."""
+        self._put(schema.SETTLED, codec.encode(schema.Settled(nonce=self._draft.breach.nonce)))
 
     def _change_instance(self) -> None:
         id = self._chance.choice(_IDS)
@@ -80,5 +106,8 @@ class Jumble:
     def _put(self, key: str, value: bytes | None) -> None:
         revision = self._draft.revision + 1
         kv = None if value is None else base.Kv(key, value, 1, revision)
+        self._kvs.pop(key, None)
+        if kv is not None:
+            self._kvs[key] = kv
         self._draft.apply(base.Change(key, kv))
         self._draft.revision = revision

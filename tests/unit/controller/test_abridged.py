@@ -47,6 +47,8 @@ def test_put_together_it_is_the_whole_answer_whatever_came_between(seed: int) ->
     readers = [Reader(node) for node in jumble.NODES]
     for _ in range(2000):
         store.change()
+        if chance.random() < 0.02:
+            store.list_again()
         for reader in readers:
             if chance.random() < 0.2:
                 reader.asks(store.snapshot())

@@ -217,9 +217,9 @@ async def test_spans_go_on_while_very_much_is_to_be_done_at_once() -> None:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(copy.run()), group.create_task(one.run())]
             await until(lambda: looped._true(thing in one._observed))
-            first_ns = one._observed[thing].first_ns
+            first = one._observed.since(thing)
             await until(lambda: looped._true(copy.snapshot().instance_count() == 1))
             await asyncio.sleep(1.2)  # two turns more
-            assert one._observed[thing].first_ns == first_ns
+            assert first is not None and one._observed.since(thing) == first
             for task in tasks:
                 task.cancel()
