@@ -14,7 +14,9 @@ What keeps it right:
 3. A lost reply of the batch is `Unsure` for each; `Unavailable` is so for each.
 4. A refused batch (a lost lease, a full store) is split and resent until the guilty one is alone.
 5. When many come, but so that they make small batches (a proposal's price is shared by few then), the next batch waits
-   some milliseconds for company. How many come is seen from what left lately; a lonely one still goes at once.
+   some milliseconds for company. How many come is seen from what left lately; a lonely one still goes at once. It is
+   a store with much to do that company helps, and such a one answers slowly: so nobody waits for company longer than
+   some times as long as the store takes lately, and where it is quick a chain of transactions is quick as well.
 6. The queue is bounded, in transactions and in bytes: when a store falls behind, what comes then is Unavailable at
    once, and nothing of it was done.
 """
@@ -31,9 +33,11 @@ from covey.store import base, limits
 QUEUE_LIMIT = 4096  # transactions: some seconds of the fastest store measured
 QUEUE_BYTES = 64 << 20
 COMPANY = 48  # transactions in a batch that need no more company
-LINGER_S = 0.06  # the longest that a batch waits for it
+LINGER_S = 0.06  # the longest that a batch waits for it …
+LINGER_TIMES = 3.0  # … and for so many times as long as batches are under way lately
 _WORTH = 10  # not at all, when fewer would come in that time
 _MEMORY_S = 0.2  # how far back "lately" goes
+_NEWEST = 0.2  # the part that one batch has in how long they take lately
 LOOK_AHEAD = 1024  # how far down a queue of conflicting transactions a batch looks for members
 
 Send = Callable[[Sequence[base.Txn], float], Awaitable[Sequence[base.Outcome]]]
@@ -116,6 +120,7 @@ class Batcher:
         self._linger_s = linger_s
         self._left_s = 0.0  # when the last batch left, on the loop's clock
         self._left = 0.0  # how many have left lately
+        self._takes_s = 0.0  # how long a batch is under way lately
         self._pumping: asyncio.Handle | None = None  # the next take-off
         self._lingers = False  # it waits for company
         self._closed = False
@@ -169,9 +174,10 @@ class Batcher:
         """How long the next batch may wait for company: as long as it takes `COMPANY` to come at the rate of lately,
         counted from the last take-off; not at all when that would bring nobody."""
         per_s = self._left * math.exp((self._left_s - now_s) / _MEMORY_S) / _MEMORY_S
-        if len(self._queue) >= COMPANY or per_s * self._linger_s < _WORTH:
+        most_s = min(self._linger_s, LINGER_TIMES * self._takes_s)
+        if len(self._queue) >= COMPANY or per_s * most_s < _WORTH:
             return 0.0
-        return self._left_s + min(COMPANY / per_s, self._linger_s) - now_s
+        return self._left_s + min(COMPANY / per_s, most_s) - now_s
 
     def _pump(self) -> None:
         self._pumping = None
@@ -182,7 +188,7 @@ class Batcher:
                 footprint.add(waiting.footprint)
             task = asyncio.get_running_loop().create_task(self._fly(taken))
             self._flying[task] = footprint
-            task.add_done_callback(functools.partial(self._landed, taken))
+            task.add_done_callback(functools.partial(self._landed, taken, self._left_s))
 
     def _note(self, count: int) -> None:
         """So many leave now."""
@@ -190,8 +196,9 @@ class Batcher:
         self._left = self._left * math.exp((self._left_s - now_s) / _MEMORY_S) + count
         self._left_s = now_s
 
-    def _landed(self, taken: Sequence[_Waiting], task: asyncio.Task[None]) -> None:
+    def _landed(self, taken: Sequence[_Waiting], left_s: float, task: asyncio.Task[None]) -> None:
         del self._flying[task]
+        self._takes_s += _NEWEST * (asyncio.get_running_loop().time() - left_s - self._takes_s)
         if task.cancelled():
             _fail(taken, errors.Unsure("the store was closed while the transaction was under way"))
         elif fault := task.exception():  # a flaw of ours; nobody must wait for ever because of it

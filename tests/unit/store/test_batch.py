@@ -18,6 +18,7 @@ class Recorder:
         self.budgets_s: list[float] = []
         self.gate = asyncio.Event()
         self.gate.set()
+        self.takes_s = 0.0
         self.fault: Callable[[Sequence[str]], errors.StoreError | None] = lambda names: None
 
     async def __call__(self, txns: Sequence[base.Txn], timeout_s: float) -> list[base.Outcome]:
@@ -25,6 +26,8 @@ class Recorder:
         self.sent.append(names)
         self.budgets_s.append(timeout_s)
         await self.gate.wait()
+        if self.takes_s:
+            await asyncio.sleep(self.takes_s)
         if fault := self.fault(names):
             raise fault
         return [base.Outcome(True, len(self.sent)) for _ in txns]
@@ -105,8 +108,12 @@ def test_small_batches_wait_for_company_when_many_come(recorder: Recorder, clock
     """A steady stream makes batches of several, although the store would take each at once; a lonely one just goes."""
 
     async def story() -> None:
+        recorder.takes_s = batch.LINGER_S / 2
         many = batch.Batcher(recorder, now_ns=clock.now_ns, timeout_s=10, attempt_s=2)
         tasks: list[asyncio.Task[base.Outcome]] = []
+        for n in range(10):  # it is seen how slow the store is
+            await many.commit(write(f"early {n}"))
+        recorder.sent.clear()
 
         async def come(*names: str) -> None:
             tasks.extend(asyncio.create_task(many.commit(write(name))) for name in names)
@@ -122,12 +129,54 @@ def test_small_batches_wait_for_company_when_many_come(recorder: Recorder, clock
         await come(*(f"later {n}" for n in range(batch.COMPANY)))
         assert len(recorder.sent) == 3 and recorder.sent[2][:2] == ["a", "b"], "they have come"
         await come("c")
-        await asyncio.sleep(batch.LINGER_S)
+        await asyncio.sleep(2 * batch.LINGER_S)
         assert recorder.sent[3:] == [["c"]], "nobody came"
         await asyncio.sleep(1)
         await come("d")
         assert recorder.sent[4:] == [["d"]], "that was long ago"
         await asyncio.gather(*tasks)
+
+    virtual.run(story())
+
+
+@pytest.mark.parametrize(
+    ("per_s", "takes_s", "company"),
+    [
+        pytest.param(200, 0.003, False, id="a quick store, some work"),
+        pytest.param(1000, 0.001, False, id="a very quick one, much work"),
+        pytest.param(100, 0.03, False, id="a slow one, little work"),
+        pytest.param(800, 0.03, True, id="a slow one, much work"),
+        pytest.param(800, 0.5, True, id="a very slow one"),
+    ],
+)
+def test_company_is_worth_what_the_store_takes(
+    recorder: Recorder, clock: Clock, per_s: int, takes_s: float, company: bool
+) -> None:
+    """Where the store is quick, nobody waits for anybody: what follows one upon the other is quick as well. Where it is
+    slow since there is much to do, they travel together, and wait for that no longer than agreed."""
+
+    async def story() -> None:
+        recorder.takes_s = takes_s
+        many = batch.Batcher(recorder, now_ns=clock.now_ns, timeout_s=10, attempt_s=5, in_flight=1000)
+        waited: list[float] = []
+        loop = asyncio.get_running_loop()
+
+        async def one(name: str) -> None:
+            come_s = loop.time()
+            await many.commit(write(name))
+            waited.append(loop.time() - come_s - takes_s)
+
+        async with asyncio.TaskGroup() as group:
+            for n in range(4 * per_s):
+                group.create_task(one(str(n)))
+                await asyncio.sleep(1 / per_s)
+        late = [names for names in recorder.sent if int(names[0]) > 2 * per_s]
+        if company:
+            assert sum(map(len, late)) / len(late) > batch.COMPANY / 2
+            assert max(waited) < batch.LINGER_S + 0.01
+        else:
+            assert all(len(names) == 1 for names in late)
+            assert max(waited) < 0.001
 
     virtual.run(story())
 
