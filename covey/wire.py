@@ -142,7 +142,7 @@ _BESIDE = "."  # between the parts of a tag
 def tag(wanted: Iterable[Wanted], beside: Iterable[str]) -> str:
     """Names a wanted state, `wanted` in order: a hash of the work, then the nonces of the open questions. Both sides
     work it out; where they differ, as versions may, a poll is answered at once."""
-    return tag_of((tag_line(want.instance, want.epoch, want.verb) for want in wanted), beside)
+    return tag_of([tag_line(want.instance, want.epoch, want.verb) for want in wanted], beside)
 
 
 def tag_line(instance: model.InstanceId, epoch: int, verb: Verb) -> str:

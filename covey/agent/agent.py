@@ -331,17 +331,21 @@ class Agent:
     def _tag_after(self, items: Iterable[wire.Item]) -> str:
         """The tag of what is wanted once these were taken: an order is done when what it names is gone."""
         gone = {item.instance: item.epoch for item in items if item.event is wire.ReportEvent.GONE}
+        if not gone:
+            return self._tag
         rest = self._left(gone)
         return self._tag if not self._tag or len(rest) == len(self._wants) else wire.tag(rest, wire.untag(self._tag)[1])
 
     def _left(self, gone: Mapping[model.InstanceId, int]) -> tuple[wire.Wanted, ...]:
-        return tuple(want for want in self._wants if not _is_done(want, gone.get(want.instance, -1)))
+        return tuple([want for want in self._wants if not _is_done(want, gone)])
 
     def _settled(self, item: wire.Item) -> None:
         """The cloud knows it. An order that it ends is done; if it is given again, that is news."""
         key = (item.instance, item.epoch)
         if item.event is wire.ReportEvent.GONE and item.event in self._outbox.said(key):
-            self._tag, self._wants = self._tag_after((item,)), self._left({item.instance: item.epoch})
+            rest = self._left({item.instance: item.epoch})
+            if len(rest) < len(self._wants):
+                self._tag, self._wants = self._tag_after((item,)), rest
         one = self._workers.get(item.instance)
         if one is not None:
             one.settled(item)
@@ -433,8 +437,8 @@ class Agent:
         )
 
 
-def _is_done(want: wire.Wanted, gone_epoch: int) -> bool:
-    return want.verb is wire.Verb.DESTROY and want.epoch <= gone_epoch
+def _is_done(want: wire.Wanted, gone: Mapping[model.InstanceId, int]) -> bool:
+    return want.verb is wire.Verb.DESTROY and want.epoch <= gone.get(want.instance, -1)
 
 
 def _complain_once(trouble: str, before: str) -> str:

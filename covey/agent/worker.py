@@ -136,7 +136,10 @@ class Worker:
             cloud=self._parts.session.cloud,
             hold=not self._parts.session.may_act,
         )
-        return next((step for step in steps if step.do is not Do.NOTHING and not self._too_soon(step)), None)
+        for step in steps:
+            if step.do is not Do.NOTHING and not self._too_soon(step):
+                return step
+        return None
 
     def _too_soon(self, step: convergence.Step) -> bool:
         """A launch is not asked for twice in a row; one that was not granted says nothing about a newer epoch's. Nor is
@@ -148,8 +151,7 @@ class Worker:
     def _locals(self, bodies: Mapping[int, hypervisor.Vm]) -> list[convergence.Local]:
         """Every epoch that is on record, here or named in the answer: of the last too it counts what was said."""
         known = self._parts.records.by_epoch(self.instance)
-        epochs = {want.epoch for want in self._wants}
-        epochs.update(known, bodies)
+        epochs = {want.epoch for want in self._wants}.union(known, bodies)
         return [self._local(epoch, known.get(epoch), bodies.get(epoch)) for epoch in sorted(epochs)]
 
     def _local(self, epoch: int, record: records.Record | None, vm: hypervisor.Vm | None) -> convergence.Local:
@@ -320,7 +322,10 @@ class Worker:
     # ---- what is known ---------------------------------------------------------------------------------------------
 
     def _want(self, epoch: int) -> wire.Wanted | None:
-        return next((want for want in self._wants if want.epoch == epoch), None)
+        for want in self._wants:
+            if want.epoch == epoch:
+                return want
+        return None
 
     def _record(self, epoch: int) -> records.Record | None:
         """The record, or one made of the answer: of a new placement, or of a VM found running whose record is lost."""

@@ -80,6 +80,7 @@ class Balance:
         self._salt = salt
         self._near = near
         self._servers: dict[str, _Server] = {}
+        self._urls: tuple[str, ...] = ()
         self._copies = _COPIES
         self._compare_s = 0.0  # when servers may be compared again
         self._order: list[str] | None = None  # as worked out last, while nothing has changed …
@@ -88,7 +89,7 @@ class Balance:
 
     @property
     def urls(self) -> tuple[str, ...]:
-        return tuple(self._servers)
+        return self._urls
 
     def learn(self, urls: Iterable[str]) -> None:
         """The cloud's servers now, in place of those it named before. New ones must prove themselves first."""
@@ -105,6 +106,7 @@ class Balance:
             known.liked = _fraction(self._salt, url) if self._salt else float(index)
             known.last_resort = bool(learnt) and url not in learnt
             self._servers[url] = known
+        self._urls = tuple(self._servers)
 
     # ---- choosing --------------------------------------------------------------------------------------------------
 
@@ -134,7 +136,12 @@ class Balance:
 
     def busy_for_s(self, now_s: float) -> float:
         """How long to leave all of them alone: more than 0 only while every one of them asked for it."""
-        return max(0.0, min(one.busy_until_s for one in self._servers.values()) - now_s)
+        least_s = math.inf
+        for one in self._servers.values():
+            if one.busy_until_s <= now_s:
+                return 0.0
+            least_s = min(least_s, one.busy_until_s)
+        return least_s - now_s
 
     # ---- second copies ---------------------------------------------------------------------------------------------
 

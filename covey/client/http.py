@@ -1,6 +1,7 @@
 """HTTP to one of several equal servers: the transport of every typed client (CLI, agent, registry peers, tests).
 
     Endpoints ── which one? ─► balance.Balance        rules alone
+        ├─────── one call ───► race.Race              from one server to the next
         └────── send ────────► Exchange               Sockets (aiohttp), or something without sockets in a simulation
 
 Rules:
@@ -29,30 +30,22 @@ import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import aiohttp
 import msgspec
 
 from covey import errors, wire
-from covey.client import balance, envelope, plain
+from covey.client import balance, envelope, plain, race
 
 T = TypeVar("T")
 
 _LOOK_LIMIT_S = 2.0
-_BROKEN_S = 0.5  # a connection that breaks so soon may have been an old one that the server had closed
-_BYTES_PER_S = 1e6  # a line this slow is no reason for a second copy
 
 
 Reply = plain.Answer
-
-
-class NotSent(errors.RemoteError):
-    """No connection: the server certainly did nothing."""
-
-
-class Lost(errors.RemoteError):
-    """The connection broke or time was up: nobody knows what the server did."""
+NotSent = race.NotSent
+Lost = race.Lost
 
 
 class Exchange(Protocol):
@@ -103,7 +96,7 @@ class Sockets:
             why = _reason(error.__cause__) if isinstance(error.__cause__, OSError) else str(error)
             raise NotSent(f"cannot connect ({why})") from error
         except (plain.Broken, TimeoutError) as error:
-            raise Lost(_why_lost(error, timeout_s)) from error
+            raise Lost(race.why_lost(error, timeout_s)) from error
 
     def begin(
         self, url: str, method: str, path: str, data: bytes | None, headers: Mapping[str, str], timeout_s: float
@@ -341,9 +334,9 @@ class Endpoints:
                     text = f"busy; asked to be left alone for {busy_s:.1f} s: {', '.join(self.urls)}"
                     raise errors.RemoteError(text, 503, retry_after_s=busy_s)
                 await asyncio.sleep(busy_s)
-            reply = await _Race(
-                self, self._ask(method, path, data, repeatable, parks, timeout_s, headers, enveloped=True)
-            ).run()
+            reply = await self._answer(
+                self._ask(method, path, data, repeatable, parks, timeout_s, headers, enveloped=True)
+            )
             if reply.status != 503:
                 return reply, 0.0
             busy_s = self._balance.busy_for_s(_now())
@@ -362,7 +355,7 @@ class Endpoints:
         headers: Mapping[str, str] = {},
     ) -> Reply:
         """`call` with bytes, and the whole answer."""
-        return await _Race(self, self._ask(method, path, data, repeatable, parks, timeout_s, headers)).run()
+        return await self._answer(self._ask(method, path, data, repeatable, parks, timeout_s, headers))
 
     def _ask(
         self,
@@ -375,221 +368,45 @@ class Endpoints:
         headers: Mapping[str, str],
         *,
         enveloped: bool = False,
-    ) -> "_Ask":
+    ) -> race.Ask:
         self._look_around()
         if repeatable is None:
             repeatable = method != "POST" or any(name.lower() == "idempotency-key" for name in headers)
         limit_s = self._timeout_s if timeout_s is None else timeout_s
-        return _Ask(method, path, data, headers, repeatable, parks, limit_s, enveloped)
+        return race.Ask(method, path, data, headers, repeatable, parks, limit_s, enveloped)
 
+    async def _answer(self, ask: race.Ask) -> Reply:
+        """The first good one. Raises RemoteError. A good answer of the only server there is needs no race, which would
+        cost as much as the call."""
+        url, *others = self._balance.urls
+        began_s = _now()
+        begun = (
+            None
+            if others or self._begins is None
+            else self._begins(url, ask.method, ask.path, ask.data, ask.headers, ask.limit_s)
+        )
+        if begun is not None:
+            with contextlib.suppress(plain.Broken, TimeoutError):  # for the race to judge
+                reply = await begun
+                if reply.status == 200 and ask.may_be(reply):
+                    self._balance.answered(url, _now(), None if ask.parks else _now() - began_s)
+                    return reply
+        running = race.Race(ask, self._balance, self._begin, self._parked, self.mark_bad)
+        if begun is not None:
+            running.enter(url, began_s, begun)
+        return await running.run()
 
-class _Ask(NamedTuple):
-    """One call, wherever it goes."""
-
-    method: str
-    path: str
-    data: bytes | None
-    headers: Mapping[str, str]
-    repeatable: bool
-    parks: bool
-    limit_s: float
-    enveloped: bool  # the answer must be the API's
-
-
-class _Attempt(NamedTuple):
-    url: str
-    began_s: float
-
-
-class _Race:
-    """One call on its way: at one server after the other, sometimes at several at once."""
-
-    def __init__(self, owner: Endpoints, ask: _Ask) -> None:
-        self._owner = owner
-        self._balance = owner._balance
-        self._ask = ask
-        self._alone = len(owner.urls) == 1  # there is nowhere else to go, so nobody gives an attempt up
-        self._running: dict[asyncio.Future[Reply], _Attempt] = {}
-        self._tried: list[str] = []
-        self._again = ""  # a server that may be tried once more
-        self._failures: list[str] = []
-        self._unwilling: list[Reply] = []  # 503
-        self._strange: Reply | None = None  # of a server that is none of ours
-        self._may_copy = ask.repeatable and not ask.parks
-        self._loop = asyncio.get_running_loop()
-        self._bell: asyncio.Future[None] | None = None  # rung when one of those that run is done, or late
-
-    async def run(self) -> Reply:
-        """The first good answer. Raises RemoteError."""
-        try:
-            while True:
-                if not self._running:
-                    url = self._next()
-                    if not url:
-                        return self._no_answer()
-                    self._begin(url)
-                await self._until_some_is_done()
-                done = [task for task in self._running if task.done()]
-                if not done:
-                    self._copy()
-                for task in done:
-                    reply = self._outcome(task, self._running.pop(task))
-                    if reply is not None:
-                        return reply
-        finally:
-            if self._running:
-                for task in self._running:
-                    task.cancel()
-                await asyncio.gather(*self._running, return_exceptions=True)
-
-    async def _until_some_is_done(self) -> None:
-        """Or until it is time for a second copy. As `asyncio.wait`, which costs a small call more than all the rest."""
-        if any(task.done() for task in self._running):
-            return
-        if self._alone:
-            (only,) = self._running
-            with contextlib.suppress(NotSent, Lost, plain.Broken, TimeoutError):  # see `_outcome`
-                await only
-            return
-        bell = self._bell = self._loop.create_future()
-        late_s = self._copy_after_s()
-        timer = None if late_s is None else self._loop.call_later(late_s, self._ring)
-        try:
-            await bell
-        finally:
-            self._bell = None
-            if timer is not None:
-                timer.cancel()
-
-    def _ring(self, _: object = None) -> None:
-        if self._bell is not None and not self._bell.done():
-            self._bell.set_result(None)
-
-    def _begin(self, url: str) -> None:
-        ask, owner = self._ask, self._owner
-        self._tried.append(url)
+    def _begin(self, url: str, ask: race.Ask) -> asyncio.Future[Reply]:
+        """One call to one server."""
         request = (url, ask.method, ask.path, ask.data, ask.headers, ask.limit_s)
-        began_s = self._loop.time()
-        task = None if owner._begins is None else owner._begins(*request)
-        if task is None:
-            task = self._loop.create_task(owner._exchange.send(*request))
-        self._running[task] = _Attempt(url, began_s)
-        if self._alone:
-            return
-        task.add_done_callback(self._ring)
-        if ask.parks:
-            owner._parked[task] = url
-            task.add_done_callback(owner._parked.pop)
-
-    def _next(self) -> str:
-        """Where to try now; "" when everything was tried."""
-        for url in self._balance.order(self._loop.time()):
-            if url not in self._tried:
-                return url
-        url, self._again = self._again, ""
-        return url
-
-    # ---- second copies ---------------------------------------------------------------------------------------------
-
-    def _copy_after_s(self) -> float | None:
-        """How long to wait for what is running before another server is asked as well; None: as long as it takes."""
-        if not self._may_copy or not self._spare():
-            return None
-        newest = max(self._running.values(), key=lambda attempt: attempt.began_s)
-        late_s = self._balance.late_after_s(newest.url) + len(self._ask.data or b"") / _BYTES_PER_S
-        return max(0.0, newest.began_s + late_s - self._loop.time())
-
-    def _spare(self) -> str:
-        """A server that is well and was not asked yet; "" when there is none."""
-        order = self._balance.order(self._loop.time())
-        return next((url for url in order if url not in self._tried and self._balance.well(url)), "")
-
-    def _copy(self) -> None:
-        url = self._spare()
-        if url:
-            self._may_copy = self._balance.take_copy()
-            if self._may_copy:
-                self._begin(url)
-
-    # ---- outcomes --------------------------------------------------------------------------------------------------
-
-    def _outcome(self, task: asyncio.Future[Reply], attempt: _Attempt) -> Reply | None:
-        """The answer, or None when another server is to be asked. Raises RemoteError when that may not be."""
-        url, took_s = attempt.url, self._loop.time() - attempt.began_s
-        if task.cancelled():  # by `mark_bad`
-            self._failures.append(f"{url}: given up, because another call to it failed")
-            return None
-        try:
-            reply = task.result()
-        except NotSent as error:
-            self._missed(url, str(error))
-            return None
-        except (Lost, plain.Broken, TimeoutError) as error:
-            self._lost(url, _why_lost(error, self._ask.limit_s), took_s)
-            return None
-        if reply.status in (502, 504) and self._ask.repeatable:  # a gateway had no answer from what is behind it
-            self._lost(url, f"HTTP {reply.status}", took_s)
-            return None
-        if reply.status == 503:
-            self._balance.busy(url, self._loop.time(), _retry_after_s(reply.headers))
-            self._failures.append(f"{url}: not ready (503)")
-            self._unwilling.append(reply)
-            return None
-        if self._is_strange(reply):
-            self._strange = reply
-            self._missed(url, f"HTTP {reply.status}: no such API there")
-            return None
-        self._balance.answered(url, self._loop.time(), None if self._ask.parks else took_s)
-        self._pass_by(took_s)
-        return reply
-
-    def _is_strange(self, reply: Reply) -> bool:
-        """Whether another server may know better: this one does not know the path, or is no server of this API."""
-        if not self._ask.enveloped:
-            return False
-        unknown = reply.status in (404, 405)
-        return unknown or (self._ask.repeatable and not reply.body.startswith(b"{"))
-
-    def _missed(self, url: str, why: str) -> None:
-        self._failures.append(f"{url}: {why}")
-        self._owner.mark_bad(url)
-
-    def _lost(self, url: str, why: str, took_s: float) -> None:
-        self._missed(url, why)
-        if not self._ask.repeatable:
-            raise errors.RemoteError(f"{self._failures[-1]}; the request may have been carried out")
-        if took_s < _BROKEN_S and self._tried.count(url) == 1:
-            self._again = url
-
-    def _pass_by(self, took_s: float) -> None:
-        """Those that still owe the answer which another one gave much sooner are not well."""
-        for attempt in self._running.values():
-            if self._loop.time() - attempt.began_s > 2 * took_s + balance.LATE_S / 2:
-                self._owner.mark_bad(attempt.url)
-
-    def _no_answer(self) -> Reply:
-        """Every server was asked in vain: their word when all say the same, else RemoteError naming each."""
-        if self._unwilling and len(self._unwilling) == len(self._failures):
-            return self._unwilling[-1]
-        if self._strange is not None and len(self._failures) == 1:
-            return self._strange
-        raise errors.RemoteError("; ".join(dict.fromkeys(self._failures)), 503 if self._unwilling else 0)
-
-
-def _why_lost(error: Exception, limit_s: float) -> str:
-    return f"no answer within {limit_s:g} s" if isinstance(error, TimeoutError) else str(error)
+        begun = None if self._begins is None else self._begins(*request)
+        return begun or asyncio.get_running_loop().create_task(self._exchange.send(*request))
 
 
 def _reason(error: OSError) -> str:
     """Why, in the system's plain words: asyncio puts addresses of its own into `strerror`."""
     plain = error.errno is not None and error.errno > 0
     return os.strerror(error.errno or 0) if plain else error.strerror or str(error)
-
-
-def _retry_after_s(headers: Mapping[str, str]) -> float:
-    """Seconds only; a date is not worth comparing clocks for (safety S9)."""
-    text = next((value for name, value in headers.items() if name.lower() == "retry-after"), "")
-    return float(text) if text.isdecimal() else 0.0
 
 
 def _base(url: str) -> str:

@@ -29,6 +29,9 @@ _ANSWER = re.compile(rb"HTTP/1\.1 ([2-5][0-9]{2}) [ -~]*\r\n((?:[A-Za-z0-9-]+:[ 
 _BODILESS = (b"204", b"304")  # whatever their length says
 _HEADER = re.compile(r"([A-Za-z0-9-]+): *([ -~]*?) *\r\n")
 _SIZE = re.compile(r"[0-9]{1,8}")
+_HEAD_ENDS = b"\r\n\r\n"
+_HEADS = 100  # that are remembered, of those read lately …
+_HEAD_BYTES = 1000  # … if they are no longer
 _NOT_SIMPLE = ("Transfer-Encoding", "Connection", "Upgrade", "Content-Encoding")
 
 
@@ -65,6 +68,7 @@ class Lines:
         self._places: dict[str, Place | None] = {}
         self._free: dict[Place, deque[_Line]] = {}
         self._open: set[_Line] = set()
+        self._heads: dict[bytes, _Head] = {}
 
     def takes(self, url: str, path: str, headers: Mapping[str, str]) -> bool:
         """Whether this can carry the request as it is."""
@@ -131,7 +135,7 @@ class Lines:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             free = self._free.setdefault(place, deque())
-            _, line = await loop.create_connection(lambda: _Line(loop, self._open, free), sock=sock)
+            _, line = await loop.create_connection(lambda: _Line(loop, self._open, free, self._heads), sock=sock)
         except BaseException:
             sock.close()
             raise
@@ -141,8 +145,16 @@ class Lines:
 class _Line(base_protocol.BaseProtocol):
     """One connection, one request at a time."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, others: "set[_Line]", free: "deque[_Line]") -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        others: "set[_Line]",
+        free: "deque[_Line]",
+        heads: "dict[bytes, _Head]",
+    ) -> None:
+        """`heads`: simple ones that were read lately; to be filled."""
         super().__init__(loop)
+        self._heads = heads
         self.used_s = 0.0
         self._others = others
         self._free = free
@@ -219,7 +231,7 @@ class _Line(base_protocol.BaseProtocol):
             self.close()
             return
         if self._parser is None:
-            simple = None if self._bodiless else _simple(data)
+            simple = None if self._bodiless else _simple(data, self._heads)
             if simple is not None:
                 self._untime()
                 self._waiting.set_result(simple)
@@ -273,18 +285,38 @@ def _request(place: Place, method: str, path: str, data: bytes | None, headers: 
     return f"{head}User-Agent: covey\r\nAccept: */*\r\n{more}\r\n".encode() + (data or b"")
 
 
-def _simple(data: bytes) -> Answer | None:
-    """The one answer that `data` is, after which the connection stays open. None: something else, or not all of it."""
-    found = _ANSWER.match(data)
+class _Head(NamedTuple):
+    """What comes before the body of a simple answer. `size`: of the body."""
+
+    status: int
+    headers: Mapping[str, str]
+    size: int
+
+
+def _simple(data: bytes, heads: dict[bytes, _Head]) -> Answer | None:
+    """The one answer that `data` is, after which the connection stays open. None: something else, or not all of it.
+    Within a second a server's heads are the same wherever bodies are as long."""
+    end = data.find(_HEAD_ENDS) + len(_HEAD_ENDS)
+    text = data[:end]
+    head = heads.get(text) or _read_head(text)
+    if head is None or len(data) != end + head.size:
+        return None
+    if end <= _HEAD_BYTES:
+        if len(heads) >= _HEADS:
+            heads.clear()
+        heads[text] = head
+    return Answer(head.status, head.headers, data[end:])
+
+
+def _read_head(text: bytes) -> _Head | None:
+    found = _ANSWER.fullmatch(text)
     if found is None or found[1] in _BODILESS:
         return None
     headers = multidict.CIMultiDict(_HEADER.findall(found[2].decode("ascii")))
     sizes = headers.getall("Content-Length", [])
-    if len(sizes) != 1 or not _SIZE.fullmatch(sizes[0]) or len(data) != found.end() + int(sizes[0]):
+    if len(sizes) != 1 or not _SIZE.fullmatch(sizes[0]) or any(name in headers for name in _NOT_SIMPLE):
         return None
-    if any(name in headers for name in _NOT_SIMPLE):
-        return None
-    return Answer(int(found[1]), multidict.CIMultiDictProxy(headers), data[found.end() :])
+    return _Head(int(found[1]), multidict.CIMultiDictProxy(headers), int(sizes[0]))
 
 
 def _place(url: str) -> Place | None:

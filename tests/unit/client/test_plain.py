@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from covey import errors
 from covey.client import http, plain
 
 Answers = Callable[[bytes], list[bytes]]  # a request's head → what is written, piece by piece; b"" closes
@@ -116,6 +117,32 @@ async def test_a_connection_with_something_left_in_it_is_not_used_again() -> Non
     async with serving(lambda head: [OK + b"HTTP/1.1 200 OK\r\n"]) as (server, url, sockets):
         assert [(await send(sockets, url)).body for _ in range(2)] == [b"hi", b"hi"]
         assert server.connections == 2
+
+
+async def test_a_head_that_came_before_says_nothing_of_the_body_that_follows() -> None:
+    """Heads that were read are remembered."""
+    head = OK[:-2]
+    turns = iter(([head + b"hi"], [head + b"yo"], [head, b"h", b"o"], [head + b"haHTTP"], [head + b"h", b""], [OK]))
+    async with serving(lambda _: next(turns)) as (server, url, sockets):
+        assert [(await send(sockets, url)).body for _ in range(4)] == [b"hi", b"yo", b"ho", b"ha"]
+        assert server.connections == 1
+        with pytest.raises(http.Lost):
+            await send(sockets, url)
+        assert (await send(sockets, url)).headers["X-A"] == "1"
+        assert server.connections == 3
+
+
+async def test_the_only_server_is_asked_again_where_that_is_harmless() -> None:
+    """Over a connection that was open already, which the server may just have closed."""
+    good = b'HTTP/1.1 200 OK\r\nContent-Length: 35\r\n\r\n{"status":"OK","body":{"seq":true}}'
+    turns = iter(([good], [b""], [good], [good], [b""]))
+    async with serving(lambda _: next(turns)) as (server, url, sockets), http.Endpoints([url], exchange=sockets) as one:
+        for _ in range(2):
+            assert await one.ask("POST", "/a", dict[str, bool], {}, repeatable=True) == {"seq": True}
+        assert server.connections == 2
+        assert await one.ask("POST", "/a", dict[str, bool], {}) == {"seq": True}
+        with pytest.raises(errors.RemoteError, match="may have been carried out"):
+            await one.ask("POST", "/a", dict[str, bool], {})
 
 
 async def test_an_answer_that_is_given_up_is_nobody_elses() -> None:
