@@ -250,16 +250,41 @@ class Cache:
         return oci.parse_config(content)
 
     async def _paper(self, template: model.Digest, digest: str, fetch: Callable[[], Awaitable[bytes]]) -> bytes:
-        """A manifest or a config: the registry's, and while none answers, what a neighbour has."""
+        """A manifest or a config: the registry's, and when none answers soon, what a neighbour has; its digest is
+        known, so it is the same."""
+        asking = asyncio.ensure_future(fetch())
         try:
-            content = await fetch()
-        except errors.RemoteError:
-            found = None if self._near is None else await self._near.paper(template, digest)
-            if found is None:
-                raise
-            content = found
+            content = await (asking if self._near is None else self._sooner(self._near, asking, template, digest))
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
         self._papers.keep(digest, content)
         return content
+
+    async def _sooner(
+        self, near: neighbours.Neighbours, asking: asyncio.Future[bytes], template: model.Digest, digest: str
+    ) -> bytes:
+        async def of_a_neighbour() -> bytes:
+            if (found := await near.paper(template, digest)) is None:
+                raise errors.NotFound(f"no neighbour has {digest}")
+            return found
+
+        while not (await asyncio.wait({asking}, timeout=near.limits.paper_s))[0]:
+            helping = asyncio.create_task(of_a_neighbour())
+            try:
+                await asyncio.wait({asking, helping}, return_when=asyncio.FIRST_COMPLETED)
+                if not asking.done() and helping.exception() is None:
+                    return helping.result()
+            finally:
+                helping.cancel()
+                await asyncio.gather(helping, return_exceptions=True)
+        try:
+            return await asking
+        except errors.RemoteError as error:
+            try:
+                return await of_a_neighbour()
+            except errors.NotFound:
+                raise error from None
 
     async def _fetch_layers(
         self, repository: str, template: model.Digest, layers: Sequence[Layer], moved: Callable[[], None]

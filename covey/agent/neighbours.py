@@ -38,6 +38,7 @@ _log = observe.log("neighbours")
 class Limits(model.Noun, frozen=True, kw_only=True):
     """Patience with neighbours, in seconds unless the name says otherwise."""
 
+    paper_s: float = 2.0  # so long a registry is waited for before one is asked for a manifest
     connect_s: float = 2.0
     answer_s: float = 5.0  # until one begins to answer
     quiet_s: float = 3.0  # without a byte: then it is asked again, to see whether it is there

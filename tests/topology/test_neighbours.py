@@ -23,3 +23,13 @@ def test_when_the_node_dies_that_all_others_wait_for_the_next_one_goes_on_in_its
         fleet.agent_of(first).kill()
         fleet.finish([id for id in ids if id != first])
         assert fleet.registry_bytes() <= 2 * TEMPLATE_BYTES
+
+
+def test_while_no_registry_answers_a_node_pulls_all_of_it_from_another_one() -> None:
+    """Manifest, config and layers; the controller knows the version from the first start."""
+    with pulling.running(nodes=2, line_bytes_s=8 * MIB) as fleet:
+        fleet.start()
+        template = fleet.push(TEMPLATE_BYTES // 4)
+        fleet.finish(fleet.begin(template, 1))
+        fleet.cloud.registries[0].kill()
+        fleet.finish(fleet.begin(template, 1))

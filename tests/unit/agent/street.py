@@ -16,12 +16,14 @@ from aiohttp import web
 
 from covey import model, ticket, wire
 from covey.agent import images, neighbours, sharing
-from covey.client import http
+from covey.client import http, oci
 from covey.client import registry as client
 from tests.support import proxy, registry
 from tests.unit.agent import conftest
 
-PATIENT = neighbours.Limits(connect_s=30, answer_s=60, quiet_s=60, hope_s=120, still_s=120, turn_s=60, pace_s=600)
+PATIENT = neighbours.Limits(
+    paper_s=120, connect_s=30, answer_s=60, quiet_s=60, hope_s=120, still_s=120, turn_s=60, pace_s=600
+)
 HASTY = neighbours.Limits(answer_s=0.5, quiet_s=0.3, hope_s=1.0, still_s=1.0, turn_s=0.1, again_s=0.02)
 NONCE = "nonce"
 
@@ -177,6 +179,23 @@ class Cut(Stranger):
         request.transport.abort()
 
 
+class _Mute(client.Registry):
+    """A registry that is asked, and never says anything."""
+
+    def __init__(self, real: client.Registry) -> None:
+        self.__dict__.update(real.__dict__)
+
+    async def manifest(
+        self, repository: str, reference: str, *, look: bool = False
+    ) -> tuple[oci.Manifest, model.Digest, bytes]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def content(self, repository: str, digest: str, limit_bytes: int = 0) -> bytes:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
 class Street:
     def __init__(self, line: proxy.Proxy, source: client.Registry, hasty: client.Registry, root: Path) -> None:
         """`hasty`: the same registry, with little patience."""
@@ -198,6 +217,10 @@ class Street:
         await self._line.turn(proxy.Mood.CLOSED)
         for node in self._nodes:
             node.cache._source = self._hasty
+
+    def silence_the_registry(self, node: Node) -> None:
+        """For one node: it waits for manifests and configs for ever."""
+        node.cache._source = _Mute(self._source)
 
     async def node(
         self, name: str, limits: neighbours.Limits = PATIENT, *, limit_bytes_s: int = 0, askers: int = sharing.ASKERS

@@ -116,6 +116,30 @@ async def test_while_no_registry_answers_a_template_comes_from_a_node_that_has_i
         assert await node.get(template, digest) == [PLAIN if packed else BASE]
 
 
+async def test_a_registry_that_says_nothing_is_not_waited_for_to_its_end(town: Town) -> None:
+    """Manifest and config come from a node that has them, while the registry is still being asked."""
+    template, digest = await town.library.push(BASE)
+    a = await town.street.node("a")
+    b = await town.street.node("b", msgspec.structs.replace(street.PATIENT, paper_s=0.1))
+    await a.get(template, digest)
+    b.knows(digest, a)
+    town.street.silence_the_registry(b)
+    assert await b.get(template, digest) == [BASE]
+
+
+async def test_a_neighbour_that_says_nothing_keeps_no_manifest_of_the_registry_waiting(town: Town) -> None:
+    _, digest = await town.library.push(BASE)
+    b = await town.street.node("b", msgspec.structs.replace(street.PATIENT, paper_s=0.0))
+    b.knows(digest, await town.street.let_in(street.Silent("stranger", b"")))
+    async with asyncio.timeout(street.PATIENT.answer_s / 2):
+        assert await b.cache._paper(digest, digest, lambda: _soon(b"manifest")) == b"manifest"
+
+
+async def _soon(content: bytes) -> bytes:
+    await asyncio.sleep(0.2)
+    return content
+
+
 async def test_a_paper_that_is_wrong_is_none(town: Town) -> None:
     template, digest = await town.library.push(BASE)
     b = await town.street.node("b")
