@@ -70,7 +70,7 @@ class NodeWants(NamedTuple):
 
 def for_node(snapshot: view.Snapshot, node: str) -> NodeWants:
     """Everything `node` shall see to."""
-    pieces = sorted(_pieces(snapshot, node), key=_place)
+    pieces = sorted(_pieces(snapshot, node))  # no two are of one instance and epoch, so nothing else is compared
     lines = [wire.tag_line(piece.instance, piece.epoch, piece.verb) for piece in pieces]
     questions = tuple(sorted((kept.noun for kept in snapshot.questions_to(node)), key=lambda noun: noun.nonce))
     return NodeWants(pieces, wire.tag_of(lines, (question.nonce for question in questions)), questions)
@@ -83,10 +83,10 @@ def known_since(snapshot: view.Snapshot, known: wire.Seen) -> int:
 
 
 def _pieces(snapshot: view.Snapshot, node: str) -> Iterator[_Piece]:
-    ordered = set()
+    named = set()
     for kept in snapshot.orders_on(node):
         order = kept.noun
-        ordered.add((order.instance, order.epoch))
+        named.add((order.instance, order.epoch))
         yield _Piece(order.instance, order.epoch, Verb.DESTROY, _ordered(order, snapshot.instance(order.instance)))
     ledger = snapshot.ledger(node)
     for claim in ledger.noun.claims if ledger is not None else ():
@@ -94,12 +94,9 @@ def _pieces(snapshot: view.Snapshot, node: str) -> Iterator[_Piece]:
         if instance is None or instance.noun.node != node or instance.noun.epoch != claim.epoch:
             continue  # what nobody wants is ordered away in its time, never by silence
         verb = _VERBS.get(instance.noun.state)
-        if verb is not None and (claim.instance, claim.epoch) not in ordered:
+        if verb is not None and (claim.instance, claim.epoch) not in named:
+            named.add((claim.instance, claim.epoch))
             yield _Piece(claim.instance, claim.epoch, verb, instance)
-
-
-def _place(piece: _Piece) -> tuple[model.InstanceId, int]:
-    return piece.instance, piece.epoch
 
 
 def _is_news(piece: _Piece, since: int) -> bool:

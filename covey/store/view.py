@@ -21,7 +21,7 @@ V = TypeVar("V")
 N = TypeVar("N", bound=msgspec.Struct)
 
 _SHARDS = 64
-_PARTS = 16  # a label's instances are kept in so many parts: a change copies one of them
+_PARTS = 64  # a label's instances are kept in so many parts: a change copies one of them
 _NOTED = 8192  # changes that are remembered one by one: those of some seconds at least
 _INSTANCE, _CLAIMS = "instance", "claims"
 _CHANGES = {"instance": _INSTANCE, "ledger": _CLAIMS, "order": _CLAIMS}  # what is noted of a change, by kind of key
@@ -37,22 +37,26 @@ class Label(StrEnum):
 
 
 class Table(Generic[V]):
-    """A map of text to V whose `freeze` costs one short list copy."""
+    """A map of text to V whose `freeze` costs one short list copy, or nothing when it has not changed since."""
 
-    __slots__ = ("_owned", "_shards", "_size")
+    __slots__ = ("_copy", "_owned", "_shards", "_size")
 
     def __init__(self) -> None:
         self._shards: list[dict[str, V]] = [{} for _ in range(_SHARDS)]
         self._owned = set(range(_SHARDS))  # the shards that no frozen copy shares
         self._size = 0
+        self._copy: Table[V] | None = None  # how it is, frozen
 
     def freeze(self) -> "Table[V]":
         """An immutable copy: by agreement, nobody writes to it."""
-        copy: Table[V] = Table.__new__(Table)
-        copy._shards = self._shards.copy()
-        copy._owned = set()
-        copy._size = self._size
-        self._owned = set()
+        copy = self._copy
+        if copy is None:
+            copy = self._copy = Table.__new__(Table)
+            copy._shards = self._shards.copy()
+            copy._owned = set()
+            copy._size = self._size
+            copy._copy = None
+            self._owned = set()
         return copy
 
     def get(self, key: str) -> V | None:
@@ -101,6 +105,7 @@ class Table(Generic[V]):
         return self._size
 
     def _own(self, index: int) -> dict[str, V]:
+        self._copy = None
         if index not in self._owned:
             self._shards[index] = self._shards[index].copy()
             self._owned.add(index)
