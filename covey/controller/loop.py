@@ -132,10 +132,12 @@ class Loop:
             if not any(kept.noun.id in old for kept in standing.waiting()):
                 return snapshot.revision
             snapshot = standing
+        begun_ns = self._world.boot_ns()
         plan = self._waiting.plan(snapshot)
+        spent_ns = self._world.boot_ns() - begun_ns
         self._pause_ends_ns = plan.pause_ends_ns
         revision = await self._commit_places(snapshot, plan.decisions)
-        await asyncio.sleep(2 * plan.took_ns / _NS)  # never more than a third of the time is spent on planning
+        await asyncio.sleep(2 * spent_ns / _NS)  # never more than a third of the time is spent on planning
         return max(revision, snapshot.revision)
 
     async def _commit_places(self, snapshot: view.Snapshot, plan: list[placement.Place | placement.Wait]) -> int:

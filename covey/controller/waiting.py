@@ -1,15 +1,17 @@
 """Why instances wait, worked out when somebody asks: from the snapshot, and so the same on every replica.
 
-The plan that the loop would commit says it of all instances at once; it is made once per snapshot and shared by the
-loop and by all who ask. While the store changes faster than plans can be made, an answer about an instance that the
-last plan already knew may rest on that one, but only for a few times as long as it took: small clouds see every change
-at once, and large ones never spend more than a fifth of their time on telling.
+The plan that the loop would commit says it of all instances at once; it is shared by the loop and by all who ask, and
+made anew only when something has changed that it rests on: most of what happens on a full fleet (launches, boots, ends)
+is nothing to those that wait. While the store changes faster than plans can be made, an answer about an instance that
+the last plan already knew may rest on that one, but only for a few times as long as it took: small clouds see every
+change at once, and large ones never spend more than a fifth of their time on telling.
 
 What only a process can observe is kept here too: since when a node refuses an instance (`decide.pauses`). A replica
 that saw it later asks later; what it tells is true of itself.
 """
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from covey import model
@@ -31,8 +33,8 @@ class Plan(NamedTuple):
     decisions: list[Decision]
     by_instance: Mapping[model.InstanceId, Decision]
     cloud: placement.Cloud
-    history: str
-    revision: int
+    waiting: Sequence[codec.Kept[model.Instance]]
+    snapshot: view.Snapshot
     silent: frozenset[str]
     made_ns: int
     took_ns: int
@@ -64,9 +66,14 @@ class Waiting:
         now_ns = self._world.boot_ns()
         last = self._plan
         paused = last is not None and (last.pause_ends_ns is None or now_ns < last.pause_ends_ns)
-        if last is not None and paused and last.revision == snapshot.revision and self._stands(last, snapshot):
-            return last
-        waiting = [kept.noun for kept in snapshot.waiting()]
+        stands = last if last is not None and paused and self._stands(last, snapshot) else None
+        if stands is not None and stands.snapshot.revision == snapshot.revision:
+            return stands
+        kept = list(snapshot.waiting())
+        if stands is not None and _holds(stands, snapshot, kept):
+            self._plan = stands._replace(snapshot=snapshot, made_ns=now_ns)
+            return self._plan
+        waiting = [one.noun for one in kept]
         self._refusals = pauses.observe(self._refusals, waiting, now_ns)
         cloud = placement.Cloud(
             hosts=self.fleet.hosts(snapshot),
@@ -79,8 +86,8 @@ class Waiting:
             decisions=decisions,
             by_instance={decision.instance: decision for decision in decisions},
             cloud=cloud,
-            history=snapshot.history,
-            revision=snapshot.revision,
+            waiting=kept,
+            snapshot=snapshot,
             silent=self.fleet.silent,
             made_ns=now_ns,
             took_ns=self._world.boot_ns() - now_ns,
@@ -130,7 +137,14 @@ class Waiting:
 
     def _stands(self, plan: Plan, snapshot: view.Snapshot) -> bool:
         """Whether nothing but the revision, and the ends of pauses, may have changed since it was made."""
-        return plan.history == snapshot.history and plan.silent == self.fleet.silent
+        return plan.snapshot.history == snapshot.history and plan.silent == self.fleet.silent
+
+
+def _holds(plan: Plan, snapshot: view.Snapshot, waiting: Sequence[codec.Kept[model.Instance]]) -> bool:
+    """Whether the plan would come out the same from this snapshot, in which these wait."""
+    then = plan.snapshot
+    alike = len(waiting) == len(plan.waiting) and all(map(operator.is_, waiting, plan.waiting))
+    return alike and then.settled == snapshot.settled and not snapshot.nodes_differing(then)
 
 
 def _barred(snapshot: view.Snapshot) -> Mapping[model.InstanceId, str]:

@@ -8,7 +8,8 @@ import msgspec
 
 from covey import model, wire, world
 from covey.controller import hosts, presence, waiting
-from covey.store import commit_nodes
+from covey.decide import placement
+from covey.store import commit_nodes, mirror
 from tests.support import cloud as clouds
 from tests.support import nouns
 from tests.unit.controller import cloud
@@ -116,6 +117,36 @@ async def test_a_plan_that_was_quick_is_made_anew_for_each_change() -> None:
         await commit_nodes.configure(c.writer, snapshot, node, {"drain": True}, "operator")
         assert "draining" in told.why(await c.look(), me)
         assert told.why(await c.look(), model.InstanceId("another")) == ""
+
+
+async def test_a_plan_stands_until_something_changes_that_it_rests_on() -> None:
+    """What becomes of instances that have a node, and of those that end, costs no plan."""
+    async with clouds.running() as c:
+        told, copy = waiting.Waiting(Clock(), hosts.Fleet()), mirror.Mirror(c.store, c.world)
+        following = asyncio.create_task(copy.run())
+
+        async def planned() -> waiting.Plan:
+            return told.plan(await copy.fresh())
+
+        node = await c.join(facts=nouns.facts(slots=1))
+        (placed,) = map(model.InstanceId, await c.create())
+        await c.place(node, placed)
+        (id,) = map(model.InstanceId, await c.create())
+        before = await planned()
+        assert [type(decision) for decision in before.decisions] == [placement.Wait]
+        await c.launch(node, placed)
+        await c.terminate(placed)
+        later = await planned()
+        assert later.decisions is before.decisions and later.snapshot.revision > before.snapshot.revision
+        await c.report(node, nouns.item(Event.GONE, placed))
+        assert (await planned()).decisions == [placement.Place(id, node)]
+        (second,) = map(model.InstanceId, await c.create())
+        assert (await planned()).by_instance.keys() == {id, second}
+        await c.terminate(second)
+        told.fleet.silent = frozenset({node})
+        assert [type(decision) for decision in (await planned()).decisions] == [placement.Wait]
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
 
 
 async def test_a_plan_that_was_slow_is_told_for_a_while_but_of_nobody_that_it_does_not_know() -> None:
