@@ -9,6 +9,7 @@ without waiting for the mirror.
 The format key is also a fence: it is written anew when the store is found restored from a backup (safety S18), and
 what was decided on a view from before that is never written, whatever revisions its guards name. Once a store was
 restored its newest break is compared too: restored a second time it may write the fence at the same revision again.
+Before anybody has noticed there is no break to compare. Then the revision of the store's answer tells.
 
 Replies get lost. An `Unsure` transaction is sent again unchanged until the outcome is definite (safety S15). Every
 written noun carries the transaction's id, so a guard that fails because our own first copy was applied is known by
@@ -258,11 +259,13 @@ class Writer:
             ops = await self._spans.lease_out(write.ops)
             outcome = await self.settle(base.Txn(compares, ops), until_ns)
         if outcome.succeeded:
+            _check_went_back(outcome, snapshot, written=bool(ops))
             return write.answer(outcome.revision)
         if not outcome.got:  # it lost, and nothing was done: see against what
             outcome = await self.settle(base.Txn((), _gets(compares)), until_ns)
         found = dict(zip((compare.key for compare in compares), outcome.got, strict=True))
         written = _own(ops, found, reading.tx)
+        _check_went_back(outcome, snapshot, written=written is not None)
         if written is not None:
             return write.answer(written)
         self._check_format(found.pop(schema.FORMAT_KEY), snapshot)
@@ -345,6 +348,15 @@ def _same(answer: R, _revision: int) -> R:
 def _gets(compares: Iterable[base.Compare]) -> tuple[base.Get, ...]:
     """What is compared."""
     return tuple(base.Get(compare.key) for compare in compares)
+
+
+def _check_went_back(outcome: base.Outcome, snapshot: view.Snapshot, *, written: bool) -> None:
+    """A store that has not the revision any more at which the decision was made was restored since, and nobody has
+    entered the break yet: what it holds now is no ground to decide once more on, for it may have forgotten launches
+    (safety S18)."""
+    if outcome.revision < snapshot.revision:
+        why = f"{_RESTORED}: its revision went back from {snapshot.revision} to {outcome.revision}"
+        raise errors.Unsure(why) if written else errors.Unavailable(f"{why}; nothing was done")
 
 
 def _own(ops: tuple[base.Op, ...], found: Mapping[str, base.Kv | None], tx: str) -> int | None:

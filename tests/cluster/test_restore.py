@@ -40,6 +40,12 @@ def start_unlaunched(cloud: fleet.Fleet, backup: Path) -> str:
     return id
 
 
+def fill_all_but(cloud: fleet.Fleet, node: fleet.Node) -> None:
+    """What is started next is placed on this one, which has least to do."""
+    others = [id for other in cloud.nodes.values() if other is not node for id in cloud.start(2, node_id=other.id)]
+    cloud.wait_until_all(others, "Started")
+
+
 @pytest.mark.timeout(480)
 @pytest.mark.parametrize("restarted", [False, True], ids=["controllers stay", "controllers restart"])
 def test_nothing_is_doubled_lost_or_killed_by_a_restore(tmp_path: Path, restarted: bool) -> None:
@@ -79,14 +85,18 @@ def test_nothing_is_doubled_lost_or_killed_by_a_restore(tmp_path: Path, restarte
 
 
 @pytest.mark.timeout(480)
-def test_a_node_that_was_cut_off_until_the_store_had_overtaken_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("born_on", ["alpha", "beta"])
+def test_a_node_that_was_cut_off_until_the_store_had_overtaken_it(tmp_path: Path, born_on: str) -> None:
+    """In the backup the instance is placed on the node that is cut off, or on the other one, whose answer from before
+    the restore says that it shall begin, and which asks for the launch before anybody has noticed."""
     with fleet.running(tmp_path, controllers=2) as cloud:
         alpha, beta = cloud.node("alpha"), cloud.node("beta")
+        fill_all_but(cloud, cloud.nodes[born_on])
         late = start_unlaunched(cloud, tmp_path / "backup")
         restored_to = revision(cloud)
         beta.thaw()
         cloud.wait_until(late, "Started")
-        assert beta.starts() == [late]
+        assert late in beta.starts()
         beta.freeze()
         seen = revision(cloud)
         assert restored_to < seen

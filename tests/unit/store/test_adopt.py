@@ -127,6 +127,41 @@ async def test_what_was_decided_before_the_break_is_never_written() -> None:
         assert (await c.instance(id)).state == State.SCHEDULING
 
 
+async def test_a_launch_that_was_withdrawn_is_not_granted_between_the_restore_and_its_break() -> None:
+    """The node was frozen when its placement was withdrawn; the instance runs elsewhere. It asks for the launch just
+    when the store has forgotten all that, and nobody has noticed yet. A decision that lost is not made once more on
+    what the restored store holds (safety S1, S18)."""
+    async with cloud.running() as c:
+        frozen, other = await c.join(), await c.join(host_key="other", secret="s")
+        (id,) = await c.create()
+        await c.place(frozen, id)
+        saved = backup(c)
+        await commit_instances.withdraw(c.writer, await c.look(), await c.kept(id), ENDED)
+        await c.place(other, id)
+        await c.launch(other, id, epoch=2)
+        copy = await c.look()
+        c.store.restore(saved)  # type: ignore[attr-defined]
+        with pytest.raises(errors.Unavailable, match="the store was restored: its revision went back"):
+            await commit_instances.launch(c.writer, copy, frozen, 1, model.InstanceId(id), 1, "nonce")
+        assert not (await c.instance(id)).launched
+        gone = wire.Item(instance=model.InstanceId(id), epoch=1, seq=1, event=wire.ReportEvent.GONE)
+        with pytest.raises(errors.Unavailable, match="the store was restored: its revision went back"):
+            await reports.report(c.writer, copy, frozen, 1, [gone])
+        assert (await c.instance(id)).state == State.PULLING
+
+
+async def test_what_was_written_between_the_restore_and_its_break_is_not_sure() -> None:
+    async with cloud.running() as c:
+        (id,) = await c.create()
+        saved = backup(c)
+        await c.create()
+        await c.create()
+        copy = await c.look()
+        c.store.restore(saved)  # type: ignore[attr-defined]
+        with pytest.raises(errors.Unsure, match="the store was restored: its revision went back"):
+            await commit_instances.terminate(c.writer, copy, model.InstanceId(id), ENDED)
+
+
 async def test_two_breaks_at_one_revision_are_two() -> None:
     """Safety S18: one backup that is restored twice. What was decided between the two is not written after the second,
     although every revision that it rests on is there again, the break's too."""
