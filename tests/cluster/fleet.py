@@ -244,6 +244,11 @@ class Fleet:
     def put(self, key: str, value: object) -> None:
         self.etcd.ctl("put", f"/covey/{key}", "--", json.dumps(value))
 
+    def revision(self) -> int:
+        """Of the store, now."""
+        head: dict[str, Any] = json.loads(self.etcd.ctl("get", "/covey/format", "-w", "json"))["header"]
+        return int(head["revision"])
+
     def events(self, what: str, about: str) -> list[dict[str, Any]]:
         """What was decided about something, who and why."""
         printed = self.etcd.ctl("get", "--prefix", "/covey/event/", "--print-value-only")

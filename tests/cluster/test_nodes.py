@@ -4,6 +4,7 @@ One etcd member, two controllers, and hosts as their operators run them: `covey 
 background. Every host has a data directory of its own; what lies there is the truth about its VMs.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -228,10 +229,13 @@ def test_a_vm_that_nothing_wants_goes_by_an_order_that_says_why(cloud: fleet.Fle
     host.kill()
     stray = str(uuid.uuid4())
     _copy_of(node, id, instance=stray)
+    before = cloud.revision()
     assert host.join().code == 0
-    eventually(lambda: cloud.shown(node)["vm_count"] == 2)  # it holds a slot as long as it is there (S11)
+    eventually(lambda: cloud.events("ordered-destroyed", stray))
     eventually(lambda: node.vms() == {id: "running"})
     eventually(lambda: cloud.shown(node, via=1)["vm_count"] == 1)
+    told = asyncio.run(cloud.etcd.history(f"/covey/ledger/{node.id}", before, cloud.revision()))
+    assert any(f'"{stray}"'.encode() in (value or b"") for _, _, value in told), "it held a slot (S11)"
     (event,) = cloud.events("ordered-destroyed", stray)
     assert (event["why"], event["who"].split()[0]) == ("no instance wants this VM", "controller")
     assert event["details"]["node"] == node.id

@@ -21,10 +21,6 @@ def starts(cloud: fleet.Fleet) -> collections.Counter[str]:
     return collections.Counter(id for node in cloud.nodes.values() for id in node.starts())
 
 
-def revision(cloud: fleet.Fleet) -> int:
-    return int(cloud.etcd.ctl("get", "/covey/format", "-w", "json").split('"revision":')[1].split(",")[0])
-
-
 def wait_until_found_out(cloud: fleet.Fleet) -> None:
     """The controllers know that the store was restored, and serve again."""
     eventually(lambda: cloud.events("restored", "store"))
@@ -93,19 +89,19 @@ def test_a_node_that_was_cut_off_until_the_store_had_overtaken_it(tmp_path: Path
         alpha, beta = cloud.node("alpha"), cloud.node("beta")
         fill_all_but(cloud, cloud.nodes[born_on])
         late = start_unlaunched(cloud, tmp_path / "backup")
-        restored_to = revision(cloud)
+        restored_to = cloud.revision()
         beta.thaw()
         cloud.wait_until(late, "Started")
         assert late in beta.starts()
         beta.freeze()
-        seen = revision(cloud)
+        seen = cloud.revision()
         assert restored_to < seen
         cloud.etcd.restore(tmp_path / "backup")
         alpha.thaw()
         wait_until_found_out(cloud)
 
         others = []
-        while revision(cloud) <= seen + 20:  # what is asked for after the restore runs on who has told what it has
+        while cloud.revision() <= seen + 20:  # what is asked for after the restore runs on who has told what it has
             others += cloud.start()
             cloud.wait_until(others[-1], "Started", timeout_s=SOON_S)
             cloud.terminate(others[-1])

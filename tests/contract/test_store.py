@@ -541,8 +541,8 @@ class TestLeases:
         keeping = asyncio.create_task(lease.keep_alive())
         await bench.client().renew([lease.id])
         await store.close()
-        async with asyncio.timeout(DEADLINE_S):
-            with pytest.raises(asyncio.CancelledError):
+        with pytest.raises(asyncio.CancelledError):
+            async with asyncio.timeout(DEADLINE_S):
                 await keeping
 
     async def test_no_lease_without_time(self, store: base.Store) -> None:

@@ -125,6 +125,7 @@ class Line:
         self._chance = chance
         self.flaky = _Weathered(sea, chance, weather)
         self._listening: list[asyncio.Queue[base.Batch | errors.StoreError | None]] = []
+        self.keeping: list[asyncio.Task[Any]] = []  # leases alive
         self.read_loss = 0.0
         self.closed = False
         self.doom = (
@@ -230,10 +231,12 @@ class Line:
         return await clockwork.outside(self.flaky.origin(revision))
 
     async def close(self) -> None:
-        """Nothing more is asked, and watches end, until the next process uses the line."""
+        """Nothing more is asked, and watches and the keeping of leases end, until the next process uses the line."""
         self.closed = True
         for batches in self._listening:
             batches.put_nowait(None)
+        for task in self.keeping:
+            task.cancel()
 
 
 class _Lease:
@@ -252,6 +255,15 @@ class _Lease:
         return self._gone or asyncio.get_running_loop().time() >= self._ends_s
 
     async def keep_alive(self) -> None:
+        keeper = asyncio.current_task()
+        assert keeper is not None
+        self._line.keeping.append(keeper)
+        try:
+            await self._keep()
+        finally:
+            self._line.keeping.remove(keeper)
+
+    async def _keep(self) -> None:
         while not self.lost:
             sent_s = asyncio.get_running_loop().time()
             try:
