@@ -156,6 +156,11 @@ def tag_of(lines: Iterable[str], beside: Iterable[str]) -> str:
     return _BESIDE.join((work, *beside))
 
 
+def retag(tag: str, beside: Iterable[str]) -> str:
+    """A tag of the same work, with these questions."""
+    return _BESIDE.join((untag(tag)[0], *beside))
+
+
 def untag(tag: str) -> tuple[str, tuple[str, ...]]:
     """The parts of a tag: the work, and the questions."""
     work, *beside = tag.split(_BESIDE)

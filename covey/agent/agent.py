@@ -121,6 +121,7 @@ class Agent:
         self._due: asyncio.TimerHandle | None = None  # when a look follows what workers have done
         self._tag = ""
         self._wants: tuple[wire.Wanted, ...] = ()  # by the last answer, less the orders that are known to be done
+        self._after: tuple[tuple[wire.Wanted, ...], str] = ((), wire.tag((), ()))  # what was to be left last; its tag
         self._known = wire.Seen()  # the view in which they were all; of none: the next answer must name everything
         self._takes_reports = False  # the controller that answered last
         self._explicit = config.explicit
@@ -319,13 +320,15 @@ class Agent:
             told |= {want.instance for want in self._wants} - {want.instance for want in wanted}
         else:
             told |= self._workers.keys()
+        told |= {want.instance for want in wanted} - self._workers.keys()
         wants: dict[model.InstanceId, list[wire.Wanted]] = {}
         for want in wanted:
-            wants.setdefault(want.instance, []).append(want)
+            if want.instance in told:
+                wants.setdefault(want.instance, []).append(want)
             if want.neighbours and want.spec is not None and self._near is not None:
                 self._near.told(want.spec.digest, want.neighbours)
         self._tag, self._wants, self._known = answer.tag, wanted, answer.seen
-        for instance in told | (wants.keys() - self._workers.keys()):
+        for instance in told:
             self._worker(instance).told(tuple(wants.get(instance, ())), answer.seen)
 
     def _tag_after(self, items: Iterable[wire.Item]) -> str:
@@ -334,15 +337,22 @@ class Agent:
         if not gone:
             return self._tag
         rest = self._left(gone)
-        return self._tag if not self._tag or len(rest) == len(self._wants) else wire.tag(rest, wire.untag(self._tag)[1])
+        if not self._tag or len(rest) == len(self._wants):
+            return self._tag
+        if rest != self._after[0]:
+            self._after = rest, wire.tag(rest, ())
+        return wire.retag(self._after[1], wire.untag(self._tag)[1])
 
     def _left(self, gone: Mapping[model.InstanceId, int]) -> tuple[wire.Wanted, ...]:
-        return tuple([want for want in self._wants if not _is_done(want, gone)])
+        destroy = wire.Verb.DESTROY
+        return tuple(
+            [want for want in self._wants if want.verb is not destroy or want.epoch > gone.get(want.instance, -1)]
+        )
 
     def _settled(self, item: wire.Item) -> None:
         """The cloud knows it. An order that it ends is done; if it is given again, that is news."""
         key = (item.instance, item.epoch)
-        if item.event is wire.ReportEvent.GONE and item.event in self._outbox.said(key):
+        if item.event is wire.ReportEvent.GONE and self._outbox.has_said(key, item.event):
             rest = self._left({item.instance: item.epoch})
             if len(rest) < len(self._wants):
                 self._tag, self._wants = self._tag_after((item,)), rest
@@ -400,16 +410,17 @@ class Agent:
 
     def _notice(self, found: look.Found) -> None:
         before, self._found = self._found, found
-        for key in before.keys() | found.keys():
-            if before.get(key) != found.get(key) and key[0] in self._workers:
+        changed = [key for key, vm in found.items() if before.get(key) != vm]
+        for key in (*changed, *(before.keys() - found.keys())):
+            if key[0] in self._workers:
                 self._workers[key[0]].noticed(key[1], found.get(key))
         self._outbox.keep(self._workers.keys() | {instance for instance, _ in found})
 
     def _word(self) -> model.Word:
         """How the node is now. VMs of another cloud are counted, never named (safety S12); nor are those that were said
         to be gone since the last look: naming them would bring back their claims."""
-        own = [vm for vm in self._found.values() if vm.cloud == self.session.cloud]
-        gone = {key for key in self._found if wire.ReportEvent.GONE in self._outbox.said(key)}
+        cloud = self.session.cloud
+        own = {key: vm for key, vm in self._found.items() if vm.cloud == cloud}
         cpu, ram = self._use()
         free = self._images.free_bytes()
         return model.Word(
@@ -424,8 +435,8 @@ class Agent:
                     running=vm.phase is hypervisor.Phase.RUNNING,
                     cloud=vm.cloud,
                 )
-                for vm in sorted(own, key=lambda vm: (vm.instance, vm.epoch))
-                if (vm.instance, vm.epoch) not in gone
+                for key, vm in sorted(own.items())
+                if not self._outbox.has_said(key, wire.ReportEvent.GONE)
             ),
             images=self._images.held(),
             free_disk_bytes=max(free, 0),
@@ -435,10 +446,6 @@ class Agent:
             foreign_vms=len(self._found) - len(own),
             trouble=self._trouble or ("the disk is full" if free <= 0 else ""),
         )
-
-
-def _is_done(want: wire.Wanted, gone: Mapping[model.InstanceId, int]) -> bool:
-    return want.verb is wire.Verb.DESTROY and want.epoch <= gone.get(want.instance, -1)
 
 
 def _complain_once(trouble: str, before: str) -> str:

@@ -130,7 +130,11 @@ class Outbox:
             self.say(key, Said.PROGRESS, progress=fraction)
 
     def said(self, key: records.Key) -> tuple[Said, ...]:
-        return tuple(sorted(self._said.get(key, ())))
+        said = self._said.get(key)
+        return tuple(sorted(said)) if said else ()
+
+    def has_said(self, key: records.Key, event: Said) -> bool:
+        return event in self._said.get(key, ())
 
     def unsay(self, key: records.Key, event: Said) -> None:
         """It is asked for anew: what was said of it before is of no use to who asks."""

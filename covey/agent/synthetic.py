@@ -101,12 +101,13 @@ class Synthetic:
         self._root = root
         self._wake = wake or (lambda: None)
         self._vms: dict[tuple[model.InstanceId, int], _Vm] = {}
+        self._shown: dict[tuple[model.InstanceId, int], hypervisor.Vm] = {}  # right until a VM ends by itself
         if root is not None:
             root.mkdir(parents=True, exist_ok=True)
             for path in root.glob("*/vm.json"):
                 vm = durable.read(path, _Vm)
                 if vm is not None:
-                    self._vms[vm.instance, vm.epoch] = vm
+                    self._keep(vm)
 
     async def facts(self) -> model.Facts:
         knobs = self.knobs
@@ -124,12 +125,9 @@ class Synthetic:
         )
 
     async def list(self) -> list[hypervisor.Vm]:
-        return [
-            hypervisor.Vm(
-                instance=vm.instance, epoch=vm.epoch, phase=self._phase(vm), cloud=vm.cloud, why=self._why(vm)
-            )
-            for vm in self._vms.values()
-        ]
+        if self.knobs.vanish_share > 0:
+            return [self._show(vm) for vm in self._vms.values()]
+        return [*self._shown.values()]
 
     async def prepare(self, plan: hypervisor.Plan) -> None:
         if (plan.instance, plan.epoch) in self._vms:
@@ -227,8 +225,10 @@ class Synthetic:
 
     # ---- how a VM stands -------------------------------------------------------------------------------------------
 
-    def _phase(self, vm: _Vm) -> Phase:
-        return Phase.ENDED if vm.phase is Phase.RUNNING and self._why(vm) else vm.phase
+    def _show(self, vm: _Vm) -> hypervisor.Vm:
+        why = self._why(vm)
+        phase = Phase.ENDED if why and vm.phase is Phase.RUNNING else vm.phase
+        return hypervisor.Vm(instance=vm.instance, epoch=vm.epoch, phase=phase, cloud=vm.cloud, why=why)
 
     def _why(self, vm: _Vm) -> str:
         if vm.powered_off:
@@ -240,8 +240,9 @@ class Synthetic:
 
     def _running(self, instance: model.InstanceId, epoch: int) -> _Vm:
         vm = self._vms.get((instance, epoch))
-        if vm is None or self._phase(vm) is not Phase.RUNNING:
-            state = "absent" if vm is None else self._why(vm) or self._phase(vm)
+        shown = None if vm is None else self._show(vm)
+        if vm is None or shown is None or shown.phase is not Phase.RUNNING:
+            state = "absent" if shown is None else shown.why or shown.phase
             raise errors.HypervisorError(f"the VM does not run: {state}")
         return vm
 
@@ -263,16 +264,21 @@ class Synthetic:
                 journal.write(f"{vm.instance} {vm.epoch} {what} {self._clock.boot_ns()}\n")
 
     def _save(self, vm: _Vm) -> None:
-        self._vms[vm.instance, vm.epoch] = vm
+        self._keep(vm)
         if self._root is not None:
             directory = hypervisor.vm_dir(self._root, vm.instance, vm.epoch)
             directory.mkdir(exist_ok=True)
             durable.write(directory / "vm.json", vm, fsync=False)
 
+    def _keep(self, vm: _Vm) -> None:
+        self._vms[vm.instance, vm.epoch] = vm
+        self._shown[vm.instance, vm.epoch] = self._show(vm)
+
     def _remove(self, key: tuple[model.InstanceId, int]) -> None:
         if self._root is not None:
             shutil.rmtree(hypervisor.vm_dir(self._root, *key), ignore_errors=True)
         self._vms.pop(key, None)
+        self._shown.pop(key, None)
 
 
 def _befalls(trouble: str, instance: model.InstanceId, share: float) -> bool:

@@ -11,8 +11,7 @@ after launch, is FAILED. A fork is never cut short: whoever cancels waits for it
 """
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -54,25 +53,25 @@ class Verbs:
         key, shared = record.key, self._parts
         holder = holder_of(key)
         failpoint.reach("agent.accepted")
+        acknowledges = None if acknowledged else self._acknowledging(key)
         try:
-            async with self._acknowledging(record, acknowledged):
-                image = await shared.images.get(
-                    holder,
-                    record.spec.template,
-                    record.spec.digest,
-                    lambda fraction: shared.outbox.progress(key, fraction),
-                )
-                failpoint.reach("agent.pulled")
-                plan = hypervisor.Plan(
-                    instance=record.instance,
-                    epoch=record.epoch,
-                    cloud=record.cloud,
-                    name=record.vm_name or record.instance,
-                    spec=record.spec,
-                    image=image,
-                    host_ip=shared.host_ip(),
-                )
-                await to_its_end(shared.driver.prepare(plan))
+            image = await shared.images.get(
+                holder,
+                record.spec.template,
+                record.spec.digest,
+                lambda fraction: shared.outbox.progress(key, fraction),
+            )
+            failpoint.reach("agent.pulled")
+            plan = hypervisor.Plan(
+                instance=record.instance,
+                epoch=record.epoch,
+                cloud=record.cloud,
+                name=record.vm_name or record.instance,
+                spec=record.spec,
+                image=image,
+                host_ip=shared.host_ip(),
+            )
+            await to_its_end(shared.driver.prepare(plan))
         except (images.NoRoom, OSError, errors.RemoteError) as error:
             return await self._could_not(record, Stage.REFUSED, _text(error))
         except packing.Damaged as error:  # on every node, and for ever
@@ -82,6 +81,9 @@ class Verbs:
         except errors.HypervisorError as error:
             stage = Stage.REFUSED if await self._host_trouble() else Stage.FAILED
             return await self._could_not(record, stage, str(error))
+        finally:
+            if acknowledges is not None:
+                acknowledges.cancel()
         failpoint.reach("agent.prepared")
         return record
 
@@ -200,17 +202,13 @@ class Verbs:
 
     # ---- parts of the steps ----------------------------------------------------------------------------------------
 
-    @contextlib.asynccontextmanager
-    async def _acknowledging(self, record: records.Record, acknowledged: bool) -> AsyncIterator[None]:
+    def _acknowledging(self, key: records.Key) -> asyncio.TimerHandle:
         """Say that the placement is known here when its preparation is not quick; a quick one is acknowledged by the
         launch that follows at once (safety S10)."""
-        say: Callable[[], None] = lambda: self._parts.outbox.say(record.key, wire.ReportEvent.ACKNOWLEDGED)  # noqa: E731
-        timer = None if acknowledged else asyncio.get_running_loop().call_later(self._parts.limits.quick_s, say)
-        try:
-            yield
-        finally:
-            if timer is not None:
-                timer.cancel()
+        say = self._parts.outbox.say
+        return asyncio.get_running_loop().call_later(
+            self._parts.limits.quick_s, say, key, wire.ReportEvent.ACKNOWLEDGED
+        )
 
     async def _could_not(self, record: records.Record, stage: Stage, why: str) -> records.Record:
         """A preparation that failed was never launched: what it left is removed before it is told."""

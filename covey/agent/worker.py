@@ -23,6 +23,7 @@ Stage = convergence.Stage
 Said = wire.ReportEvent
 
 _BEGINNING = (Do.PREPARE, Do.ASK_LAUNCH, Do.START, Do.FOLLOW)  # what an order to destroy cuts short
+_BODIES = {phase: Body(phase.value) for phase in hypervisor.Phase}
 _PAUSE_S = 1.0  # after a step that could not be done
 _ASK_AGAIN_S = 2.0  # after a launch that was not granted
 
@@ -66,7 +67,7 @@ class Worker:
 
     def settled(self, item: wire.Item) -> None:
         """The cloud knows it. An order to destroy what is gone is done, unless it was given anew since."""
-        if item.event is Said.GONE and Said.GONE in self._parts.outbox.said((self.instance, item.epoch)):
+        if item.event is Said.GONE and self._parts.outbox.has_said((self.instance, item.epoch), Said.GONE):
             self._wants = tuple(
                 want for want in self._wants if want.verb is not wire.Verb.DESTROY or want.epoch > item.epoch
             )
@@ -155,17 +156,17 @@ class Worker:
         return [self._local(epoch, known.get(epoch), bodies.get(epoch)) for epoch in sorted(epochs)]
 
     def _local(self, epoch: int, record: records.Record | None, vm: hypervisor.Vm | None) -> convergence.Local:
-        counter = self._parts.session.counter
+        standing = self._parts.session
         asked = self._nonces.get(epoch)
         grant = self._grants.get(epoch)
         return convergence.Local(
             instance=self.instance,
             epoch=epoch,
-            cloud=vm.cloud if vm is not None else record.cloud if record is not None else self._parts.session.cloud,
+            cloud=vm.cloud if vm is not None else record.cloud if record is not None else standing.cloud,
             stage=Stage.ACCEPTED if record is None else record.stage,
-            body=Body.ABSENT if vm is None else Body(vm.phase.value),
-            asked=asked is not None and asked[0] == counter,
-            granted=grant is not None and grant.session == counter,
+            body=Body.ABSENT if vm is None else _BODIES[vm.phase],
+            asked=asked is not None and asked[0] == standing.counter,
+            granted=grant is not None and grant.session == standing.counter,
             after=convergence.After.KEEP if record is None else record.after,
             said=self._parts.outbox.said((self.instance, epoch)),
         )
@@ -262,7 +263,7 @@ class Worker:
         else:
             self._nonces.pop(record.epoch, None)
             self._ask_after_ns[record.epoch] = self._parts.clock.boot_ns() + round(_ASK_AGAIN_S * 1e9)
-            if Said.ACKNOWLEDGED not in self._parts.outbox.said(record.key):  # the launch did not do it (safety S10)
+            if not self._parts.outbox.has_said(record.key, Said.ACKNOWLEDGED):  # the launch did not do it (safety S10)
                 self._parts.outbox.say(record.key, Said.ACKNOWLEDGED)
 
     async def _start(self, record: records.Record) -> None:

@@ -16,11 +16,13 @@ acts on what was put together unless it is, to the letter, what the whole answer
 from it is no order all the same (safety S2).
 """
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
 
 from covey import model, wire
 
 Verb = wire.Verb
+_key: Callable[[wire.Wanted], tuple[model.InstanceId, int]] = operator.attrgetter("instance", "epoch")
 
 
 def lasts(verb: Verb, *, launched: bool) -> bool:
@@ -32,16 +34,14 @@ def whole(known: Iterable[wire.Wanted], told: Iterable[wire.Wanted]) -> tuple[wi
     """All that is wanted, by instance and epoch, out of what was known before and an answer that leaves some out."""
     new = {_key(want): want for want in told}
     renewed = {want.instance for want in new.values() if want.verb is not Verb.DESTROY}  # each wants one epoch at most
-    for want in known:
-        if lasts(want.verb, launched=want.launched) and want.instance not in renewed:
-            new.setdefault(_key(want), want)
-    return tuple(new[key] for key in sorted(new))
+    kept = [
+        want
+        for want in known
+        if want.instance not in renewed and lasts(want.verb, launched=want.launched) and _key(want) not in new
+    ]
+    return tuple(sorted([*kept, *new.values()], key=_key))
 
 
 def is_all(wanted: Iterable[wire.Wanted], tag: str) -> bool:
     """Whether this is what the tag names."""
     return wire.tag(wanted, wire.untag(tag)[1]) == tag
-
-
-def _key(want: wire.Wanted) -> tuple[model.InstanceId, int]:
-    return want.instance, want.epoch

@@ -131,10 +131,10 @@ def of_instance(
 ) -> list[Step]:
     """Steps for the epochs of one instance, oldest first: what is ordered away goes before a newer epoch comes."""
     order = _newest_order(wants, buried)
-    asked_for = {want.epoch: want for want in wants if want.verb is not wire.Verb.DESTROY}
     if len(locals_) == 1 and (not wants or (len(wants) == 1 and wants[0].epoch == locals_[0].epoch)):  # the usual case
-        (only,) = locals_
-        return [_of_vm(asked_for.get(only.epoch), only, order, newest=only.epoch, cloud=cloud, hold=hold)]
+        (only,), asked = locals_, None if not wants or wants[0].verb is wire.Verb.DESTROY else wants[0]
+        return [_of_vm(asked, only, order, newest=only.epoch, cloud=cloud, hold=hold)]
+    asked_for = {want.epoch: want for want in wants if want.verb is not wire.Verb.DESTROY}
     by_epoch = {local.epoch: local for local in locals_}
     named = {want.epoch for want in wants}
     newest = max(by_epoch, default=0)
