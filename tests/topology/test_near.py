@@ -2,7 +2,6 @@
 the near one look far for a moment), and all clients would use that one if distance did not count."""
 
 import hashlib
-import itertools
 import os
 import sys
 import urllib.request
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from covey.client import balance
 from tests.support import lab_cloud, netlab
 
 REPOSITORY = "templates/7a3f5f5e-6d0c-4b87-9c15-3f1f2a3b4c5d"
@@ -32,8 +30,7 @@ class Stage:
             path = f"{one.url}/v2/{REPOSITORY}/blobs/uploads/?digest={DIGEST}"
             assert cloud.lab["load"].call(lambda path=path: _post(path)) == 201  # type: ignore[misc]
         argv = [sys.executable, "-m", "tests.support.near_client", f"{self.far.url},{self.near.url}"]
-        salts = itertools.islice(_salts(self.far.url, self.near.url), CLIENTS)
-        words = [REPOSITORY, DIGEST, str(len(BLOB)), str(cloud.directory), *salts]
+        words = [REPOSITORY, DIGEST, str(len(BLOB)), str(cloud.directory), str(CLIENTS)]
         self.clients = cloud.start_other("clients", "n1", [*argv, *words])
 
     def pulls_from(self, one: lab_cloud.Program) -> None:
@@ -65,18 +62,6 @@ def _post(url: str) -> int:
     request = urllib.request.Request(url, data=BLOB, method="POST")  # noqa: S310
     with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
         return int(answer.status)
-
-
-def _salts(far: str, near: str) -> Iterator[str]:
-    """Of clients that would use the far one if distance did not count, and that soon go back to one that recovered."""
-    for salt in map(str, itertools.count()):
-        one = balance.Balance([far, near], salt=salt, near=True)
-        liked = one.order(0.0)[0]
-        one.failed(near, 1.0)
-        one.looked(near, 20.0, 0.001)
-        one.looked(far, 20.0, 0.1)
-        if liked == far and one.order(22.0)[0] == near:
-            yield salt
 
 
 @pytest.fixture
