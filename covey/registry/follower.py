@@ -48,6 +48,7 @@ _FULL_S = 5.0  # a blob that did not fit
 _AGAIN_S = 20.0  # a blob that nobody had is asked for again
 _AT_ONCE = 4
 _SHOWN = 5
+_ALONE_S = 10.0  # a holder that has heard of nobody for so long says so
 _SMALL = 1 << 20
 
 
@@ -126,6 +127,7 @@ class Follower:
         self._looked_at: dict[str, frozenset[model.Digest]] = {}  # manifests whose needs are settled, by repository
         self._behind: dict[str, int] = {}  # logs that could not be copied, and how many entries they lack
         self._behind_ns = world.boot_ns()  # since when something is lacking
+        self._heard_ns = world.boot_ns()  # of any other server
         self._reached = False
         self._unreached = ""  # why
         self._trouble = ""
@@ -261,6 +263,7 @@ class Follower:
     async def _hear(self, peer: peers.Peer) -> None:
         with contextlib.suppress(errors.RemoteError):
             told = await peer.word()
+            self._heard_ns = self._world.boot_ns()
             await self._heard(told.term, told.holder)
 
     # ---- blobs -----------------------------------------------------------------------------------------------------
@@ -353,6 +356,7 @@ class Follower:
         since_ns = min([self._behind_ns, *(want.since_ns for want in self._wants.values())])
         nowhere = sorted(digest for digest, want in self._wants.items() if want.nowhere)
         kept = self.kept()
+        alone_s = (now_ns - self._heard_ns) / 1e9 if role.mine and self._others else 0.0
         no_room = next(filter(None, (want.no_room for want in self._wants.values())), "")
         return standing.Standing(
             url=self._own_url,
@@ -361,6 +365,7 @@ class Follower:
             mine=role.mine,
             reached=self._reached,
             unreached="" if self._reached else self._unreached,
+            alone_s=round(alone_s, 1) if alone_s > _ALONE_S else 0.0,
             lag_s=0.0 if current and not self._wants else round((now_ns - since_ns) / 1e9, 1),
             lag_bytes=sum(want.size_bytes for want in self._wants.values()),
             missing_blobs=len(self._wants),

@@ -22,6 +22,7 @@ class Standing(model.Noun, frozen=True, kw_only=True, omit_defaults=False):
     mine: bool = False  # it is this one
     reached: bool = True  # whether the holder answers
     unreached: str = ""  # why not
+    alone_s: float = 0.0  # the holder: since when no other server was heard of; 0: that was a moment ago
     lag_s: float = 0.0  # since when something of the holder's is lacking, or not known; 0: everything is here
     lag_bytes: int = 0  # of the blobs that are wanted and not here, as far as their sizes are known
     missing_blobs: int = 0
@@ -44,6 +45,11 @@ class Standing(model.Noun, frozen=True, kw_only=True, omit_defaults=False):
         elif not self.reached:
             why = f" ({self.unreached})" if self.unreached else ""
             found.append(f"the push registry {self.holder} does not answer{why}: pushes wait for it, pulls go on")
+        if self.alone_s:
+            found.append(
+                f"no other server of the set has been heard of for {self.alone_s:.0f} s: without etcd, what is pushed"
+                " here is set aside later if one of them was promoted by force meanwhile"
+            )
         if self.nowhere_blobs:
             found.append(f"{self.nowhere_blobs} blobs are in no registry of the set: push their templates again")
         if self.accepted_dropped and self.accepted_for:

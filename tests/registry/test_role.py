@@ -219,6 +219,9 @@ async def test_two_holders_say_so_and_take_nothing(tmp_path: Path) -> None:
             await one.cut()
         assert await second.promote(force=True) == await third.promote(force=True) == ""
         assert await pushed(second, "v2", b"two") == await pushed(third, "v3", b"three") == 1
+        async with asyncio.timeout(fleet.DEADLINE_S):
+            while not (await second.says()).get("alone_s"):
+                await asyncio.sleep(0.2)
         for one in servers:
             await one.heal()
         for one in (second, third):

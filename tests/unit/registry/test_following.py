@@ -308,6 +308,28 @@ async def test_an_older_term_is_refused(tmp_path: Path) -> None:
         assert await follower.log("a") == await holder.log("a")
 
 
+async def test_a_holder_that_hears_of_nobody_says_so(tmp_path: Path) -> None:
+    """Another one may have been promoted by force, and it would not know (safety S33)."""
+    clock = Clock()
+    holder, *others = found = node.several(tmp_path, 3, clock=clock)
+    try:
+        near(holder, others[0]).away = True
+        clock.ahead_ns = 60 * 10**9
+        for other in others:
+            await holder.follower._hear(near(holder, other))
+        assert holder.follower.standing().alone_s == 0
+        near(holder, others[1]).away = True
+        clock.ahead_ns += 60 * 10**9
+        for other in others:
+            await holder.follower._hear(near(holder, other))
+        assert 60 <= holder.follower.standing().alone_s < 120
+        assert "no other server of the set" in " ".join(holder.follower.standing().troubles())
+        assert others[0].follower.standing().alone_s == 0  # it follows: it says that the holder does not answer
+    finally:
+        for one in found:
+            await one.close()
+
+
 async def test_what_the_holder_does_not_have_is_set_aside_and_kept(tmp_path: Path) -> None:
     async with a_set(tmp_path, 3) as (old, new, third):
         await old.push("a", "v1", b"shared")
