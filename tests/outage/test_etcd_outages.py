@@ -163,7 +163,7 @@ async def test_a_lease_is_lost_by_the_own_clock(cluster: etcd_server.Cluster, st
     heal(cluster.members, "SIGSTOP")
     figure({"outage": "all members stopped: lease of 4 s lost after", "stall s": round(lost_s, 2)})
     assert lease.lost
-    assert lost_s < 12
+    assert lost_s < 30
 
 
 async def test_a_revoked_lease_is_noticed(cluster: etcd_server.Cluster, store: etcd.Etcd, figure: Figure) -> None:
@@ -176,7 +176,7 @@ async def test_a_revoked_lease_is_noticed(cluster: etcd_server.Cluster, store: e
         async with asyncio.timeout(60):
             await keeping
     figure({"outage": "lease of 3 s revoked: noticed after", "stall s": round(time.monotonic() - began, 2)})
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
 
 
 async def test_renewals_go_to_the_leader_and_elsewhere_when_it_dies(

@@ -105,7 +105,7 @@ async def test_a_question_answers_the_parked_poll_at_once_and_its_end_does_not(p
     await asyncio.sleep(0)
     reading = asyncio.create_task(read(pair, id))
     (question,) = (await parked).questions
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < 7.5
     assert (question.instance, question.epoch, question.stream, question.offset) == (id, 1, "stdout", 0)
     assert await node.answer(question.nonce, model.Output(data=b"hello\n", offset=0, size=6, end=True))
     assert base64.b64decode((await reading)["data"]) == b"hello\n"
