@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -13,7 +13,9 @@ from covey.store import base
 from tests.support import flaky
 from tests.unit.controller import cloud
 
+T = TypeVar("T")
 FLOOD = 1400  # more than one client may have at work and waiting
+WAVE = 200  # of them in one turn of the loop: all in one would take a busy machine so long that it counts as frozen
 SLOW_S = 0.15  # each way
 
 
@@ -45,6 +47,16 @@ class Slow:
         return {one["instance_id"] for one in await self.api.ok("GET", "/api/v1/vm")}
 
 
+async def flood(one: Callable[[int], Coroutine[Any, Any, T]]) -> list["asyncio.Task[T]"]:
+    """So many at once that the store is behind for seconds."""
+    tasks = []
+    for number in range(FLOOD):
+        tasks.append(asyncio.create_task(one(number)))
+        if number % WAVE == WAVE - 1:
+            await asyncio.sleep(0)
+    return tasks
+
+
 @contextlib.asynccontextmanager
 async def slow() -> AsyncIterator[Slow]:
     stores: list[flaky.Flaky] = []
@@ -60,11 +72,10 @@ async def slow() -> AsyncIterator[Slow]:
 async def test_a_flood_on_a_slow_store_is_refused_in_part_and_done_in_part_and_all_is_well_afterwards() -> None:
     async with slow() as one:
         one.slow_down(SLOW_S)
-        flood = [asyncio.create_task(one.start("flood", number)) for number in range(FLOOD)]
-        await asyncio.sleep(0)
+        many = await flood(lambda number: one.start("flood", number))
         polite = [await one.start("polite", number) for number in range(5)]
         assert [status for status, _ in polite] == [200] * 5, "one client with many requests locked out another"
-        ended = await asyncio.gather(*flood)
+        ended = await asyncio.gather(*many)
         one.slow_down(0)
 
         statuses = [status for status, _ in ended]
@@ -80,10 +91,10 @@ async def test_a_flood_of_requests_by_people_leaves_agents_their_room() -> None:
         agent = cloud.Agent(one.api)
         await agent.join()
         one.slow_down(SLOW_S)
-        flood = [asyncio.create_task(one.start(f"flood-{number % 7}", number)) for number in range(FLOOD)]
+        many = await flood(lambda number: one.start(f"flood-{number % 7}", number))
         await agent.report()
-        assert not all(task.done() for task in flood), "the flood ended before the agent was heard"
-        await asyncio.gather(*flood)
+        assert not all(task.done() for task in many), "the flood ended before the agent was heard"
+        await asyncio.gather(*many)
 
 
 async def test_a_flood_by_agents_leaves_people_theirs() -> None:
@@ -93,10 +104,10 @@ async def test_a_flood_by_agents_leaves_people_theirs() -> None:
         one.slow_down(SLOW_S)
         credentials = {"Authorization": f"Covey {agent.me.node}.{agent.me.session}.{agent.secret}"}
         report = msgspec.json.encode(wire.Report(seen=agent.seen, messages=9))
-        flood = [asyncio.create_task(one.hand("/agent/v1/report", report, credentials)) for _ in range(FLOOD)]
+        many = await flood(lambda _: one.hand("/agent/v1/report", report, credentials))
         assert (await one.start("person", 1))[0] == 200
-        assert not all(task.done() for task in flood), "the flood ended before the person was heard"
-        ended = await asyncio.gather(*flood)
+        assert not all(task.done() for task in many), "the flood ended before the person was heard"
+        ended = await asyncio.gather(*many)
         assert {status for status, _ in ended} == {200, 503}
 
 
