@@ -11,7 +11,7 @@ Most looks at a node's work find nothing new for it, and most of what is new con
 first, of the least that it needs, and the answer only when there is one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from covey import model, wire
@@ -32,13 +32,8 @@ _VERBS: Mapping[State, Verb] = {
 }
 
 
-class _Piece(NamedTuple):
-    """One thing to see to, and what says so: an order, ready to be sent, or the instance."""
-
-    instance: model.InstanceId
-    epoch: int
-    verb: Verb
-    says: wire.Wanted | codec.Kept[model.Instance]
+# One thing to see to, and what says so: an order, ready to be sent, or the instance. Plain, as there are many of them.
+_Piece = tuple[model.InstanceId, int, Verb, wire.Wanted | codec.Kept[model.Instance]]
 
 
 class NodeWants(NamedTuple):
@@ -71,7 +66,7 @@ class NodeWants(NamedTuple):
 def for_node(snapshot: view.Snapshot, node: str) -> NodeWants:
     """Everything `node` shall see to."""
     pieces = sorted(_pieces(snapshot, node))  # no two are of one instance and epoch, so nothing else is compared
-    lines = [wire.tag_line(piece.instance, piece.epoch, piece.verb) for piece in pieces]
+    lines = [wire.tag_line(instance, epoch, verb) for instance, epoch, verb, _ in pieces]
     questions = tuple(sorted((kept.noun for kept in snapshot.questions_to(node)), key=lambda noun: noun.nonce))
     return NodeWants(pieces, wire.tag_of(lines, (question.nonce for question in questions)), questions)
 
@@ -82,32 +77,34 @@ def known_since(snapshot: view.Snapshot, known: wire.Seen) -> int:
     return known.revision if own else 0
 
 
-def _pieces(snapshot: view.Snapshot, node: str) -> Iterator[_Piece]:
-    named = set()
+def _pieces(snapshot: view.Snapshot, node: str) -> Iterable[_Piece]:
+    found: dict[tuple[str, int], _Piece] = {}
     for kept in snapshot.orders_on(node):
         order = kept.noun
-        named.add((order.instance, order.epoch))
-        yield _Piece(order.instance, order.epoch, Verb.DESTROY, _ordered(order, snapshot.instance(order.instance)))
-    ledger = snapshot.ledger(node)
+        said = _ordered(order, snapshot.instance(order.instance))
+        found[order.instance, order.epoch] = (order.instance, order.epoch, Verb.DESTROY, said)
+    ledger, here = snapshot.ledger(node), snapshot.by_id_on(node)
     for claim in ledger.noun.claims if ledger is not None else ():
-        instance = snapshot.instance(claim.instance)
-        if instance is None or instance.noun.node != node or instance.noun.epoch != claim.epoch:
+        instance = here.get(claim.instance)
+        if instance is None or instance.noun.epoch != claim.epoch:
             continue  # what nobody wants is ordered away in its time, never by silence
         verb = _VERBS.get(instance.noun.state)
-        if verb is not None and (claim.instance, claim.epoch) not in named:
-            named.add((claim.instance, claim.epoch))
-            yield _Piece(claim.instance, claim.epoch, verb, instance)
+        key = (claim.instance, claim.epoch)
+        if verb is not None and key not in found:
+            found[key] = (claim.instance, claim.epoch, verb, instance)
+    return found.values()
 
 
 def _is_news(piece: _Piece, since: int) -> bool:
-    says = piece.says
-    if isinstance(says, wire.Wanted) or not abridged.lasts(piece.verb, launched=says.noun.launched):
+    _, _, verb, says = piece
+    if isinstance(says, wire.Wanted) or not abridged.lasts(verb, launched=says.noun.launched):
         return True
     return says.revision > since
 
 
 def _said(piece: _Piece) -> wire.Wanted:
-    return piece.says if isinstance(piece.says, wire.Wanted) else _want(piece.says.noun, piece.verb)
+    _, _, verb, says = piece
+    return says if isinstance(says, wire.Wanted) else _want(says.noun, verb)
 
 
 def _ordered(order: model.Order, instance: codec.Kept[model.Instance] | None) -> wire.Wanted:

@@ -60,7 +60,8 @@ def on_node(snapshot: view.Snapshot, node: str) -> tuple[bool, list[tuple[Thing,
     ledger = snapshot.ledger(node)
     if ledger is None:
         return False, []
-    odd = any(_is_odd(snapshot.instance(claim.instance), claim, node) for claim in ledger.noun.claims)
+    here = snapshot.by_id_on(node)
+    odd = any(_is_odd(here.get(claim.instance), claim) for claim in ledger.noun.claims)
     return odd, list(_unwanted(snapshot, [ledger], ())) if odd else []
 
 
@@ -91,11 +92,9 @@ def alive(snapshot: view.Snapshot, node: str) -> bool:
     return sign is not None and session is not None and sign.noun.session == session.noun.counter
 
 
-def _is_odd(kept: codec.Kept[model.Instance] | None, claim: model.Claim, node: str) -> bool:
+def _is_odd(here: codec.Kept[model.Instance] | None, claim: model.Claim) -> bool:
     """Whether the claim is anything else than that of an instance which is on the node in this epoch, and lives."""
-    if kept is None or kept.noun.node != node or kept.noun.epoch != claim.epoch:
-        return True
-    return kept.noun.state is State.TERMINATED
+    return here is None or here.noun.epoch != claim.epoch
 
 
 def _unwanted(

@@ -7,7 +7,7 @@ shares them, and a later change copies only the shard it falls into. Values of k
 
 import bisect
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from typing import Generic, TypeVar
 
@@ -112,6 +112,7 @@ class Table(Generic[V]):
         return self._shards[index]
 
 
+_Instances = dict[str, codec.Kept[model.Instance]]
 _Orders = dict[str, codec.Kept[model.Order]]
 _Questions = dict[str, codec.Kept[model.Question]]
 
@@ -140,7 +141,7 @@ class Snapshot:
         self._controllers: Table[codec.Kept[schema.Controller]] = Table()
         self._orders: Table[_Orders] = Table()  # node -> instance -> order
         self._questions: Table[_Questions] = Table()  # node -> slot -> question
-        self._on_node: Table[dict[str, None]] = Table()  # node -> instance ids; its dicts are never changed in place
+        self._on_node: Table[_Instances] = Table()  # node -> id -> instance; its dicts are never changed in place
         self._by_state: dict[model.State, Table[None]] = {state: Table() for state in model.State}
         self._waiting: Table[None] = Table()
         self._unacknowledged: Table[None] = Table()
@@ -213,7 +214,11 @@ class Snapshot:
 
     def instances_on(self, node: str) -> Iterator[codec.Kept[model.Instance]]:
         """Those whose `node` is this one, but for Terminated ones."""
-        return self._known(self._on_node.get(node) or ())
+        return iter(self.by_id_on(node).values())
+
+    def by_id_on(self, node: str) -> Mapping[str, codec.Kept[model.Instance]]:
+        """The same, by their ids."""
+        return self._on_node.get(node) or {}
 
     def in_state(self, state: model.State) -> Iterator[codec.Kept[model.Instance]]:
         return self._known(self._by_state[state].keys())
@@ -426,7 +431,7 @@ class Draft(Snapshot):
         if old is not None:
             self._index(old.noun, None if new is None else new.noun)
         if new is not None:
-            self._index_new(new.noun, None if old is None else old.noun)
+            self._index_new(new, None if old is None else old.noun)
         if old is None or new is None or old.noun.external_id != new.noun.external_id:
             self._relabel(None if old is None else old.noun, None if new is None else new.noun)
 
@@ -469,13 +474,13 @@ class Draft(Snapshot):
             else:
                 self._script_users.drop(key)
 
-    def _index_new(self, new: model.Instance, old: model.Instance | None) -> None:
-        id = new.id
+    def _index_new(self, kept: codec.Kept[model.Instance], old: model.Instance | None) -> None:
+        new, id = kept.noun, kept.noun.id
         if old is None or old.state != new.state:
             self._by_state[new.state].put(id, None)
         place = _place(new)
-        if place and (old is None or _place(old) != place):
-            self._on_node.put(place, {**(self._on_node.get(place) or {}), id: None})
+        if place:
+            self._on_node.put(place, {**(self._on_node.get(place) or {}), id: kept})
         if new.waiting:
             self._waiting.put(id, None)
         if _unacknowledged(new):
