@@ -417,10 +417,9 @@ class Agent:
         self._outbox.keep(self._workers.keys() | {instance for instance, _ in found})
 
     def _word(self) -> model.Word:
-        """How the node is now. VMs of another cloud are counted, never named (safety S12); nor are those that were said
-        to be gone since the last look: naming them would bring back their claims."""
-        cloud = self.session.cloud
-        own = {key: vm for key, vm in self._found.items() if vm.cloud == cloud}
+        """How the node is now. VMs of another cloud are counted, never named (safety S12)."""
+        cloud, shown = self.session.cloud, self._look.shown
+        own = {key: vm for key, vm in shown.items() if vm.cloud == cloud}
         cpu, ram = self._use()
         free = self._images.free_bytes()
         return model.Word(
@@ -435,15 +434,14 @@ class Agent:
                     running=vm.phase is hypervisor.Phase.RUNNING,
                     cloud=vm.cloud,
                 )
-                for key, vm in sorted(own.items())
-                if not self._outbox.has_said(key, wire.ReportEvent.GONE)
+                for _, vm in sorted(own.items())
             ),
             images=self._images.held(),
             free_disk_bytes=max(free, 0),
             image_bytes=self._images.size_bytes(),
             cpu_util=cpu,
             ram_util=ram,
-            foreign_vms=len(self._found) - len(own),
+            foreign_vms=len(shown) - len(own),
             trouble=self._trouble or ("the disk is full" if free <= 0 else ""),
         )
 

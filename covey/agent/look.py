@@ -5,7 +5,8 @@ square of the VMs. So a request shares the next list that begins after it, never
 
 Nobody but an instance's one worker makes or removes its VMs. So what the last list showed of an instance is good
 enough for a worker to begin with (`last`), unless another worker of that instance has ended since. What VMs do by
-themselves the node's next look shows, which wakes their workers.
+themselves the node's next look shows, which wakes their workers. What a worker has removed is not shown any more, also
+not by a list that was under way then: who names it brings its claim back.
 """
 
 import asyncio
@@ -26,6 +27,8 @@ class Look:
         self._next: asyncio.Task[Found] | None = None
         self._last: Found | None = None  # None: the last list failed, or there was none
         self._left: set[model.InstanceId] = set()  # whose workers have ended since it began
+        self._shown: dict[records.Key, hypervisor.Vm] = {}  # by the last list that did not fail
+        self._removed: set[records.Key] = set()  # since the last list began
 
     def last(self, instance: model.InstanceId) -> dict[int, hypervisor.Vm] | None:
         """The VMs of an instance that has no worker, by epoch. None: that is to be looked at."""
@@ -36,6 +39,16 @@ class Look:
     def left(self, instance: model.InstanceId) -> None:
         """Its worker, who may have made and removed VMs, has ended."""
         self._left.add(instance)
+
+    @property
+    def shown(self) -> Found:
+        """What is here, as far as is known."""
+        return self._shown
+
+    def removed(self, key: records.Key) -> None:
+        """It was here, and is no more."""
+        self._shown.pop(key, None)
+        self._removed.add(key)
 
     async def fresh(self) -> Found:
         """The VMs, listed after this call. Raises HypervisorError."""
@@ -49,9 +62,10 @@ class Look:
         if before is not None:
             await bell.end_of(before)
         self._running, self._next = self._next, None
-        self._last, self._left = None, set()
-        self._last = found = {(vm.instance, vm.epoch): vm for vm in await self._driver.list()}
-        return found
+        self._last, self._left, self._removed = None, set(), set()
+        found = {(vm.instance, vm.epoch): vm for vm in await self._driver.list()}
+        self._last = self._shown = {key: vm for key, vm in found.items() if key not in self._removed}
+        return self._shown
 
 
 def of(found: Found, instance: model.InstanceId) -> dict[int, hypervisor.Vm]:

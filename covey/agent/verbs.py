@@ -197,6 +197,7 @@ class Verbs:
         """Nothing is left when it returns: process, overlay, directory, pin. Raises HypervisorError."""
         failpoint.reach("agent.destroying")
         await to_its_end(self._parts.driver.destroy(*key))
+        self._parts.look.removed(key)
         self._parts.images.release(holder_of(key))
         failpoint.reach("agent.destroyed")
 

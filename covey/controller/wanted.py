@@ -86,7 +86,7 @@ def _pieces(snapshot: view.Snapshot, node: str) -> Iterable[_Piece]:
     ledger, here = snapshot.ledger(node), snapshot.by_id_on(node)
     for claim in ledger.noun.claims if ledger is not None else ():
         instance = here.get(claim.instance)
-        if instance is None or instance.noun.epoch != claim.epoch:
+        if instance is None or instance.noun.released or instance.noun.epoch != claim.epoch:
             continue  # what nobody wants is ordered away in its time, never by silence
         verb = _VERBS.get(instance.noun.state)
         key = (claim.instance, claim.epoch)

@@ -94,7 +94,7 @@ def alive(snapshot: view.Snapshot, node: str) -> bool:
 
 def _is_odd(here: codec.Kept[model.Instance] | None, claim: model.Claim) -> bool:
     """Whether the claim is anything else than that of an instance which is on the node in this epoch, and lives."""
-    return here is None or here.noun.epoch != claim.epoch
+    return here is None or here.noun.released or here.noun.epoch != claim.epoch
 
 
 def _unwanted(

@@ -307,7 +307,8 @@ async def forget(writer: commit.Writer, snapshot: view.Snapshot, instances: Sequ
 
 def owns(instance: model.Instance, node: model.NodeId, epoch: int) -> bool:
     """Whether an instance may still want the VM of this epoch on this node, or one that is newer than it knows: such
-    a VM is never ordered destroyed."""
+    a VM is never ordered destroyed. One that its node said to be gone is wanted no more, should it turn up again."""
     if epoch > instance.epoch:
         return True
-    return instance.node == node and instance.epoch == epoch and instance.state != model.State.TERMINATED
+    here = instance.node == node and instance.epoch == epoch
+    return here and not instance.released and instance.state != model.State.TERMINATED

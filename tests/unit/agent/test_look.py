@@ -76,3 +76,38 @@ async def test_a_list_that_failed_leaves_nothing_known() -> None:
     with pytest.raises(errors.HypervisorError):
         await one.fresh()
     assert one.last(VM) is None
+
+
+async def test_what_was_removed_is_not_shown_any_more() -> None:
+    driver = Driver()
+    one = made(driver)
+    await one.fresh()
+    assert one.shown == {(VM, 2): RUNS}
+    one.removed((VM, 2))
+    assert one.shown == {}
+    await one.fresh()
+    assert one.shown == {(VM, 2): RUNS}, "made anew since"
+
+
+async def test_what_was_removed_while_it_was_listed_is_not_shown() -> None:
+    driver = Driver()
+    one = made(driver)
+    await one.fresh()
+    driver.may_answer.clear()
+    slow = asyncio.create_task(one.fresh())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    one.removed((VM, 2))
+    driver.may_answer.set()
+    assert await slow == {}
+    assert one.shown == {}
+
+
+async def test_a_list_that_failed_leaves_shown_what_the_one_before_did() -> None:
+    driver = Driver()
+    one = made(driver)
+    await one.fresh()
+    driver.is_well = False
+    with pytest.raises(errors.HypervisorError):
+        await one.fresh()
+    assert one.shown == {(VM, 2): RUNS}

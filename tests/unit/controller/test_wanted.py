@@ -3,7 +3,8 @@
 import msgspec
 
 from covey import model, wire
-from covey.controller import hosts, wanted
+from covey.controller import hosts, wanted, watchlist
+from covey.decide import deadlines
 from covey.store import commit_cloud, commit_instances, commit_nodes, schema
 from tests.support import cloud, nouns
 
@@ -42,6 +43,26 @@ async def test_a_failed_vm_is_kept_until_someone_decides() -> None:
         assert await wants(c, node) == [(id, 1, Verb.KEEP)]
         await c.report(node, nouns.item(Said.GONE, model.InstanceId(id)))
         assert await wants(c, node) == []
+
+
+async def test_what_turns_up_again_after_it_was_gone_is_ordered_away_and_frees_its_slot() -> None:
+    """Promise I3: a word was slower than the end, so the claim came back; the failed instance wants nothing of it."""
+    async with cloud.running() as c:
+        node = await c.join()
+        (id,) = await c.create(homes=[node])
+        await c.report(node, nouns.item(Said.FAILED, model.InstanceId(id)), nouns.item(Said.GONE, model.InstanceId(id)))
+        await c.say(node, 1, (id, 1))
+        assert await wants(c, node) == []
+        odd, things = watchlist.on_node(await c.look(), node)
+        assert odd
+        assert [thing for thing, _ in things] == [deadlines.Thing(deadlines.Kind.UNWANTED, id, node, 1)]
+        await commit_nodes.order(c.writer, await c.look(), node, model.InstanceId(id), 1, cloud.WHO)
+        assert await wants(c, node) == [(id, 1, Verb.DESTROY)]
+        await c.report(node, nouns.item(Said.GONE, model.InstanceId(id)))
+        assert await wants(c, node) == []
+        ledger = (await c.look()).ledger(node)
+        assert ledger is not None
+        assert ledger.noun.claims == ()
 
 
 async def test_a_withdrawn_placement_is_ordered_away_and_the_next_is_told_beside_it() -> None:
