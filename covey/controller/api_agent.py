@@ -212,6 +212,8 @@ class AgentApi:
         with self._parking.spot(node) as spot, call.aside():
             if not self._mirror.has_node_changed(node, revision):
                 await spot.wait(left_s)
+            elif self._mirror.revision <= revision:
+                await asyncio.sleep(_PAUSE_S)  # a restored store was read directly, and its copy is not that far yet
             return not spot.gives_way
 
     async def _caller(self, call: serve.Call, seen: wire.Seen, arrived_ns: int) -> tuple[_Caller, view.Snapshot, str]:

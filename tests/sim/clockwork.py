@@ -91,6 +91,10 @@ class Loop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._clock.now_s
 
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
+        """Beside the story it would run in real time, and no two runs of a seed would be the same."""
+        raise AssertionError(f"{func} wants a thread")
+
     def create_task(self, coro: Any, *, name: object = None, context: Any = None) -> Any:
         return Task(coro, loop=self, name=name, context=context)
 

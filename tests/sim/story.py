@@ -30,6 +30,7 @@ _END_S = 300.0
 _LOOK_S = 2.0
 _RESTORED = 4  # every so many seeds
 _VARIED = 3  # … VMs have sizes and scripts
+_QUICK_S = 2.0
 _TWICE = 0.4  # of the restores are followed by another one while nodes tell what they have
 _TELLING_LOOKS = 250  # for one that does: they are patient for ten seconds
 _RUN_LOOKS = 200  # for one at which some of that runs
@@ -221,8 +222,11 @@ class Story:
         self.sea.stop()
         for one in replicas:
             one.kill()
+        took_s = chance.uniform(1.0, 6.0)
+        if took_s < _QUICK_S:  # sooner than anybody's last proof of the store is too old
+            took_s -= 1.0
         try:
-            await asyncio.sleep(chance.uniform(1.0, 6.0))
+            await asyncio.sleep(took_s)
         finally:
             self._tell("operator: begins the store from the backup")
             self.truth.counts["restores"] += 1

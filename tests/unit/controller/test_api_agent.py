@@ -9,6 +9,8 @@ import msgspec
 import pytest
 
 from covey import model, wire
+from covey.store import base
+from tests.support import flaky
 from tests.unit.controller import cloud
 
 Event = wire.ReportEvent
@@ -192,6 +194,32 @@ async def test_a_poll_without_news_ends_when_it_asked_to(house: cloud.Cloud) -> 
     second = await agent.wanted(wait_s=0.5)
     assert 0.4 < time.monotonic() - started < 60
     assert first.tag == second.tag
+
+
+async def test_a_poll_that_read_a_restored_store_directly_lets_everything_else_go_on() -> None:
+    """Its view has a number that the copy which was thrown away has had too, and the new copy has not yet."""
+    weather: list[flaky.Flaky] = []
+
+    def over(store: base.Store) -> base.Store:
+        weather.append(flaky.Flaky(store))
+        return weather[-1]
+
+    async with cloud.running(wrap=over) as house:
+        agent = cloud.Agent(house.api)
+        await agent.join()
+        await agent.wanted()
+        copy = house.replicas[0]._mirror
+        weather[0].watch_delay_s = 3600
+        await house.store.client().commit(base.Txn((), (base.Put("/covey/elsewhere", b""),)))
+        copy._discarded = copy.revision + 1000
+        poll = asyncio.create_task(agent.wanted(wait_s=1.5))
+        turns, slept = 0, 0.0
+        while not poll.done():
+            began = time.monotonic()
+            await asyncio.sleep(0.01)
+            turns, slept = turns + 1, max(slept, time.monotonic() - began)
+        assert poll.done()
+        assert turns > 30 and slept < 1.0, f"{turns} turns, one of {slept:.1f} s"
 
 
 async def test_a_report_rides_along_with_a_poll(house: cloud.Cloud) -> None:
