@@ -33,6 +33,15 @@ def made(driver: Driver) -> look.Look:
     return look.Look(driver)  # type: ignore[arg-type]
 
 
+async def begun(one: look.Look, driver: Driver) -> "asyncio.Task[look.Found]":
+    """A look that is under way until the driver may answer."""
+    driver.may_answer.clear()
+    slow = asyncio.create_task(one.fresh())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    return slow
+
+
 async def test_nothing_is_known_before_the_first_look() -> None:
     one = made(Driver())
     assert one.last(VM) is None
@@ -57,10 +66,7 @@ async def test_what_a_worker_left_is_looked_at_again() -> None:
 async def test_a_list_that_was_under_way_when_a_worker_left_does_not_count() -> None:
     driver = Driver()
     one = made(driver)
-    driver.may_answer.clear()
-    slow = asyncio.create_task(one.fresh())
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    slow = await begun(one, driver)
     driver.vms = []
     one.left(VM)
     driver.may_answer.set()
@@ -93,10 +99,7 @@ async def test_what_was_removed_while_it_was_listed_is_not_shown() -> None:
     driver = Driver()
     one = made(driver)
     await one.fresh()
-    driver.may_answer.clear()
-    slow = asyncio.create_task(one.fresh())
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    slow = await begun(one, driver)
     one.removed((VM, 2))
     driver.may_answer.set()
     assert await slow == {}
