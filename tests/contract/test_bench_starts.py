@@ -9,7 +9,7 @@ import pytest
 from bench import __main__ as program
 from bench import chart, load, shapes, starts
 
-SHAPES = ["isolated", "back to back", "steady", "burst", "flat out", "beside", "full fleet"]
+SHAPES = ["isolated", "back to back", "steady", "burst", "flat out", "beside", "flat out again", "full fleet"]
 
 
 @pytest.mark.timeout(500)
@@ -18,7 +18,7 @@ def test_every_shape_runs_and_its_numbers_add_up(tmp_path: pathlib.Path) -> None
     assert starts.main(["--quick", "--controllers", "1", "--json", str(figures), "--svg", str(picture)]) == 0
     (one,) = json.loads(figures.read_text())
     assert (one["controllers"], one["members"]) == (1, 1) and one["raw"] > 0
-    assert [row["shape"].startswith(name) for row, name in zip(one["rows"], SHAPES, strict=True)] == [True] * 7
+    assert [row["shape"].startswith(name) for row, name in zip(one["rows"], SHAPES, strict=True)] == [True] * 8
     for row in one["rows"]:
         assert row["lives"] > 0 and row["rate"] > 0 and row["failed"] == 0, row
         assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["worst_ms"], row
@@ -26,9 +26,9 @@ def test_every_shape_runs_and_its_numbers_add_up(tmp_path: pathlib.Path) -> None
         assert sum(row["cpu_ms"].values()) > 0, row
     isolated, back_to_back, _, burst, *_, full = one["rows"]
     assert (isolated["lives"], back_to_back["lives"], burst["lives"], full["lives"]) == (3, 3, 8, 4)
-    flat_out, beside = one["rows"][4:6]
+    before, beside, after = one["rows"][4:7]
     assert one["beside"]["shape"] == beside["shape"]
-    assert one["beside"]["rate"] == pytest.approx(beside["rate"] / flat_out["rate"])
+    assert one["beside"]["rates"] == [pytest.approx(2 * beside["rate"] / (before["rate"] + after["rate"]))]
     assert picture.read_text().startswith("<svg") and picture.read_text().endswith("</svg>\n")
 
 
