@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from bench import load
 
 _LIFE_S = 1.0
-_FILL_AT_ONCE = 64
+_AT_ONCE = 64  # starts of those that stay, and their ends
 _AFTER_FAILURE_S = 0.1
 
 
@@ -151,9 +151,20 @@ async def fill(lives: Lives, count: int) -> list[str]:
             await lives.watcher.until(id, "Started")
             ids.append(id)
 
-    shares = [count // _FILL_AT_ONCE + (index < count % _FILL_AT_ONCE) for index in range(_FILL_AT_ONCE)]
+    shares = [count // _AT_ONCE + (index < count % _AT_ONCE) for index in range(_AT_ONCE)]
     await asyncio.gather(*(some(share) for share in shares))
     return ids
+
+
+async def empty(lives: Lives, ids: list[str]) -> None:
+    """End those that stayed."""
+
+    async def some(share: list[str]) -> None:
+        for id in share:
+            await lives.api.terminate(id)
+            await lives.watcher.until(id, load.GONE)
+
+    await asyncio.gather(*(some(ids[first::_AT_ONCE]) for first in range(_AT_ONCE)))
 
 
 async def full_fleet(lives: Lives, standing: list[str], ends: int, rate: float, seed: int = 3) -> Row:

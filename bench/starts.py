@@ -42,7 +42,6 @@ WRITERS = 128
 BESIDE_GOAL = 0.9  # of the rate alone, beside thousands that stand
 _SETTLE_S = 20.0
 _TOLD_S = 6.0  # the nodes' words of VMs that begin to stand come within five seconds
-_AT_ONCE = 64
 _CALLS = ("Txn", "Range", "LeaseKeepAlive")
 
 
@@ -138,24 +137,15 @@ class Bench:
             await asyncio.sleep(_TOLD_S)
             found.append(await self._weighed(functools.partial(again, shape=f"beside {len(self._standing)} standing")))
             if compares:
-                await self._end_standing()
+                await shapes.empty(shapes.Lives(self._api, self._watcher), self._standing)
+                self._standing.clear()
+                await asyncio.sleep(_TOLD_S)
                 found.append(await self._weighed(functools.partial(again, shape="flat out again")))
         return found
 
     async def _stand(self, count: int) -> None:
         lives = shapes.Lives(self._api, self._watcher)
         self._standing += await shapes.fill(lives, max(count - len(self._standing), 0))
-
-    async def _end_standing(self) -> None:
-        ids, self._standing = self._standing, []
-
-        async def some(share: list[str]) -> None:
-            for id in share:
-                await self._api.terminate(id)
-                await self._watcher.until(id, load.GONE)
-
-        await asyncio.gather(*(some(ids[first::_AT_ONCE]) for first in range(_AT_ONCE)))
-        await asyncio.sleep(_TOLD_S)
 
     async def _full_fleet(self, lives: shapes.Lives) -> shapes.Row:
         options = self._options

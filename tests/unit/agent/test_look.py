@@ -74,7 +74,7 @@ async def test_a_list_that_was_under_way_when_a_worker_left_does_not_count() -> 
     assert one.last(VM) is None
 
 
-async def test_a_list_that_failed_leaves_nothing_known() -> None:
+async def test_a_list_that_failed_leaves_nothing_known_and_shown_what_the_one_before_did() -> None:
     driver = Driver()
     one = made(driver)
     await one.fresh()
@@ -82,6 +82,7 @@ async def test_a_list_that_failed_leaves_nothing_known() -> None:
     with pytest.raises(errors.HypervisorError):
         await one.fresh()
     assert one.last(VM) is None
+    assert one.shown == {(VM, 2): RUNS}
 
 
 async def test_what_was_removed_is_not_shown_any_more() -> None:
@@ -104,13 +105,3 @@ async def test_what_was_removed_while_it_was_listed_is_not_shown() -> None:
     driver.may_answer.set()
     assert await slow == {}
     assert one.shown == {}
-
-
-async def test_a_list_that_failed_leaves_shown_what_the_one_before_did() -> None:
-    driver = Driver()
-    one = made(driver)
-    await one.fresh()
-    driver.is_well = False
-    with pytest.raises(errors.HypervisorError):
-        await one.fresh()
-    assert one.shown == {(VM, 2): RUNS}

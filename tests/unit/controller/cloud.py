@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import msgspec
@@ -20,6 +20,7 @@ from covey.store import base, memory
 
 TEMPLATE = model.TemplateId("11111111-1111-4111-8111-111111111111")
 DIGEST = "sha256:" + "a" * 64
+S = TypeVar("S", bound=base.Store)
 
 
 async def until(true: Callable[[], bool | Awaitable[bool]], limit_s: float = 90.0) -> None:
@@ -273,6 +274,18 @@ class Cloud:
 def chosen(**environ: str) -> settings.Controller:
     quick = {"COVEY_GRACEFUL_SHUTDOWN_TIMEOUT": "2s", "COVEY_SHUTDOWN_DELAY": "0s"}
     return settings.controller({"COVEY_LISTEN_ADDR": "127.0.0.1:0", **quick, **environ})
+
+
+class Wraps(list[S]):
+    """A `wrap` for `running`: what it made of each replica's store, in their order."""
+
+    def __init__(self, made_of: Callable[[base.Store], S]) -> None:
+        super().__init__()
+        self._made_of = made_of
+
+    def __call__(self, store: base.Store) -> S:
+        self.append(self._made_of(store))
+        return self[-1]
 
 
 @contextlib.asynccontextmanager

@@ -198,13 +198,8 @@ async def test_a_poll_without_news_ends_when_it_asked_to(house: cloud.Cloud) -> 
 
 async def test_a_poll_that_read_a_restored_store_directly_lets_everything_else_go_on() -> None:
     """Its view has a number that the copy which was thrown away has had too, and the new copy has not yet."""
-    weather: list[flaky.Flaky] = []
-
-    def over(store: base.Store) -> base.Store:
-        weather.append(flaky.Flaky(store))
-        return weather[-1]
-
-    async with cloud.running(wrap=over) as house:
+    weather = cloud.Wraps(flaky.Flaky)
+    async with cloud.running(wrap=weather) as house:
         agent = cloud.Agent(house.api)
         await agent.join()
         await agent.wanted()

@@ -66,13 +66,8 @@ async def test_a_node_with_a_trouble_and_little_room(house: cloud.Cloud) -> None
 
 
 async def test_a_red_controller_answers_at_once_and_says_what_it_knew() -> None:
-    stores: list[flaky.Flaky] = []
-
-    def wrap(store: base.Store) -> base.Store:
-        stores.append(flaky.Flaky(store))
-        return stores[-1]
-
-    async with cloud.running(wrap=wrap) as house:
+    stores = cloud.Wraps(flaky.Flaky)
+    async with cloud.running(wrap=stores) as house:
         await house.api.start()
         stores[0].partition(True)
         await cloud.until(lambda: red(house))
@@ -105,13 +100,8 @@ async def test_a_controller_that_has_never_reached_its_store_tells_that() -> Non
 
 
 async def test_a_write_whose_outcome_is_open_is_counted_until_it_is_known() -> None:
-    stores: list[flaky.Flaky] = []
-
-    def wrap(store: base.Store) -> base.Store:
-        stores.append(flaky.Flaky(store))
-        return stores[-1]
-
-    async with cloud.running(wrap=wrap) as house:
+    stores = cloud.Wraps(flaky.Flaky)
+    async with cloud.running(wrap=stores) as house:
         writer = house.replicas[0]._writer
         stores[0].weather = lambda: flaky.Fate.LOST_REPLY
         start = asyncio.create_task(house.api.start())

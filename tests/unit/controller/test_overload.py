@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from covey import wire
-from covey.store import base
 from tests.support import flaky
 from tests.unit.controller import cloud
 
@@ -71,15 +70,24 @@ async def flood(one: Callable[[int], Coroutine[Any, Any, T]]) -> list["asyncio.T
     return tasks
 
 
+async def amid_a_flood(
+    one: Callable[[int], Coroutine[Any, Any, T]], act: Callable[[], Awaitable[None]], who: str
+) -> list[T]:
+    """`act` to its end before the flood is over: what the flood came to."""
+    for _ in range(TRIES):
+        many = await flood(one)
+        await act()
+        was_amid = not all(task.done() for task in many)
+        ended = await asyncio.gather(*many)
+        if was_amid:
+            return ended
+    raise AssertionError(f"each flood ended before {who} was heard")
+
+
 @contextlib.asynccontextmanager
 async def slow() -> AsyncIterator[Slow]:
-    stores: list[flaky.Flaky] = []
-
-    def wrap(store: base.Store) -> base.Store:
-        stores.append(flaky.Flaky(store))
-        return stores[-1]
-
-    async with cloud.running(wrap=wrap) as house:
+    stores = cloud.Wraps(flaky.Flaky)
+    async with cloud.running(wrap=stores) as house:
         yield Slow(house, stores[0])
 
 
@@ -106,15 +114,11 @@ async def test_a_flood_of_requests_by_people_leaves_agents_their_room() -> None:
         await agent.join()
         one.slow_down(SLOW_S)
         report = wire.Report(seen=agent.seen, messages=agent.messages)
-        heard_amid = False
-        for _ in range(TRIES):
-            many = await flood(lambda number: one.start(f"flood-{number % 7}", number))
+
+        async def be_heard() -> None:
             assert (await heard(lambda: agent.call("report", report)))[0] == 200
-            heard_amid = heard_amid or not all(task.done() for task in many)
-            await asyncio.gather(*many)
-            if heard_amid:
-                break
-        assert heard_amid, "each flood ended before the agent was heard"
+
+        await amid_a_flood(lambda number: one.start(f"flood-{number % 7}", number), be_heard, "the agent")
 
 
 async def test_a_flood_by_agents_leaves_people_theirs() -> None:
@@ -124,15 +128,12 @@ async def test_a_flood_by_agents_leaves_people_theirs() -> None:
         one.slow_down(SLOW_S)
         credentials = {"Authorization": f"Covey {agent.me.node}.{agent.me.session}.{agent.secret}"}
         report = msgspec.json.encode(wire.Report(seen=agent.seen, messages=9))
-        heard_amid = False
-        for _ in range(TRIES):
-            many = await flood(lambda _: one.hand("/agent/v1/report", report, credentials))
+
+        async def be_heard() -> None:
             assert (await one.start("person", 1, patient=True))[0] == 200
-            heard_amid = heard_amid or not all(task.done() for task in many)
-            ended = await asyncio.gather(*many)
-            if heard_amid:
-                break
-        assert heard_amid, "each flood ended before the person was heard"
+
+        report_once = functools.partial(one.hand, "/agent/v1/report", report, credentials)
+        ended = await amid_a_flood(lambda _: report_once(), be_heard, "the person")
         assert {status for status, _ in ended} == {200, 503}
 
 

@@ -170,13 +170,8 @@ async def test_data_of_another_format_is_left_alone() -> None:
 
 
 async def test_cut_off_from_the_store_it_turns_red_within_two_seconds_and_answers_nothing_old() -> None:
-    switches: list[Away] = []
-
-    def wrap(store: base.Store) -> base.Store:
-        switches.append(Away(store))
-        return switches[-1]
-
-    async with cloud.running(2, wrap=wrap) as pair:
+    switches = cloud.Wraps(Away)
+    async with cloud.running(2, wrap=switches) as pair:
         cut, other = pair.apis
         agent = cloud.Agent(cut)
         await agent.join()
@@ -203,13 +198,8 @@ async def test_cut_off_from_the_store_it_turns_red_within_two_seconds_and_answer
 
 async def test_turning_red_answers_parked_polls() -> None:
     """Safety S25: an agent is not kept by a controller that can tell it nothing."""
-    switches: list[Away] = []
-
-    def wrap(store: base.Store) -> base.Store:
-        switches.append(Away(store))
-        return switches[-1]
-
-    async with cloud.running(1, wrap=wrap) as house:
+    switches = cloud.Wraps(Away)
+    async with cloud.running(1, wrap=switches) as house:
         agent = cloud.Agent(house.apis[0])
         await agent.join()
         await agent.wanted()
@@ -232,13 +222,8 @@ async def _is_red(api: cloud.Api) -> bool:
 async def test_a_frozen_controller_proves_its_store_before_it_serves() -> None:
     """After a gap nothing counts that was proved before it, however short the store took last time (safety S24)."""
     clock = StoppableWorld()
-    switches: list[Away] = []
-
-    def wrap(store: base.Store) -> base.Store:
-        switches.append(Away(store))
-        return switches[-1]
-
-    async with cloud.running(1, wrap=wrap, clock=clock) as house:
+    switches = cloud.Wraps(Away)
+    async with cloud.running(1, wrap=switches, clock=clock) as house:
         [id] = await house.api.start()
         switches[0].leave()  # while it was frozen, its store went away
         clock.ahead_ns = 3_000_000_000
